@@ -1,0 +1,297 @@
+"""Configuration and the machine: dataclass <- YAML files <- --key=value, all checked; then device, dtype, rank.
+
+A script owns one frozen dataclass; the comment behind each key is its help text, so there is one list of keys and
+no other. A value is text wherever it comes from (YAML is read with no type guessing, so `6e-4` and `off` mean what
+they say) and is converted by the key's type alone.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+import yaml
+
+
+class ConfigError(ValueError):
+    """What the user asked for can't be done; the message says which key or file, what was found and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dataclass <- YAML <- command line
+
+
+def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
+    """Build `cls` from its defaults, then the YAML files in `argv` in order, then its `--key=value` and `--key value`.
+
+    positional: the key that takes a bare argument which is not a YAML file. Raises ConfigError with every problem
+    found, one a line; `--help` prints the keys and exits.
+    """
+    hints = get_type_hints(cls)
+    if "-h" in argv or "--help" in argv:
+        print(usage(cls, positional))
+        raise SystemExit(0)
+    found: dict[str, tuple[Any, str]] = {}  # key -> (text or list of texts, where it stands)
+    flags: dict[str, Any] = {}
+    problems: list[str] = []
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            if not equals:  # --key value, or a bare --flag for a bool
+                takes_next = args and (hints.get(key) is not bool or args[0].lower() in BOOLS)
+                value = args.pop(0) if takes_next else "true" if hints.get(key) is bool else None
+            if value is None:
+                problems.append(f"--{key}: has no value; write --{key}=VALUE")
+            elif get_origin(hints.get(key)) is tuple:
+                flags.setdefault(key, []).append(value)
+            else:
+                flags[key] = value
+        elif arg.endswith((".yaml", ".yml")):
+            found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
+        elif positional:
+            flags[positional] = arg
+        else:
+            problems.append(f"{arg}: is neither a .yaml file nor --key=value")
+    found |= {key: (value, f"--{key}") for key, value in flags.items()}
+
+    values = {}
+    for key, (value, where) in found.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            problems.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else "; --help lists all"))
+            continue
+        try:
+            values[key] = _convert(hints[key], value)
+        except ValueError as e:
+            problems.append(f"{where}: {e}")
+    cfg = cls(**values)
+    problems += cfg.problems()
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return cfg
+
+
+BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """Turn text into `kind` (bool, int, float, str, Literal, tuple[str, ...]); raises ValueError with what it wants."""
+    if get_origin(kind) is tuple:
+        return tuple(value) if isinstance(value, list) else (value,)
+    if not isinstance(value, str):
+        raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, wants one value")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"found {value!r}, must be one of {', '.join(get_args(kind))}")
+        return value
+    if kind is bool:
+        if value.lower() not in BOOLS:
+            raise ValueError(f"found {value!r}, must be true or false")
+        return BOOLS[value.lower()]
+    if kind in (int, float):
+        try:
+            number = float(value)
+            if not math.isfinite(number) or (kind is int and not number.is_integer()):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"found {value!r}, must be {'a whole number' if kind is int else 'a number'}") from None
+        return number if kind is float else int(number)
+    return value
+
+
+def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
+    """Read a YAML mapping with every scalar left as text (BaseLoader builds no object); appends to `problems`."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = yaml.load(f, Loader=yaml.BaseLoader)
+    except OSError as e:
+        problems.append(f"{path}: {e.strerror}")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        problems.append(f"{path}: is not YAML: {' '.join(str(e).split())}")
+        return {}
+    if content is not None and not isinstance(content, dict):
+        problems.append(f"{path}: must hold `key: value` lines")
+        return {}
+    return content or {}
+
+
+def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
+    """Name each of the space-separated `keys` whose value does not lie within [low, high]."""
+    wanted = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    values = {key: getattr(cfg, key) for key in keys.split()}
+    return [f"{key}: found {value}, must be {wanted}" for key, value in values.items() if not low <= value <= high]
+
+
+def usage(cls: type, positional: str | None = None) -> str:
+    """One line for each key of `cls`: name, default, and the comment that stands behind it in the source."""
+    script = os.path.basename(inspect.getsourcefile(cls))
+    lines = [f"python {script} [CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''} [--key=value ...]"]
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for owner in reversed(cls.__mro__[:-1]):  # a config may extend another: its own keys come last
+        for line in inspect.getsource(owner).splitlines():
+            if heading := re.fullmatch(r"    # (.*)", line):
+                lines.append(f"\n{heading[1]}")
+            elif key := re.match(r"    (\w+): .*?  # (.*)$", line):
+                default = defaults[key[1]]
+                shown = " ".join(default) if isinstance(default, tuple) else str(default)
+                lines.append(f"  --{key[1]:<28} {shown:<14} {key[2]}")
+    return "\n".join(lines)
+
+
+def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], positional: str | None = None) -> None:
+    """Run `main(cfg)` on the command line's config; ConfigError, OSError and `mistakes` end in one line and exit 2."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main(load(cls, sys.argv[1:], positional))
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ConfigError, OSError, *mistakes) as e:
+        print(f"{script}: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process computes: device, the dtype of its matrix products, its rank among torchrun's ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints, logs and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """A context in which matrix products run in `dtype`; parameters stay float32."""
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it, so that a clock read next is honest."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def peak_mem_mb(self) -> float:
+        """Most memory this process has held, in MB: allocated on a CUDA device, resident elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def matmul_flops(self) -> float:
+        """The best FLOP/s seen over a few square matrix products in `dtype`: what MFU is a share of."""
+        n = 8192 if self.device.type == "cuda" else 1024
+        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+        best_s = math.inf
+        for _ in range(12):
+            self.synchronize()
+            start = time.perf_counter()
+            a @ b
+            self.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+        return 2 * n**3 / best_s
+
+
+def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:
+    """Choose device and dtype where they are `auto`, and join torchrun's process group when its environment is set.
+
+    Raises ConfigError when the device or dtype is not to be had here.
+    """
+    try:
+        rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in zip(TORCHRUN, (0, 0, 1), strict=True))
+    except ValueError:
+        raise ConfigError(f"environment: {', '.join(TORCHRUN)} must be whole numbers; torchrun sets them") from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device: found {device!r}, must be auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda":
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: found {device}, but this machine has {torch.cuda.device_count()} CUDA devices for its "
+                f"process {local_rank}; use --device=cpu, or config/demo.yaml which trains on any machine"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: found mps, but this machine has none; use --device=auto")
+    if dtype == "auto":
+        dtype = _fastest_dtype(chosen)
+    if chosen.type == "cpu":
+        _keep_freed_memory()
+    if "RANK" in os.environ and not dist.is_initialized():
+        if backend == "auto":
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
+    return Machine(chosen, getattr(torch, dtype), rank, world_size)
+
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor: the kernel would zero it anew at every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: as it comes
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
+
+
+def _fastest_dtype(device: torch.device) -> str:
+    """The fastest dtype that trains well: bfloat16 where the hardware multiplies it, float16 on older CUDA."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return "bfloat16" if any(found.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    return "float32"
+
+
+def warn(message: str) -> None:
+    """Say on stderr what went otherwise than asked."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def why_no_compile() -> str | None:
+    """What torch.compile lacks on this machine (a C++ compiler, Python's headers), or None when it can work."""
+    if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "g++"), "clang++")):
+        return "no C++ compiler"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "no Python headers"
+    return None
