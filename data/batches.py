@@ -1,0 +1,180 @@
+"""Batches as pure functions: row i of step s depends on (seed, s, i) alone, so there is no loader state to lose.
+
+Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own permuted order,
+with its own offset of the window grid. Evaluation walks each document of a split from its first token to its last.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import DataError
+
+ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
+
+
+def read_meta(folder: Path) -> dict:
+    """Read `folder/meta.json`, which prepare.py wrote; raises DataError when there is none or it is damaged."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"vocab_size", "styles", "tokenizer", "text_sha256", "splits"} - meta.keys()
+        missing |= {"train", "val", "test"} - meta.get("splits", {}).keys()
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first") from None
+    except (ValueError, AttributeError) as e:
+        raise DataError(f"{path}: is not the JSON that prepare.py writes ({e}); prepare again") from None
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(sorted(missing))}; prepare again")
+    return meta
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split, and which span of them belongs to which document.
+
+    tokens: (n_tokens,) uint16, on the device or mapped from disk. starts, stops: (n_documents,) int64 token positions.
+    styles: each document's style. tags: each document's style id, or -1 where the corpus has no tags.
+    """
+
+    path: Path
+    tokens: torch.Tensor | np.memmap
+    starts: np.ndarray
+    stops: np.ndarray
+    styles: list[str]
+    tags: np.ndarray
+
+    def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
+        """Windows of `length` tokens from `starts`, clamped to the end of the split: (len(starts), length) int64."""
+        if isinstance(self.tokens, torch.Tensor):
+            index = torch.from_numpy(starts)[:, None] + torch.arange(length)
+            index = index.clamp_(max=len(self.tokens) - 1).to(device, non_blocking=True)
+            return self.tokens[index].long() & 0xFFFF
+        rows = np.zeros((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            window = self.tokens[start : start + length]
+            row[: len(window)] = window
+        return torch.from_numpy(rows).to(device, non_blocking=True)
+
+
+def open_split(folder: Path, name: str, meta: dict, block_size: int, device: torch.device) -> Split:
+    """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes."""
+    path = folder / f"{name}.bin"
+    if not path.is_file():
+        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
+    size, entry = path.stat().st_size, meta["splits"][name]
+    if size != 2 * entry["tokens"]:
+        raise DataError(f"{path}: is {size} bytes long, meta.json says {2 * entry['tokens']}; run prepare.py --force")
+    if entry["tokens"] < block_size + 1:
+        raise DataError(
+            f"{path}: has {entry['tokens']} tokens, must have at least block_size + 1 = {block_size + 1}; "
+            "add text or lower block_size"
+        )
+    tokens: torch.Tensor | np.memmap = np.memmap(path, dtype="<u2", mode="r")
+    if size <= ON_DEVICE_BYTES:
+        if (largest := int(tokens.max())) >= meta["vocab_size"]:
+            place = 2 * int(np.argmax(tokens))
+            raise DataError(
+                f"{path}: byte {place} holds token {largest}, the vocabulary has {meta['vocab_size']}; "
+                "run prepare.py --force"
+            )
+        tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # uint16's bits: few operations take uint16
+    docs = entry["documents"]
+    return Split(
+        path,
+        tokens,
+        np.array([doc["start"] for doc in docs], dtype=np.int64),
+        np.array([doc["stop"] for doc in docs], dtype=np.int64),
+        [doc["style"] for doc in docs],
+        np.array([meta["styles"].get(doc["style"], -1) for doc in docs], dtype=np.int64),
+    )
+
+
+class TrainWindows:
+    """The order in which training sees a split.
+
+    tag_prob: the chance that a window's first input is its style's tag instead of its first token.
+    """
+
+    def __init__(self, split: Split, block_size: int, seed: int, tag_prob: float):
+        self.split, self.block_size, self.seed, self.tag_prob = split, block_size, seed, tag_prob
+        n_tokens = len(split.tokens)
+        self.n_offsets = min(block_size, n_tokens - block_size)
+        self.per_epoch = (n_tokens - self.n_offsets) // block_size
+
+    @lru_cache(maxsize=2)  # noqa: B019  (a step may touch two epochs; the object lives as long as the run)
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The starts of an epoch's windows in the order they come, and which of them carry their tag."""
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(self.n_offsets)
+        starts = offset + rng.permutation(self.per_epoch) * self.block_size
+        return starts, rng.random(self.per_epoch) < self.tag_prob
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows from `first` of the endless sequence: starts (count,) int64 and tags (count,) int64, -1 for none."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.per_epoch)
+        starts, tags = np.empty(count, np.int64), np.full(count, -1)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            epoch_starts, tagged = self._epoch(int(epoch))
+            starts[here] = epoch_starts[places[here]]
+            document = np.searchsorted(self.split.stops, starts[here], side="right")
+            tags[here] = np.where(tagged[places[here]], self.split.tags[document], -1)
+        return starts, tags
+
+    def batch(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those rows as inputs and targets, each (count, block_size) int64 on `device`."""
+        starts, tags = self.rows(first, count)
+        window = self.split.gather(starts, self.block_size + 1, device)
+        return _put_tags(window[:, :-1], tags), window[:, 1:]
+
+
+class EvalBatch(NamedTuple):
+    """inputs, targets: (B, T) int64, targets -1 beyond a document's end; document: (B,) index of each row's."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    document: np.ndarray
+
+
+def eval_batches(
+    split: Split,
+    block_size: int,
+    batch_size: int,
+    device: torch.device,
+    limit: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[EvalBatch]:
+    """Walk a split in order in batches of `batch_size` rows, or its first `limit` batches; each rank has every n-th.
+
+    No window crosses a document's end, and every token but each document's first is a target just once.
+    """
+    lengths = split.stops - split.starts - 1  # targets
+    counts = -(-lengths // block_size)
+    document = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = split.starts[document] + within * block_size
+    remaining = lengths[document] - within * block_size
+    n_batches = math.ceil(len(starts) / batch_size)
+    for b in range(rank, min(n_batches, limit) if limit else n_batches, world_size):
+        rows = slice(b * batch_size, (b + 1) * batch_size)
+        window = split.gather(starts[rows], block_size + 1, device)
+        beyond = torch.arange(block_size) >= torch.from_numpy(remaining[rows])[:, None]
+        targets = window[:, 1:].masked_fill(beyond.to(device), -1)
+        yield EvalBatch(_put_tags(window[:, :-1], split.tags[document[rows]]), targets, document[rows])
+
+
+def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:
+    """Overwrite the first id of each row with its tag, where it has one (tag >= 0)."""
+    ids = torch.from_numpy(tags).to(inputs.device, non_blocking=True)
+    inputs = inputs.contiguous()
+    inputs[:, 0] = torch.where(ids >= 0, ids, inputs[:, 0])
+    return inputs

@@ -1,0 +1,196 @@
+"""Tokenizers: byte-level BPE of our own training, GPT-2's, or single characters; each is plain JSON when saved.
+
+Ids run: pieces of text first, special tokens last. Specials exist only as ids: text that spells one is ordinary text.
+"""
+
+import codecs
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from data import DataError
+
+END = "<|endoftext|>"
+UNKNOWN = "<|unk|>"
+
+# How text is cut before merging, as GPT-4's tokenizer does: contractions, words with their leading space, numbers of
+# at most three digits, punctuation with the line ends behind it, line ends, other space.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
+
+
+class BPETokenizer:
+    """Byte-level BPE: encodes any valid Unicode text and gives it back unchanged.
+
+    tokens: the bytes of each id, in order of merging (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2).
+    specials: the names of the ids after those.
+    """
+
+    def __init__(self, tokens: list[bytes], specials: Iterable[str], pattern: str = PATTERN):
+        self.tokens, self.pattern = tokens, pattern
+        self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(tokens) + len(self.specials)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, specials: Iterable[str]) -> "BPETokenizer":
+        """Learn merges from `texts` until there are `vocab_size` ids, specials included.
+
+        Raises DataError when the texts hold too few distinct pieces for that many.
+        """
+        specials = list(specials)
+        learner = rustbpe.Tokenizer()
+        wanted = vocab_size - len(specials)
+        if wanted < 256:
+            raise DataError(
+                f"vocab_size: found {vocab_size}, must be at least {256 + len(specials)}: bytes and specials"
+            )
+        learner.train_from_iterator((piece for text in texts for piece in _pieces(text)), wanted, pattern=PATTERN)
+        tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda item: item[1])]
+        if len(tokens) < wanted:
+            raise DataError(
+                f"vocab_size: found {vocab_size}, but this text can carry at most {len(tokens) + len(specials)}; "
+                "lower it or add text"
+            )
+        return cls(tokens, specials)
+
+    @classmethod
+    def gpt2(cls, specials: Iterable[str]) -> "BPETokenizer":
+        """GPT-2's own ids (50,256 and <|endoftext|>), then `specials`; its table is downloaded once by tiktoken."""
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # whatever the network library of the day raises
+            raise DataError(
+                f"tokenizer: GPT-2's table could not be downloaded ({type(e).__name__}); connect once, "
+                "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe"
+            ) from None
+        tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+        return cls(tokens, [END, *(name for name in specials if name != END)], encoding._pat_str)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; raises DataError on a lone surrogate, which no UTF-8 file can hold."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise DataError(f"character {e.start} is half a surrogate pair, which is not text; remove it") from None
+        batches = self._tiktoken.encode_ordinary_batch(list(_pieces(text)), num_threads=os.cpu_count() or 1)
+        return [id for batch in batches for id in batch]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; specials stand for none."""
+        return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
+
+    def unknown(self, text: str) -> str:
+        """The characters of `text` that have no id: none, as every byte has one."""
+        return ""
+
+    def to_json(self) -> dict:
+        """All there is to it, as JSON: bytes are written as Latin-1."""
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "specials": list(self.specials)}
+
+
+class CharTokenizer:
+    """One id a character, in order of code point, as nanoGPT's character-level data sets have it.
+
+    An unknown character becomes <|unk|> where that is among the specials, and is left out where it is not.
+    """
+
+    def __init__(self, chars: str, specials: Iterable[str]):
+        self.chars = chars
+        self.specials = {name: len(chars) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(chars) + len(self.specials)
+        self.tokens = [char.encode() for char in chars]
+        self._ids = {char: id for id, char in enumerate(chars)}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], specials: Iterable[str]) -> "CharTokenizer":
+        """One id for each character in `texts`, and <|unk|> beside the other specials where there are any."""
+        specials = list(specials)
+        return cls("".join(sorted(set().union(*texts))), [*specials, UNKNOWN] if specials else [])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+        if UNKNOWN in self.specials:
+            return [self._ids.get(char, self.specials[UNKNOWN]) for char in text]
+        return [self._ids[char] for char in text if char in self._ids]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that `ids` stand for; specials stand for none."""
+        return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
+
+    def unknown(self, text: str) -> str:
+        """The characters of `text` that have no id, each once, in order."""
+        return "".join(dict.fromkeys(char for char in text if char not in self._ids))
+
+    def to_json(self) -> dict:
+        """All there is to it, as JSON."""
+        return {"kind": "char", "chars": self.chars, "specials": list(self.specials)}
+
+
+Tokenizer = BPETokenizer | CharTokenizer
+
+
+def from_json(saved: dict) -> Tokenizer:
+    """The tokenizer that `to_json` wrote; raises DataError when it is not one."""
+    try:
+        if saved["kind"] == "char":
+            return CharTokenizer(saved["chars"], saved["specials"])
+        tokens = [token.encode("latin-1") for token in saved["tokens"]]
+        return BPETokenizer(tokens, saved["specials"], saved["pattern"])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"tokenizer: is damaged ({type(e).__name__}: {e}); run prepare.py again") from None
+
+
+def style_token(style: str) -> str:
+    """The special token that stands at the head of a window written in `style`."""
+    return f"<|{style}|>"
+
+
+def styles(tokenizer: Tokenizer) -> dict[str, int]:
+    """The styles the tokenizer has a tag for: name -> id."""
+    return {name[2:-2]: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN)}
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for: (vocab_size,) int64, 0 for specials."""
+    lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    lengths[: len(tokenizer.tokens)] = [len(token) for token in tokenizer.tokens]
+    return lengths
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back the bytes of a character until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int], final: bool = False) -> str:
+        """The text that `ids` complete; `final` also gives what an unfinished character leaves (U+FFFD)."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids), final)
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """Cut `text` into pieces of at most PIECE_CHARS, where PATTERN would cut too if there is such a place."""
+    start = 0
+    while start < len(text):
+        stop = start + PIECE_CHARS
+        if stop < len(text):
+            cut = text.rfind("\n", start, stop)
+            while cut > start and text[cut + 1].isspace():  # PATTERN keeps line ends and blanks that meet together
+                cut = text.rfind("\n", start, cut)
+            stop = cut + 1 if cut > start else stop
+        yield text[start:stop]
+        start = stop

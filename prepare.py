@@ -1,0 +1,159 @@
+"""Turn books into token ids: a corpus in; train.bin, val.bin, test.bin (uint16) and meta.json out.
+
+python prepare.py data/robopoet
+python prepare.py --input='my/*.txt' --out=data/mine
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+import configurator
+from data import DataError, corpus, tokenizer
+from data.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
+
+FORMAT = 1  # of meta.json and the bins; a higher one makes earlier ones stale
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """The keys of prepare.py."""
+
+    corpus: str = ""  # folder that holds a corpus.yaml
+    input: tuple[str, ...] = ()  # instead of a corpus: your own text files, as paths or globs; repeatable
+    out: str = ""  # where the bins go (the corpus's own folder unless given)
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe (trained on this text), char, or gpt2 (GPT-2's table)
+    vocab_size: int = 6725  # ids in all, special tokens included (bpe only)
+    force: bool = False  # prepare even if nothing has changed
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        found = configurator.bounds(self, "vocab_size", 1, 65_536)  # ids are stored as uint16
+        if bool(self.corpus) == bool(self.input):
+            found.append("name either a corpus folder, as data/robopoet, or --input='my/*.txt'")
+        if self.input and not self.out:
+            found.append("out: is missing; say where the bins go, as --out=data/mine")
+        return found
+
+
+def main(cfg: PrepareConfig) -> None:
+    """Prepare the corpus, or do nothing if it is prepared already."""
+    # --- where the texts come from
+    manifest = corpus.manifest_of_files(cfg.input) if cfg.input else corpus.read_manifest(Path(cfg.corpus))
+    out = Path(cfg.out or cfg.corpus)
+    fingerprint = _fingerprint(cfg, manifest)
+    if not cfg.force and _is_prepared(out, fingerprint):
+        print(f"{out} is prepared already (--force does it again)")
+        return
+
+    # --- documents and splits
+    docs = list(tqdm(corpus.documents(manifest), desc="reading", unit=" works", delay=1, disable=None))
+    text_sha256 = corpus.text_sha256(docs)
+    if manifest.text_sha256 not in ("", text_sha256):
+        raise DataError(
+            f"{cfg.corpus}/corpus.yaml: text_sha256: the cleaned text's hash is {text_sha256}, not the one pinned; "
+            "if you changed the sources or the cleaning on purpose, pin the new one"
+        )
+    exact = all(source.clean == "none" for source in manifest.sources)
+    splits = corpus.split(docs, manifest.splits, exact)
+    if not splits["train"]:
+        raise DataError("the corpus leaves nothing to train on; add text")
+
+    # --- tokenizer: learns from the train split alone
+    styles = list(dict.fromkeys(doc.style for doc in docs)) if manifest.tags else []
+    specials = ([END] if len(docs) > 1 or styles else []) + [tokenizer.style_token(style) for style in styles]
+    tok: Tokenizer
+    if cfg.tokenizer == "bpe":
+        tok = BPETokenizer.train((text for _, text in splits["train"]), cfg.vocab_size, specials)
+    elif cfg.tokenizer == "char":
+        tok = CharTokenizer.train((doc.text for doc in docs), specials)
+    else:
+        tok = BPETokenizer.gpt2(specials)
+    if tok.vocab_size > 65_536:
+        raise DataError(f"the vocabulary has {tok.vocab_size} ids, must have at most 65,536; use --tokenizer=bpe")
+
+    # --- bins, then meta.json, each whole or not at all
+    meta = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "text_sha256": text_sha256,
+        "vocab_size": tok.vocab_size,
+        "styles": tokenizer.styles(tok) if styles else {},
+        "licences": {source.style: source.licence for source in manifest.sources},
+        "splits": {},
+        "tokenizer": tok.to_json(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)  # from here until the new one stands, the folder is not prepared
+    for name, parts in splits.items():
+        meta["splits"][name] = _write_bin(out / f"{name}.bin", parts, tok)
+    _write(out / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
+    _report(out, docs, meta)
+
+
+def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest) -> str:
+    """A hash of all that the result depends on: options, manifest, the user's files."""
+    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {manifest}".encode())
+    for source in manifest.sources:
+        if source.file:
+            for _, content in corpus.raw_texts(source, manifest.folder):
+                digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _is_prepared(out: Path, fingerprint: str) -> bool:
+    try:
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        sizes = {name: (out / f"{name}.bin").stat().st_size for name in corpus.SPLITS}
+        return meta["fingerprint"] == fingerprint and all(
+            sizes[name] == 2 * meta["splits"][name]["tokens"] for name in corpus.SPLITS
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_bin(path: Path, parts: list[tuple[corpus.Document, str]], tok: Tokenizer) -> dict:
+    """Write the parts of one split, parted by <|endoftext|>; returns its entry in meta.json."""
+    end = [tok.specials[END]] if END in tok.specials else []
+    ids, spans, start = [], [], 0
+    for doc, text in tqdm(parts, desc=f"encoding {path.stem}", unit=" works", delay=1, disable=None, leave=False):
+        piece = np.array(tok.encode(text) + end, dtype="<u2")
+        ids.append(piece)
+        spans.append({"name": doc.name, "style": doc.style, "start": start, "stop": start + len(piece)})
+        start += len(piece)
+    _write(path, b"".join(piece.tobytes() for piece in ids))
+    texts = [text for _, text in parts]
+    characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+    return {"tokens": start, "characters": characters, "bytes": size, "documents": spans}
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _report(out: Path, docs: list[corpus.Document], meta: dict) -> None:
+    kept, raw = sum(corpus.count_letters(doc.text) for doc in docs), sum(doc.raw_letters for doc in docs)
+    print(f"{out}: {len(docs)} works, vocabulary {meta['vocab_size']:,}, styles: {', '.join(meta['styles']) or 'none'}")
+    print(f"cleaning kept {kept / max(raw, 1):.2%} of the letters, removed {raw - kept:,}")
+    print(f"{'split':>8} {'works':>6} {'characters':>12} {'tokens':>12} {'chars/token':>12} {'bytes/token':>12}")
+    for name, entry in meta["splits"].items():
+        tokens = max(entry["tokens"], 1)
+        print(
+            f"{name:>8} {len(entry['documents']):>6,} {entry['characters']:>12,} {entry['tokens']:>12,} "
+            f"{entry['characters'] / tokens:>12.2f} {entry['bytes'] / tokens:>12.2f}"
+        )
+
+
+if __name__ == "__main__":
+    configurator.launch(main, PrepareConfig, DataError, positional="corpus")
