@@ -1,0 +1,294 @@
+"""GPT-2's architecture in plain PyTorch: the model, its loss, its optimizers, and how it writes.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have nanoGPT's names and shapes.
+B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_size.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; `gelu` is "none" (exact, as in nanoGPT) or "tanh" (GPT-2's), in F.gelu's words."""
+
+    block_size: int = 128
+    vocab_size: int = 6725
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 256
+    dropout: float = 0.0
+    bias: bool = True
+    gelu: str = "none"
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation whose bias is optional (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class KVCache:
+    """The keys and values of a window for every layer, preallocated by whoever writes; `pos` says how many are in.
+
+    keys, values: (n_layer, B, nh, block_size, hs). pos: int64 scalar tensor.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = torch.zeros((), device=device, dtype=torch.long)
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v (B, nh, T, hs) at positions `at` (T,); returns all that `layer` has, unused places too."""
+        self.keys[layer].index_copy_(2, at, k)
+        self.values[layer].index_copy_(2, at, v)
+        return self.keys[layer], self.values[layer]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, x continues it at positions `at`."""
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, at)
+            seen = torch.arange(k.shape[2], device=x.device) <= at[:, None]  # (T, block_size)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        elif x.device.type == "cpu" and T <= 256:  # short rows: the flash kernel's backward is slower there
+            y = plain_attention(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+    """softmax(q k' / sqrt(hs)) v with a causal mask, step by step; q, k, v: (B, nh, T, hs) -> (B, nh, T, hs)."""
+    T, hs = q.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    att = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
+    att = F.softmax(att.masked_fill(future, -math.inf), dim=-1)
+    return F.dropout(att, dropout, training=dropout > 0) @ v
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between them, with a GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.attn(self.ln_1(x), cache, at)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 with tied embeddings (Press and Wolf 2017, arXiv:1608.05859)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+                "ln_f": LayerNorm(config),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's: normal with std 0.02, and 0.02 / sqrt(2 n_layer) where a layer adds to the residual stream."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, CausalSelfAttention | MLP):  # visited after its children
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits, and the loss where there are targets.
+
+        idx: (B, T) int64 token ids, T <= block_size; they continue a cache. targets: (B, T) int64, -1 to ignore.
+        Returns (B, T, V) logits and the cross-entropy in nats per token (reduction "mean": scalar; "none": (B, T), 0
+        where ignored), or without targets the last token's logits (B, 1, V) and None.
+        """
+        at = torch.arange(idx.shape[1], device=idx.device)
+        if cache is not None:
+            at = at + cache.pos
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(at))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache, at)
+        if cache is not None:
+            cache.pos += idx.shape[1]
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return logits, losses.view(targets.shape) if reduction == "none" else losses
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # size and cost
+
+    def num_params(self) -> int:
+        """Parameters in all, position embeddings included, the tied matrix once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """FLOPs of a training step per token (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        c = self.config
+        matmul_params = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * matmul_params + 12 * c.n_layer * c.n_embd * c.block_size
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # optimizers
+
+    def configure_optimizers(
+        self,
+        kind: str,
+        learning_rate: float,
+        muon_learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ) -> list[torch.optim.Optimizer]:
+        """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest; every parameter is in one group.
+
+        kind: "adamw" or "muon". Matrices and embeddings decay, vectors don't. Each group keeps its rate as "peak_lr".
+        Loshchilov and Hutter 2019, arXiv:1711.05101; Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+        """
+        hidden = {id(p) for p in self.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
+        adamw = [p for p in self.parameters() if id(p) not in hidden]
+        groups = [
+            {"params": [p for p in adamw if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in adamw if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = next(self.parameters()).device.type in ("cpu", "cuda")
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, learning_rate, betas, fused=fused)]
+        if hidden:
+            matrices = [p for p in self.parameters() if id(p) in hidden]
+            optimizers.append(torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+        return optimizers
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # writing
+
+    def window_start(self, n: int) -> int:
+        """Where the window of a text of n tokens begins: 0 while it fits, then on in steps of half a block.
+
+        Learned positions tie a cached key to its place, so when this changes the window is read anew.
+        """
+        T = self.config.block_size
+        step = max(T // 2, 1)
+        return 0 if n <= T else math.ceil((n - T) / step) * step
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tag: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Continue `idx`, yielding the next id of each row (B,) int64 as it is chosen; the first step fills a KV cache.
+
+        idx: (B, n) int64, n >= 1. choose(logits (B, V) float, text (B, n) int64) -> (B,) int64. tag: an id that stands
+        first in every window, as in training.
+        """
+        B, n = idx.shape
+        text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+        cache = KVCache(self.config, B, idx.device, self.lm_head.weight.dtype)
+        start = None
+        for end in range(n, n + max_new_tokens):
+            if (new_start := self.window_start(end)) != start:
+                start = new_start
+                cache.pos.zero_()
+                logits, _ = self(self._window(text[:, start:end], tag), cache=cache)
+            else:
+                logits, _ = self(text[:, end - 1 : end], cache=cache)
+            text[:, end] = choose(
+                logits[:, -1].float() if logits.dtype != torch.float64 else logits[:, -1], text[:, :end]
+            )
+            yield text[:, end]
+
+    @torch.inference_mode()
+    def generate_naive(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tag: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """What `generate` must equal: the whole window is read again for every token."""
+        for _ in range(max_new_tokens):
+            window = idx[:, self.window_start(idx.shape[1]) :]
+            logits, _ = self(self._window(window, tag))
+            chosen = choose(logits[:, -1], idx)
+            idx = torch.cat([idx, chosen[:, None]], dim=1)
+            yield chosen
+
+    @staticmethod
+    def _window(window: torch.Tensor, tag: int | None) -> torch.Tensor:
+        if tag is None:
+            return window
+        return torch.cat([torch.full_like(window[:, :1], tag), window[:, 1:]], dim=1)

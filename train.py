@@ -1,0 +1,547 @@
+"""Train a GPT, in one process or many; or evaluate a checkpoint.
+
+python train.py config/demo.yaml --max_iters=500
+torchrun --standalone --nproc_per_node=2 train.py config/robopoet.yaml
+python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/demo/best.pt
+"""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine, bounds
+from data import DataError, tokenizer
+from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The keys of train.py; those that nanoGPT has too are called as there."""
+
+    # the run
+    out_dir: str = "out"  # where checkpoints and metrics.jsonl go
+    init_from: str = (
+        "scratch"  # scratch, resume (from out_dir), auto (resume if there is something to), or a checkpoint
+    )
+    eval_only: bool = False  # evaluate `split` and stop
+    split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
+    seed: int = 1337  # of initialisation, order of windows, and dropout
+    # data
+    dataset: str = "robopoet"  # a folder that prepare.py filled, or its name under data/
+    batch_size: int = 32  # rows of a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks
+    block_size: int = 128  # tokens of a row
+    tag_prob: float = 0.9  # share of rows that begin with their style's tag
+    # model
+    n_layer: int = 6  # blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 256  # width
+    dropout: float = 0.1  # probability, after embeddings, attention and MLP
+    bias: bool = True  # biases in Linear and LayerNorm
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon (on the blocks' matrices; AdamW on the rest) or adamw
+    learning_rate: float = 3e-3  # AdamW's peak
+    muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
+    weight_decay: float = 0.1  # of matrices and embeddings, decoupled
+    beta1: float = 0.9  # AdamW's first moment
+    beta2: float = 0.95  # AdamW's second moment
+    grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
+    # schedule
+    max_iters: int = 600  # optimizer steps in all
+    epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
+    decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
+    warmup_iters: int = 20  # steps of linear warmup
+    lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
+    min_lr: float = 0.0  # learning rate from there on
+    # evaluation and logs
+    eval_interval: int = 200  # steps between evaluations, each of which saves
+    eval_iters: int = 0  # batches of an evaluation (0: the whole split)
+    patience: int = 0  # evaluations without a better val loss before stopping (0: never)
+    log_interval: int = 10  # steps between status lines
+    tensorboard: bool = False  # write events to out_dir
+    wandb: Literal["off", "online", "offline"] = "off"  # Weights & Biases
+    wandb_project: str = "robopoet"  # its project
+    wandb_run_name: str = ""  # its name for this run (out_dir's unless given)
+    # machine
+    device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of matrix products; auto: what the device does best
+    )
+    compile: bool = True  # torch.compile the model
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
+        found += bounds(self, "max_iters eval_interval log_interval", 1)
+        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
+        found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
+        found += bounds(self, "learning_rate muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            found.append(f"n_embd: found {self.n_embd}, must be divisible by n_head, {self.n_head}")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.learning_rate}")
+        if self.eval_only and self.init_from == "scratch":
+            found.append("init_from: found scratch, but eval_only needs a checkpoint: --init_from=out/demo/best.pt")
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parts; bench times these very functions
+
+
+def find_dataset(name: str) -> Path:
+    """The folder of bins called `name`: a path, or a folder under data/."""
+    return Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
+
+
+def micro_batches(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
+    """How many micro-batches a step has on each rank, and their rows; raises ConfigError if the ranks can't share."""
+    rows = cfg.gradient_accumulation_steps * cfg.batch_size
+    if rows % machine.world_size:
+        raise ConfigError(
+            f"batch_size: {cfg.gradient_accumulation_steps} x {cfg.batch_size} = {rows} rows a step can't be shared "
+            f"equally by {machine.world_size} ranks; choose a multiple"
+        )
+    share = rows // machine.world_size
+    count = math.ceil(share / cfg.batch_size)
+    while share % count:  # equal micro-batches of at most batch_size rows
+        count += 1
+    return count, share // count
+
+
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """The share of its peak that a learning rate has at `step`: linear warmup, then half a cosine down to min_lr."""
+    floor = cfg.min_lr / cfg.learning_rate
+    last = cfg.lr_decay_iters or cfg.max_iters
+    if step < cfg.warmup_iters:
+        return (step + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr:
+        return 1.0
+    if step >= last:
+        return floor
+    progress = (step - cfg.warmup_iters) / (last - cfg.warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def dropout_seed(*place: int) -> int:
+    """A seed of its own for each (seed, step, micro-batch, rank), so that no random state needs saving."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
+@dataclass
+class State:
+    """What a step works on. `forward` is `model`, compiled and wrapped as the run wants it."""
+
+    model: GPT
+    forward: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+
+
+def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
+    """Move `model` to the device, compile and wrap it, and make its optimizers."""
+    model.to(machine.device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizers = model.configure_optimizers(
+        cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas
+    )
+    forward: torch.nn.Module = model
+    if cfg.compile and (reason := configurator.why_no_compile()):
+        configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
+    elif cfg.compile:
+        forward = torch.compile(model)
+    if machine.world_size > 1:
+        forward = DistributedDataParallel(forward)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
+    return State(model, forward, optimizers, scaler)
+
+
+def train_step(
+    state: State, windows: TrainWindows, cfg: TrainConfig, machine: Machine, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
+
+    Both are scalars on the device: reading them waits for it. Gradients are synchronised once, in the last micro-batch.
+    """
+    state.forward.train()
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_at(step, cfg)
+    count, rows = micro_batches(cfg, machine)
+    first = step * cfg.gradient_accumulation_steps * cfg.batch_size + machine.rank * count * rows
+    total = torch.zeros((), device=machine.device)
+    for micro in range(count):
+        inputs, targets = windows.batch(first + micro * rows, rows, machine.device)
+        torch.manual_seed(dropout_seed(cfg.seed, step, micro, machine.rank))
+        if machine.world_size > 1:
+            state.forward.require_backward_grad_sync = micro == count - 1
+        with machine.autocast():
+            _, loss = state.forward(inputs, targets)
+        state.scaler.scale(loss / count).backward()
+        total += loss.detach() / count
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    state.scaler.update()
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig, machine: Machine) -> dict[str, Any]:
+    """Loss (nats/token), its standard error, perplexity and bits per byte over a split, and the loss of each style.
+
+    The whole split in order, or its first eval_iters batches; shared among ranks and summed in float64. The standard
+    error is that of the mean over windows.
+    """
+    start = time.perf_counter()
+    model.eval()
+    names = list(dict.fromkeys(split.styles))
+    style_of = torch.tensor([names.index(style) for style in split.styles], device=machine.device)
+    lengths = torch.from_numpy(token_bytes).to(machine.device)
+    # per style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
+    sums = torch.zeros(6, len(names), dtype=torch.float64, device=machine.device)
+    batches = eval_batches(
+        split, cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
+    )
+    for inputs, targets, document in batches:
+        with machine.autocast():
+            _, losses = model(inputs, targets, reduction="none")
+        counted = targets >= 0
+        nats, count = losses.double().sum(1), counted.sum(1).double()
+        size = (lengths[targets.clamp(min=0)] * counted).sum(1).double()
+        per_row = torch.stack([nats, count, size, torch.ones_like(nats), nats / count, (nats / count) ** 2])
+        sums.index_add_(1, style_of[torch.from_numpy(document).to(machine.device)], per_row)
+    sums = machine.all_reduce(sums).cpu()
+    nats, count, size, n, mean, square = sums.sum(1).tolist()
+    return {
+        "loss": nats / count,
+        "loss_se": math.sqrt(max(square / n - (mean / n) ** 2, 0.0) / n),
+        "ppl": math.exp(min(nats / count, 700)),
+        "bpb": nats / math.log(2) / size,
+        "loss_by_style": {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(names) if sums[1, i]},
+        "tokens": int(count),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+
+class Log:
+    """metrics.jsonl always; TensorBoard and wandb when asked for, whose failures never stop training."""
+
+    def __init__(self, cfg: TrainConfig, machine: Machine):
+        self.active = machine.is_main
+        self._sinks: dict[str, Any] = {}
+        if not self.active:
+            return
+        self._file = open(Path(cfg.out_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if cfg.tensorboard:
+            self._guard("TensorBoard", lambda: self._sinks.update({"TensorBoard": self._open_tensorboard(cfg)}))
+        if cfg.wandb != "off":
+            self._guard("wandb", lambda: self._sinks.update({"wandb": self._open_wandb(cfg)}))
+
+    @staticmethod
+    def _open_tensorboard(cfg: TrainConfig) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(cfg.out_dir)
+
+    @staticmethod
+    def _open_wandb(cfg: TrainConfig) -> Any:
+        import wandb
+
+        name = cfg.wandb_run_name or Path(cfg.out_dir).name
+        return wandb.init(
+            project=cfg.wandb_project, name=name, dir=cfg.out_dir, mode=cfg.wandb, config=dataclasses.asdict(cfg)
+        )
+
+    def _guard(self, name: str, action: Any) -> None:
+        try:
+            action()
+        except Exception as e:  # a logger's failure, whatever it is, must not stop training
+            self._sinks.pop(name, None)
+            configurator.warn(f"{name} failed and is left out from here on: {e}")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, a line of JSON, and give its numbers to the other loggers."""
+        if not self.active:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        where = record["split"] if record["kind"] == "eval" else "train"
+        flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
+        numbers = {f"{where}/{key}": value for key, value in flat.items() if isinstance(value, int | float)}
+        if board := self._sinks.get("TensorBoard"):
+            self._guard(
+                "TensorBoard", lambda: [board.add_scalar(key, value, record["iter"]) for key, value in numbers.items()]
+            )
+        if run := self._sinks.get("wandb"):
+            self._guard("wandb", lambda: run.log(numbers | {"iter": record["iter"]}))
+
+    def close(self) -> None:
+        """Flush and close all."""
+        if self.active:
+            self._file.close()
+        if board := self._sinks.get("TensorBoard"):
+            self._guard("TensorBoard", board.close)
+        if run := self._sinks.get("wandb"):
+            self._guard("wandb", run.finish)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it beside weights and optimizers. seconds: of training alone."""
+
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    bad_evals: int = 0
+    seconds: float = 0.0
+
+
+class Meter:
+    """Times the steps between two status lines, evaluation and saving left out."""
+
+    def __init__(self, cfg: TrainConfig, machine: Machine, model: GPT):
+        self.cfg, self.machine = cfg, machine
+        self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        self.flops_per_step = model.flops_per_token() * self.tokens_per_step
+        self.peak_flops = machine.matmul_flops() * machine.world_size
+        self.compile_s: float | None = None
+        self.steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new lap."""
+        self.machine.synchronize()
+        self.steps, self.since = 0, time.perf_counter()
+
+    def lap(self, progress: Progress, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, Any]:
+        """The record of the steps since the last lap; adds their time to `progress`."""
+        mean_loss = self.machine.all_reduce(loss).item() / self.machine.world_size  # waits for the device
+        elapsed_s = time.perf_counter() - self.since
+        progress.seconds += elapsed_s
+        if self.compile_s is None:  # the first lap is one step, which compiles
+            self.compile_s = elapsed_s
+        dt_s = elapsed_s / self.steps
+        record = {
+            "kind": "train",
+            "iter": progress.iter_num,
+            "loss": mean_loss,
+            "lr": self.cfg.learning_rate * lr_at(progress.iter_num - 1, self.cfg),
+            "grad_norm": norm.item(),
+            "dt_ms": 1000 * dt_s,
+            "tok_per_sec": self.tokens_per_step / dt_s,
+            "mfu": self.flops_per_step / dt_s / self.peak_flops,
+            "tokens": progress.iter_num * self.tokens_per_step,
+            "seconds": progress.seconds,
+            "compile_s": self.compile_s,
+            "peak_mem_mb": self.machine.peak_mem_mb(),
+        }
+        self.restart()
+        return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starting, going on, saving
+
+
+def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
+    """The checkpoint that init_from names, its path, and whether the run goes on from there or only starts there."""
+    out = Path(cfg.out_dir)
+    latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
+    if cfg.init_from == "scratch" or (cfg.init_from == "auto" and not latest.exists() and not previous.exists()):
+        return None, latest, False
+    if cfg.init_from not in ("resume", "auto"):
+        return checkpoint.load(Path(cfg.init_from)), Path(cfg.init_from), False
+    try:
+        return checkpoint.load(latest), latest, True
+    except CheckpointError as e:
+        if cfg.init_from == "resume" or not previous.exists():
+            raise
+        configurator.warn(f"{e}; going on from {previous}")
+        return checkpoint.load(previous), previous, True
+
+
+def fit_config(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: dict) -> TrainConfig:
+    """`cfg` with the checkpoint's shape; raises CheckpointError if data or, on resuming, model or optimizer differ."""
+    shape = {key: start["model_args"][key] for key in checkpoint.NANOGPT_ARGS if key not in ("vocab_size", "dropout")}
+    problems = []
+    if start.get("tokenizer") != meta["tokenizer"]:
+        problems.append("its tokenizer is not the dataset's; name the dataset it was trained on, or prepare that again")
+    if resumes:
+        if start.get("text_sha256") != meta["text_sha256"]:
+            problems.append(
+                "it was trained on another text than the dataset's; --init_from=PATH starts a new run from it"
+            )
+        for key, saved in {**shape, "optimizer": start["config"]["optimizer"]}.items():
+            if saved != getattr(cfg, key):
+                problems.append(f"{key}: the checkpoint has {saved}, the config {getattr(cfg, key)}")
+    if problems:
+        raise CheckpointError(f"{path}: " + "\n  ".join(problems))
+    return dataclasses.replace(cfg, **shape)
+
+
+def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
+    """Put optimizers and scaler back where they were; returns how far the run had come."""
+    try:
+        for optimizer, saved in zip(state.optimizers, start["optimizer_states"], strict=True):
+            optimizer.load_state_dict(saved)
+        state.scaler.load_state_dict(start["scaler"])
+        return Progress(**{field.name: start[field.name] for field in dataclasses.fields(Progress)})
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"{path}: holds no run to go on with ({e}); use --init_from={path}") from None
+
+
+def save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict) -> None:
+    """Write ckpt.pt, keeping the one before as ckpt.prev.pt, and best.pt if this is the best model so far."""
+    content = {
+        **checkpoint.model_entries(state.model),
+        **dataclasses.asdict(progress),
+        "config": dataclasses.asdict(cfg),
+        "tokenizer": meta["tokenizer"],
+        "text_sha256": meta["text_sha256"],
+    }
+    if is_best:
+        checkpoint.save(out / "best.pt", content)
+    content["optimizer_states"] = [optimizer.state_dict() for optimizer in state.optimizers]
+    content["optimizer"] = content["optimizer_states"][0]  # AdamW's, where nanoGPT looks for it
+    content["scaler"] = state.scaler.state_dict()
+    checkpoint.save(out / "ckpt.pt", content, keep=out / "ckpt.prev.pt")
+
+
+def prepare_out_dir(out_dir: str) -> Path:
+    """Make `out_dir` and see that a file can be written there; raises ConfigError if not."""
+    out = Path(out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise ConfigError(f"out_dir: {out_dir} can't be written ({e.strerror}); choose another") from None
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def main(cfg: TrainConfig) -> None:
+    """Train, or evaluate a checkpoint, as `cfg` says."""
+    # --- machine
+    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend)
+    micro_batches(cfg, machine)
+    say = tqdm.write if machine.is_main else lambda line: None
+    out = Path(cfg.out_dir) if cfg.eval_only else prepare_out_dir(cfg.out_dir)
+
+    # --- data and model
+    folder = find_dataset(cfg.dataset)
+    meta = read_meta(folder)
+    start, start_path, resumes = load_start(cfg)
+    if start:
+        cfg = fit_config(start, start_path, resumes, cfg, meta)
+    val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    torch.manual_seed(cfg.seed)
+    if start:
+        model = checkpoint.build_model(start, start_path, cfg.dropout)
+    else:
+        shape = {key: getattr(cfg, key) for key in checkpoint.NANOGPT_ARGS if key != "vocab_size"}
+        model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
+    say(f"{machine.device}, {str(machine.dtype)[6:]}, ranks: {machine.world_size}, parameters: {model.num_params():,}")
+    if cfg.eval_only:
+        result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
+        say(f"{start_path} on {val.path}: {describe(result)}")
+        return close(machine)
+
+    # --- schedule and optimizer
+    train = open_split(folder, "train", meta, cfg.block_size, machine.device)
+    windows = TrainWindows(train, cfg.block_size, cfg.seed, cfg.tag_prob)
+    if cfg.epochs:
+        rows = cfg.gradient_accumulation_steps * cfg.batch_size
+        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / rows))
+    if cfg.warmup_iters > (last := cfg.lr_decay_iters or cfg.max_iters):
+        raise ConfigError(f"warmup_iters: found {cfg.warmup_iters}, must be at most {last}, the last step of the decay")
+    state = build_state(cfg, machine, model)
+
+    # --- resume
+    progress = restore(start, start_path, state) if resumes else Progress()
+    if resumes:
+        say(f"going on from {start_path}, step {progress.iter_num}")
+    del start
+
+    # --- loop
+    log, meter = Log(cfg, machine), Meter(cfg, machine, model)
+    bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
+    while progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience):
+        loss, norm = train_step(state, windows, cfg, machine, progress.iter_num)
+        progress.iter_num += 1
+        meter.steps += 1
+        bar.update()
+        evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
+        if evaluates or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0:
+            record = meter.lap(progress, loss, norm)
+            log.write(record)
+            say(status(record, cfg))
+        if evaluates:
+            result = evaluate(model, val, token_bytes, cfg, machine)
+            log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
+            say(f"step {progress.iter_num:>6}  val {describe(result)}")
+            is_best = result["loss"] < progress.best_val_loss
+            progress.best_val_loss = min(result["loss"], progress.best_val_loss)
+            progress.bad_evals = 0 if is_best else progress.bad_evals + 1
+            if machine.is_main:
+                save(out, state, progress, is_best, cfg, meta)
+            meter.restart()
+    bar.close()
+    log.close()
+    say(f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training: {out / 'best.pt'}")
+    close(machine)
+
+
+def status(record: dict[str, Any], cfg: TrainConfig) -> str:
+    """A training record in one line."""
+    eta_s = record["dt_ms"] / 1000 * (cfg.max_iters - record["iter"])
+    return (
+        f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
+    )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
+    return (
+        f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
+        f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
+    )
+
+
+def close(machine: Machine) -> None:
+    """Leave the process group together: a rank that goes first can abort the others."""
+    if machine.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configurator.launch(main, TrainConfig, DataError, CheckpointError)
