@@ -115,6 +115,17 @@ def _convert(kind: Any, value: Any) -> Any:
     return value
 
 
+def change(cfg: Any, key: str, text: str) -> Any:
+    """A copy of `cfg` in which `key` has the value that `text` stands for; raises ConfigError when it can't have it."""
+    try:
+        changed = dataclasses.replace(cfg, **{key: _convert(get_type_hints(type(cfg))[key], text)})
+    except ValueError as e:
+        raise ConfigError(f"{key}: {e}") from None
+    if problems := changed.problems():
+        raise ConfigError("\n".join(problems))
+    return changed
+
+
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
     """Read a YAML mapping with every scalar left as text (BaseLoader builds no object); appends to `problems`."""
     try:

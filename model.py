@@ -13,6 +13,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
+# Picks the next token of each row: (logits (B, V), the text so far (B, n) int64) -> ids (B,) int64.
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT; `gelu` is "none" (exact, as in nanoGPT) or "tanh" (GPT-2's), in F.gelu's words."""
@@ -244,16 +248,11 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        tag: int | None = None,
+        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tag: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Continue `idx`, yielding the next id of each row (B,) int64 as it is chosen; the first step fills a KV cache.
 
-        idx: (B, n) int64, n >= 1. choose(logits (B, V) float, text (B, n) int64) -> (B,) int64. tag: an id that stands
-        first in every window, as in training.
+        idx: (B, n) int64, n >= 1. tag: an id that stands first in every window, as in training.
         """
         B, n = idx.shape
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
@@ -273,11 +272,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate_naive(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        tag: int | None = None,
+        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tag: int | None = None
     ) -> Iterator[torch.Tensor]:
         """What `generate` must equal: the whole window is read again for every token."""
         for _ in range(max_new_tokens):

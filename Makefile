@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: poem test clean
+
+poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml, write a passage
+	$(BIN)/python prepare.py data/robopoet
+	$(BIN)/python train.py config/demo.yaml --init_from=auto
+	$(BIN)/python sample.py --checkpoint=out/demo/best.pt --style=shakespeare --prompt='JULIET\n'
+
+test: .venv/installed-dev  ## lint, then the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+clean:  ## forget everything that can be made again
+	rm -rf .venv out wandb data/*/raw data/*/*.bin data/*/meta.json
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
