@@ -223,17 +223,20 @@ class Machine:
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def matmul_flops(self) -> float:
-        """The best FLOP/s seen over a few square matrix products in `dtype`: what MFU is a share of."""
-        n = 8192 if self.device.type == "cuda" else 1024
-        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
-        best_s = math.inf
-        for _ in range(12):
-            self.synchronize()
-            start = time.perf_counter()
-            a @ b
-            self.synchronize()
-            best_s = min(best_s, time.perf_counter() - start)
-        return 2 * n**3 / best_s
+        """The best FLOP/s seen over square matrix products in `dtype`, ever larger ones: what MFU is a share of."""
+        best = 0.0
+        for n in (256, 512, 1024, 2048, 4096, 8192):
+            a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+            for _ in range(5):
+                self.synchronize()
+                start = time.perf_counter()
+                a @ b
+                self.synchronize()
+                elapsed_s = time.perf_counter() - start
+                best = max(best, 2 * n**3 / elapsed_s)
+            if elapsed_s > 2e-3:
+                break
+        return best
 
 
 def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:

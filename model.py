@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-
 # Picks the next token of each row: (logits (B, V), the text so far (B, n) int64) -> ids (B,) int64.
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -186,7 +185,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction=reduction)
         return logits, losses.view(targets.shape) if reduction == "none" else losses
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""A small corpus of two styles, prepared once, and a small config that trains on it in seconds."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare
+from train import TrainConfig
+
+torch.set_num_threads(1)  # the suite runs one process a core
+
+WORDS = "the rabbit queen king heart crown rose night love and of to said went home again never more".split()
+
+
+def make_book(seed: int, n_paragraphs: int) -> str:
+    """Paragraphs of random words: enough structure to learn from, none of it anyone's."""
+    rng = random.Random(seed)
+    lines = [" ".join(rng.choices(WORDS, k=9)).capitalize() + "." for _ in range(3 * n_paragraphs)]
+    return "\n\n".join("\n".join(lines[i : i + 3]) for i in range(0, len(lines), 3)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def books(tmp_path_factory) -> Path:
+    """A folder of bins: two books, so two styles, with a character tokenizer."""
+    folder = tmp_path_factory.mktemp("books")
+    (folder / "alpha.txt").write_text(make_book(1, 60))
+    (folder / "beta.txt").write_text(make_book(2, 40).upper())
+    prepare.main(prepare.PrepareConfig(input=(str(folder / "*.txt"),), out=str(folder / "bins"), tokenizer="char"))
+    return folder / "bins"
+
+
+@pytest.fixture
+def small(books: Path, tmp_path: Path) -> dict:
+    """Keys of a TrainConfig that trains a small model on `books`, on the CPU in float32."""
+    return {
+        "dataset": str(books),
+        "out_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": False,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 32,
+        "batch_size": 8,
+        "dropout": 0.0,
+        "warmup_iters": 2,
+        "max_iters": 6,
+        "eval_interval": 3,
+        "log_interval": 1,
+    }
+
+
+@pytest.fixture
+def small_config(small: dict) -> TrainConfig:
+    """That config."""
+    return TrainConfig(**small)

@@ -1,0 +1,269 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig, KVCache, plain_attention
+
+SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+
+
+def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, scale: float = 4.0) -> GPT:
+    """A model in eval mode with weights large enough that every part of it matters."""
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale).add_(torch.randn_like(p), alpha=0.02)
+    return model
+
+
+def ids(*shape: int, vocab_size: int = SMALL.vocab_size, seed: int = 1) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def forward_by_hand(model: GPT, idx: np.ndarray) -> np.ndarray:
+    """GPT-2 on one sequence in float64 with loops over heads and positions: (T,) -> (T, V)."""
+    w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+    c = model.config
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w.get(
+            name + ".bias", 0
+        )
+
+    def gelu(x):
+        if c.gelu == "none":
+            return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][: len(idx)]
+    size = c.n_embd // c.n_head
+    for layer in range(c.n_layer):
+        at = f"transformer.h.{layer}."
+        qkv = linear(norm(x, at + "ln_1"), at + "attn.c_attn")
+        out = np.zeros_like(x)
+        for head in range(c.n_head):
+            q, k, v = (qkv[:, part * c.n_embd + head * size :][:, :size] for part in range(3))
+            for t in range(len(idx)):
+                scores = np.array([q[t] @ k[s] for s in range(t + 1)]) / math.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                out[t, head * size : (head + 1) * size] = (weights / weights.sum()) @ v[: t + 1]
+        x = x + linear(out, at + "attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, at + "ln_2"), at + "mlp.c_fc")), at + "mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_forward_equals_a_float64_reimplementation(bias, gelu):
+    model = make(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32, bias=bias, gelu=gelu))
+    idx = ids(3, 16)
+    logits, _ = model(idx, targets=idx)
+    for row in range(3):
+        np.testing.assert_allclose(logits[row].detach().numpy(), forward_by_hand(model, idx[row].numpy()), atol=1e-9)
+
+
+def test_loss_is_the_mean_negative_log_probability_of_counted_targets():
+    model = make()
+    idx, targets = ids(2, 16), ids(2, 16, seed=2)
+    targets[0, 5:] = -1
+    logits, loss = model(idx, targets)
+    probs = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    expected = torch.zeros(2, 16, dtype=torch.float64)
+    for b in range(2):
+        for t in range(16):
+            if targets[b, t] >= 0:
+                expected[b, t] = -torch.log(probs[b, t, targets[b, t]])
+    _, losses = model(idx, targets, reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(loss, expected.sum() / 21, atol=1e-12, rtol=0)
+
+
+def test_a_token_changes_no_logit_before_it():
+    model = make()
+    idx = ids(1, 16)
+    before, _ = model(idx, targets=idx)
+    for t in range(16):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % SMALL.vocab_size
+        after, _ = model(changed, targets=idx)
+        assert torch.equal(after[0, :t], before[0, :t])
+        assert not torch.equal(after[0, t], before[0, t])
+
+
+@pytest.mark.parametrize("T", [1, 7, 64])
+def test_flash_attention_equals_plain_attention_with_gradients(T):
+    q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    flash = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    plain = plain_attention(q, k, v)
+    torch.testing.assert_close(flash, plain, atol=1e-12, rtol=0)
+    weight = torch.randn_like(flash)
+    for a, b in zip(torch.autograd.grad((flash * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((plain * weight).sum(), (q, k, v)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_long_rows_take_flash_and_agree_with_the_hand_written_forward():
+    config = GPTConfig(block_size=300, vocab_size=61, n_layer=1, n_head=2, n_embd=16)
+    model, idx = make(config), ids(1, 300)
+    logits, _ = model(idx, targets=idx)
+    np.testing.assert_allclose(logits[0].detach().numpy(), forward_by_hand(model, idx[0].numpy()), atol=1e-9)
+
+
+def test_dropout_acts_in_training_only():
+    model = make(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32, dropout=0.5))
+    idx = ids(1, 16)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# --- size, names, initialisation
+
+
+def test_reference_model_has_exactly_6493440_parameters():
+    assert GPT(GPTConfig()).num_params() == 6_493_440
+
+
+def test_state_dict_has_nanogpt_names_and_shapes():
+    C, V, T = 32, 61, 16
+    block = {
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,),
+    }  # fmt: skip
+    expected = {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in block.items()} | {
+        "transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C), "lm_head.weight": (V, C),
+        "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,),
+    }  # fmt: skip
+    model = GPT(SMALL)
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == expected
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig())
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            assert torch.all(p == ("ln" in name and name.endswith("weight")))
+        else:
+            expected = 0.02 / math.sqrt(12) if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.03, name
+            assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel())
+
+
+def test_flops_per_token_agrees_with_counting_the_matrix_products():
+    model = GPT(GPTConfig(vocab_size=1000))
+    idx = ids(2, 128, vocab_size=1000)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, targets=idx)[1].backward()
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(), rel=0.01)
+
+
+# --- optimizers
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
+    model = GPT(SMALL)
+    optimizers = model.configure_optimizers(kind, 1e-3, 0.02, 0.1, (0.9, 0.95))
+    groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
+    held = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for _, group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
+    in_muon = {id(p) for name, group in groups if name == "Muon" for p in group["params"]}
+    blocks_matrices = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    assert in_muon == (blocks_matrices if kind == "muon" else set())
+
+
+# --- writing
+
+
+def greedy(logits, text):
+    return logits.argmax(-1)
+
+
+def seeded(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits, text):
+        return torch.multinomial(logits.double().softmax(-1), 1, generator=generator)[:, 0]
+
+    return choose
+
+
+@pytest.mark.parametrize("tag", [None, 60])
+@pytest.mark.parametrize("n_prompt", [1, 10, 16, 40])
+def test_cached_writing_equals_naive_below_and_beyond_the_block(n_prompt, tag):
+    model, prompt = make(), ids(3, n_prompt)
+    for choose in (lambda: greedy, lambda: seeded(5)):
+        cached = torch.stack(list(model.generate(prompt, 60, choose(), tag)))
+        naive = torch.stack(list(model.generate_naive(prompt, 60, choose(), tag)))
+        assert torch.equal(cached, naive)
+        assert len(set(cached[:, 0].tolist())) > 3  # the test would be idle if it wrote one word for ever
+
+
+def test_cached_logits_are_within_1e_4_of_naive_in_float32():
+    model, prompt = make(dtype=torch.float32, scale=2.0), ids(2, 5)
+    seen: list[list[torch.Tensor]] = [[], []]
+
+    def recorder(log):
+        def choose(logits, text):
+            log.append(logits.clone())
+            return (text.sum(1) * 7 + text.shape[1]) % SMALL.vocab_size  # the same text on both paths
+
+        return choose
+
+    list(model.generate(prompt, 50, recorder(seen[0])))
+    list(model.generate_naive(prompt, 50, recorder(seen[1])))
+    for cached, naive in zip(*seen, strict=True):
+        torch.testing.assert_close(cached, naive, atol=1e-4, rtol=0)
+
+
+def test_window_slides_in_half_blocks_and_always_holds_the_end():
+    model = GPT(SMALL)
+    starts = [model.window_start(n) for n in range(1, 200)]
+    for n, start in zip(range(1, 200), starts, strict=True):
+        assert start % 8 == 0 and n - start <= 16
+        assert start == 0 if n <= 16 else n - start > 8
+    assert starts == sorted(starts)
+
+
+def test_the_tag_stands_first_in_every_window():
+    model, windows = make(), []
+    handle = model.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
+    list(model.generate(ids(2, 10), 40, greedy, tag=60))
+    handle.remove()
+    fills = [window for window in windows if window.shape[1] > 1]
+    assert len(fills) == 1 + math.ceil((10 + 39 - 16) / 8)
+    assert all((window[:, 0] == 60).all() for window in fills)
+
+
+def test_the_cache_reads_each_token_once_between_windows():
+    model, lengths = make(), []
+    handle = model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    list(model.generate(ids(1, 4), 12, greedy))
+    handle.remove()
+    assert lengths == [4] + [1] * 11
+
+
+def test_cache_can_be_filled_in_pieces():
+    model, idx = make(), ids(2, 16)
+    whole, _ = model(idx)
+    cache = KVCache(SMALL, 2, idx.device, torch.float64)
+    for piece in idx.split([5, 1, 7, 3], dim=1):
+        logits, _ = model(piece, cache=cache)
+    torch.testing.assert_close(logits, whole, atol=1e-12, rtol=0)
+    assert cache.pos == 16
