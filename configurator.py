@@ -54,8 +54,9 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if not equals:  # --key value, or a bare --flag for a bool
-                takes_next = args and (hints.get(key) is not bool or args[0].lower() in BOOLS)
-                value = args.pop(0) if takes_next else "true" if hints.get(key) is bool else None
+                is_flag = hints.get(key, bool) is bool  # an unknown key is told as such below
+                takes_next = args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS)
+                value = args.pop(0) if takes_next else "true" if is_flag else None
             if value is None:
                 problems.append(f"--{key}: has no value; write --{key}=VALUE")
             elif get_origin(hints.get(key)) is tuple:
@@ -64,10 +65,10 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
                 flags[key] = value
         elif arg.endswith((".yaml", ".yml")):
             found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
-        elif positional:
+        elif positional and positional not in flags and (arg == "-" or not arg.startswith("-")):
             flags[positional] = arg
         else:
-            problems.append(f"{arg}: is neither a .yaml file nor --key=value")
+            problems.append(f"{arg}: is one argument too many; write --key=value, or name a .yaml file")
     found |= {key: (value, f"--{key}") for key, value in flags.items()}
 
     values = {}
@@ -93,7 +94,10 @@ BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 def _convert(kind: Any, value: Any) -> Any:
     """Turn text into `kind` (bool, int, float, str, Literal, tuple[str, ...]); raises ValueError with what it wants."""
     if get_origin(kind) is tuple:
-        return tuple(value) if isinstance(value, list) else (value,)
+        values = tuple(value) if isinstance(value, list) else (value,)
+        if not all(isinstance(item, str) for item in values):
+            raise ValueError(f"found {value!r}, wants a list of texts")
+        return values
     if not isinstance(value, str):
         raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, wants one value")
     if get_origin(kind) is Literal:
@@ -105,13 +109,13 @@ def _convert(kind: Any, value: Any) -> Any:
             raise ValueError(f"found {value!r}, must be true or false")
         return BOOLS[value.lower()]
     if kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
+            if kind is int and re.fullmatch(r"[+-]?\d+", value):
+                return int(value)
             number = float(value)
-            if not math.isfinite(number) or (kind is int and not number.is_integer()):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"found {value!r}, must be {'a whole number' if kind is int else 'a number'}") from None
-        return number if kind is float else int(number)
+            if math.isfinite(number) and (kind is float or number.is_integer()):
+                return kind(number)
+        raise ValueError(f"found {value!r}, must be {'a whole number' if kind is int else 'a number'}")
     return value
 
 
@@ -152,7 +156,9 @@ def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]
 
 def usage(cls: type, positional: str | None = None) -> str:
     """One line for each key of `cls`: name, default, and the comment that stands behind it in the source."""
-    script = os.path.basename(inspect.getsourcefile(cls))
+    folder, script = os.path.split(inspect.getsourcefile(cls))
+    if os.path.basename(folder) == "bench":
+        script = f"-m bench.{script.removesuffix('.py')}"
     lines = [f"python {script} [CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for owner in reversed(cls.__mro__[:-1]):  # a config may extend another: its own keys come last
@@ -216,9 +222,9 @@ class Machine:
         return tensor
 
     def peak_mem_mb(self) -> float:
-        """Most memory this process has held, in MB: allocated on a CUDA device, resident elsewhere."""
+        """Most memory this process has held, in MB: reserved on a CUDA device, resident elsewhere."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
+            return torch.cuda.max_memory_reserved(self.device) / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -227,15 +233,20 @@ class Machine:
         best = 0.0
         for n in (256, 512, 1024, 2048, 4096, 8192):
             a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+            best_s = math.inf
             for _ in range(5):
                 self.synchronize()
                 start = time.perf_counter()
                 a @ b
                 self.synchronize()
-                elapsed_s = time.perf_counter() - start
-                best = max(best, 2 * n**3 / elapsed_s)
-            if elapsed_s > 2e-3:
+                best_s = min(best_s, time.perf_counter() - start)
+            best = max(best, 2 * n**3 / best_s)
+            if best_s > 2e-3:
                 break
+        if self.device.type == "cuda":  # these matrices are no part of training's memory
+            del a, b
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         return best
 
 
@@ -244,14 +255,19 @@ def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:
 
     Raises ConfigError when the device or dtype is not to be had here.
     """
+    launched = any(name in os.environ for name in TORCHRUN)
     try:
-        rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in zip(TORCHRUN, (0, 0, 1), strict=True))
-    except ValueError:
-        raise ConfigError(f"environment: {', '.join(TORCHRUN)} must be whole numbers; torchrun sets them") from None
+        rank, local_rank, world_size = (int(os.environ[name]) for name in TORCHRUN) if launched else (0, 0, 1)
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"environment: sets some of {', '.join(TORCHRUN)}, but not all to numbers, as torchrun does"
+        ) from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except RuntimeError:
         raise ConfigError(f"device: found {device!r}, must be auto, cpu, cuda, cuda:N or mps") from None
     if chosen.type == "cuda":
@@ -269,7 +285,7 @@ def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:
         dtype = _fastest_dtype(chosen)
     if chosen.type == "cpu":
         _keep_freed_memory()
-    if "RANK" in os.environ and not dist.is_initialized():
+    if launched and not dist.is_initialized():
         if backend == "auto":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)

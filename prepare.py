@@ -85,7 +85,7 @@ def main(cfg: PrepareConfig) -> None:
         "text_sha256": text_sha256,
         "vocab_size": tok.vocab_size,
         "styles": tokenizer.styles(tok) if styles else {},
-        "licences": {source.style: source.licence for source in manifest.sources},
+        "licences": sorted({f"{source.style}: {source.licence}" for source in manifest.sources}),
         "splits": {},
         "tokenizer": tok.to_json(),
     }
@@ -102,8 +102,8 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest) -> str:
     digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {manifest}".encode())
     for source in manifest.sources:
         if source.file:
-            for _, content in corpus.raw_texts(source, manifest.folder):
-                digest.update(hashlib.sha256(content).digest())
+            for path, content in corpus.raw_texts(source, manifest.folder):
+                digest.update(f"{path} {hashlib.sha256(content).hexdigest()}".encode())
     return digest.hexdigest()
 
 

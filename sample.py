@@ -179,7 +179,7 @@ class Poet:
         self.styles = styles(self.tokenizer)
         end = self.tokenizer.specials.get(END)
         forbidden = [id for id in self.tokenizer.specials.values() if id != end]
-        self._forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
+        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
 
     def write(self, prompt: str = "", n: int = 1, **settings: Any) -> list[str]:
         """`n` passages that go on from `prompt`, each with the prompt before it; `settings` are those of Settings."""
@@ -201,7 +201,7 @@ class Poet:
         if not ids:
             raise ConfigError(f"prompt: found {prompt!r}, must have a character that the model knows")
         idx = torch.tensor([ids] * n, device=self.machine.device)
-        choose = chooser(chosen, self._forbidden, range(first, first + n))
+        choose = chooser(chosen, self.forbidden, range(first, first + n))
         return self._stream(idx, [Passage(self.tokenizer, chosen.stop) for _ in range(n)], choose, tag, chosen)
 
     def _stream(

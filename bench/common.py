@@ -1,0 +1,81 @@
+"""What the scripts of bench share: the machine's name, medians with their spread, result files, tables."""
+
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import Machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine(machine: Machine) -> dict[str, Any]:
+    """What a figure depends on beside the code: device, its memory (GB = 2**30 bytes; CUDA only), dtype, versions."""
+    memory_gb = None
+    if machine.device.type == "cuda":
+        device = torch.cuda.get_device_properties(machine.device)
+        name, memory_gb = device.name, round(device.total_memory / 2**30, 1)
+    else:
+        name = cpu_name() if machine.device.type == "cpu" else f"{platform.machine()} {machine.device.type}"
+    return {
+        "device": name,
+        "memory_gb": memory_gb,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux tells it; elsewhere as Python does."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median of repeats and the least and greatest of them."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def show(figure: dict[str, float], form: str = ",.0f") -> str:
+    """A spread as text: the median, then the range in brackets."""
+    return f"{figure['median']:{form}} ({figure['min']:{form}} to {figure['max']:{form}})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns padded so that it reads well in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def command_line() -> str:
+    """The command that is running; an absolute path is cut to its last part, for it says nothing elsewhere."""
+    args = [re.sub(r"(^|=)/(?:[^=]*/)?(?=[^/])", r"\1", arg) for arg in sys.argv[1:]]
+    return f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(args)}".strip()
+
+
+def origin(kind: str, machine: Machine) -> dict[str, Any]:
+    """Where the figures of a result come from: its kind, the command, the date (UTC) and the machine."""
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    return {"kind": kind, "command": command_line(), "date": date, "machine": describe_machine(machine)}
+
+
+def write_result(result: dict[str, Any], name: str) -> None:
+    """Write bench/results/`name`.json and say so; `DEVICE` in the name stands for the device's."""
+    device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
+    path = RESULTS / f"{name.replace('DEVICE', device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path.parent.name}/{path.name}")

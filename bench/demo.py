@@ -1,0 +1,93 @@
+"""Keep what a finished run reached: its figures from metrics.jsonl, and best.pt's loss on the test split.
+
+python -m bench.demo out/demo
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import checkpoint
+import configurator
+import train
+from bench.common import markdown, origin, write_result
+from checkpoint import CheckpointError
+from configurator import ConfigError
+from data import DataError, tokenizer
+from data.batches import open_split, read_meta
+
+OLDER_LSTM_VAL_LOSS = 6.5  # nats per token; the model that this project replaces
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The keys of bench.demo."""
+
+    run: str = "out/demo"  # out_dir of a finished run
+    device: str = "auto"  # evaluates the test split; auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products there
+    out: str = ""  # name of the result (demo_DEVICE unless given)
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        return []
+
+
+def main(cfg: DemoConfig) -> None:
+    """Collect the figures, evaluate the test split, print the figures and keep them."""
+    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    path = Path(cfg.run) / "best.pt"
+    best = checkpoint.load(path)
+    lines = (Path(cfg.run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [r for r in records if r["kind"] == "train"]
+    vals = [r for r in records if r["kind"] == "eval" and r["iter"] == best["iter_num"]]
+    if not steps or not vals:
+        raise ConfigError(f"{cfg.run}/metrics.jsonl: lacks the evaluation of best.pt, step {best['iter_num']}")
+
+    folder = train.find_dataset(best["config"]["dataset"])
+    meta = read_meta(folder)
+    shape = train.TrainConfig(batch_size=best["config"]["batch_size"])
+    shape = train.fit_config(best, path, False, shape, meta)
+    split = open_split(folder, "test", meta, shape.block_size, machine.device)
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    model = checkpoint.build_model(best, path).to(machine.device)
+    result = origin("demo", machine) | {
+        "parameters": model.num_params(),
+        "vocab_size": meta["vocab_size"],
+        "steps": best["iter_num"],
+        "seconds": best["seconds"],
+        "tok_per_sec": statistics.median(r["tok_per_sec"] for r in steps),
+        "val": vals[-1],
+        "test": train.evaluate(model, split, token_bytes, shape, machine),
+    }
+    print(table([result]))
+    write_result(result, cfg.out or "demo_DEVICE")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown table that shows these results, and the val loss that the older LSTM reached."""
+    header = ["Model", "Parameters", "Steps", "Training", "Tokens/s", "Val loss", "Val bits/byte", "Val loss by style"]
+    header += ["Test loss", "Test bits/byte"]
+    rows = [
+        [
+            f"GPT, {r['machine']['device']}",
+            f"{r['parameters']:,}",
+            f"{r['steps']:,}",
+            f"{r['seconds'] / 60:,.1f} min",
+            f"{r['tok_per_sec']:,.0f}",
+            f"{r['val']['loss']:.3f}",
+            f"{r['val']['bpb']:.3f}",
+            ", ".join(f"{style} {loss:.3f}" for style, loss in r["val"]["loss_by_style"].items()),
+            f"{r['test']['loss']:.3f}",
+            f"{r['test']['bpb']:.3f}",
+        ]
+        for r in results
+    ]
+    return markdown(header, [*rows, ["the older LSTM", *[""] * 4, f"{OLDER_LSTM_VAL_LOSS:.1f}", *[""] * 4]])
+
+
+if __name__ == "__main__":
+    configurator.launch(main, DemoConfig, DataError, CheckpointError, positional="run")

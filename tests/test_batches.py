@@ -1,0 +1,320 @@
+"""Batches: pure functions of a row's number; every window once an epoch; every target once an evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configurator import ConfigError, Machine
+from data import DataError, batches
+from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
+
+CPU = torch.device("cpu")
+STYLES = {"alice": 60_001, "king": 60_002}
+VOCAB = 60_003
+T = 8
+
+
+def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0) -> dict:
+    """A train.bin of random ids with documents of these (style, length); returns its meta."""
+    tokens = np.random.default_rng(seed).integers(0, 60_000, sum(n for _, n in docs)).astype("<u2")
+    tokens.tofile(folder / "train.bin")
+    stops = np.cumsum([n for _, n in docs]).tolist()
+    spans = [
+        {"name": f"d{i}", "style": style, "start": stop - n, "stop": stop}
+        for i, ((style, n), stop) in enumerate(zip(docs, stops, strict=True))
+    ]
+    return {"vocab_size": VOCAB, "styles": styles, "splits": {"train": {"tokens": len(tokens), "documents": spans}}}
+
+
+DOCS = [("alice", 40), ("king", 1), ("king", 100), ("alice", 9), ("king", 3), ("alice", 50)]
+
+
+@pytest.fixture(params=["in memory", "mapped"])
+def split(request, tmp_path, monkeypatch) -> Split:
+    """The same split, both ways of holding it."""
+    if request.param == "mapped":
+        monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
+    split = open_split(tmp_path, "train", write_split(tmp_path, DOCS), T, CPU)
+    assert isinstance(split.tokens, np.memmap) == (request.param == "mapped")
+    return split
+
+
+def tokens_of(split: Split) -> np.ndarray:
+    return np.fromfile(split.path, dtype="<u2").astype(np.int64)
+
+
+def style_at(place: int) -> str:
+    for style, length in DOCS:
+        if place < length:
+            return style
+        place -= length
+    raise IndexError
+
+
+# --- training
+
+
+def test_rows_depend_on_seed_and_number_alone(split):
+    def windows(seed: int = 1) -> TrainWindows:
+        return TrainWindows(split, T, seed, 0.5)
+
+    count = 5 * windows().per_epoch
+    starts, tags = windows().rows(0, count)
+    again = windows()
+    for i in np.random.default_rng(0).permutation(count):  # one at a time, out of order
+        start, tag = again.rows(int(i), 1)
+        assert (start[0], tag[0]) == (starts[i], tags[i])
+    for first in range(0, count, 7):  # in batches that cross epochs
+        part = again.rows(first, min(7, count - first))
+        assert np.array_equal(part, (starts[first : first + 7], tags[first : first + 7]))
+    assert not np.array_equal(windows(2).rows(0, count)[0], starts)
+
+
+def test_rows_far_away_are_as_cheap_as_near(split):
+    starts, _ = TrainWindows(split, T, 1, 0.5).rows(10**12, 3)
+    assert starts.shape == (3,)
+
+
+@pytest.mark.parametrize("n_tokens", [T + 1, T + 2, 2 * T, 2 * T + 1, 3 * T - 1, 203])
+def test_each_epoch_visits_every_window_of_its_grid_once(tmp_path, n_tokens):
+    split = open_split(tmp_path, "train", write_split(tmp_path, [("alice", n_tokens)]), T, CPU)
+    windows = TrainWindows(split, T, 7, 0.9)
+    offsets, orders = set(), set()
+    for epoch in range(30):
+        starts, _ = windows.rows(epoch * windows.per_epoch, windows.per_epoch)
+        assert starts.min() >= 0
+        assert starts.max() + T < n_tokens  # the last target is there
+        offset = int(starts.min())
+        assert sorted(starts) == list(range(offset, offset + T * windows.per_epoch, T))
+        unseen = n_tokens - 1 - T * windows.per_epoch  # targets of no window
+        assert 0 <= unseen < 2 * T
+        offsets.add(offset)
+        orders.add(tuple((starts - offset).tolist()))
+    assert len(offsets) >= min(T, n_tokens - T) / 2
+    assert len(orders) > 20 or windows.per_epoch <= 3
+
+
+def test_over_many_epochs_every_token_is_a_target(split):
+    windows = TrainWindows(split, T, 3, 0.0)
+    starts, _ = windows.rows(0, 200 * windows.per_epoch)
+    seen = np.zeros(len(tokens_of(split)), dtype=int)
+    for start in starts:
+        seen[start + 1 : start + T + 1] += 1
+    assert (seen[1:] > 0).all()
+
+
+def test_a_batch_is_the_naive_slice(split):
+    tokens, windows = tokens_of(split), TrainWindows(split, T, 5, 0.0)
+    inputs, targets = windows.batch(11, 40, CPU)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (40, T)
+    for row, start in enumerate(windows.rows(11, 40)[0]):
+        assert inputs[row].tolist() == tokens[start : start + T].tolist()
+        assert targets[row].tolist() == tokens[start + 1 : start + T + 1].tolist()
+    assert inputs.max() > 32_767  # ids beyond a signed 16-bit number
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("accumulation, batch_size", [(1, 12), (4, 6), (5, 12), (12, 1)])
+def test_ranks_share_a_step_without_overlap_in_equal_micro_batches(split, world_size, accumulation, batch_size):
+    cfg = train.TrainConfig(gradient_accumulation_steps=accumulation, batch_size=batch_size)
+    windows, total, step = TrainWindows(split, T, 1, 0.5), accumulation * batch_size, 3
+    whole = windows.batch(step * total, total, CPU)
+    parts = []
+    for rank in range(world_size):
+        count, rows = train.micro_batches(cfg, Machine(CPU, torch.float32, rank, world_size))
+        assert rows <= batch_size
+        assert count * rows * world_size == total
+        first = step * total + rank * count * rows
+        parts += [windows.batch(first + micro * rows, rows, CPU) for micro in range(count)]
+    for i in range(2):
+        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+
+
+def test_ranks_that_can_not_share_equally_are_refused():
+    cfg = train.TrainConfig(gradient_accumulation_steps=1, batch_size=8)
+    with pytest.raises(ConfigError, match=r"batch_size.*3 ranks"):
+        train.micro_batches(cfg, Machine(CPU, torch.float32, 0, 3))
+
+
+# --- tags
+
+
+def test_a_certain_tag_is_the_first_input_of_every_row_and_touches_nothing_else(split):
+    plain, tagged = TrainWindows(split, T, 5, 0.0), TrainWindows(split, T, 5, 1.0)
+    starts, tags = tagged.rows(0, 200)
+    assert np.array_equal(starts, plain.rows(0, 200)[0])
+    assert tags.tolist() == [STYLES[style_at(start)] for start in starts]
+    assert set(tags) == set(STYLES.values())
+    for first, count in [(0, 60), (60, 1)]:
+        inputs, targets = tagged.batch(first, count, CPU)
+        plain_inputs, plain_targets = plain.batch(first, count, CPU)
+        assert inputs[:, 0].tolist() == tags[first : first + count].tolist()
+        assert torch.equal(inputs[:, 1:], plain_inputs[:, 1:])
+        assert torch.equal(targets, plain_targets)
+    assert (plain.rows(0, 200)[1] == -1).all()
+
+
+def test_a_row_has_its_tag_with_the_given_probability(split):
+    n = 4000
+    _, tags = TrainWindows(split, T, 5, 0.9).rows(0, n)
+    assert abs((tags >= 0).sum() - 0.9 * n) < 5 * (n * 0.9 * 0.1) ** 0.5
+
+
+def test_a_corpus_without_tags_has_none(tmp_path):
+    split = open_split(tmp_path, "train", write_split(tmp_path, DOCS, styles={}), T, CPU)
+    windows = TrainWindows(split, T, 5, 1.0)
+    assert (windows.rows(0, 100)[1] == -1).all()
+    inputs, _ = windows.batch(0, 10, CPU)
+    assert inputs[:, 0].tolist() == tokens_of(split)[windows.rows(0, 10)[0]].tolist()
+    assert all((batch.inputs < 60_000).all() for batch in eval_batches(split, T, 4, CPU))
+
+
+# --- evaluation
+
+
+def naive_evaluation(split: Split, block_size: int) -> list[tuple[int, list[int], list[int]]]:
+    """(document, inputs, targets) of every row, a document at a time, a token at a time."""
+    rows, place, tokens = [], 0, tokens_of(split).tolist()
+    for document, (style, length) in enumerate(DOCS):
+        text = tokens[place : place + length]
+        place += length
+        for i in range(length - 1):
+            if i % block_size == 0:
+                rows.append((document, [], []))
+            rows[-1][1].append(STYLES[style] if i % block_size == 0 else text[i])
+            rows[-1][2].append(text[i + 1])
+    return rows
+
+
+@pytest.mark.parametrize("block_size, batch_size", [(8, 4), (8, 1), (8, 1000), (1, 5), (7, 3), (200, 2)])
+def test_evaluation_has_every_target_once_tagged_and_never_across_documents(split, block_size, batch_size):
+    expected = naive_evaluation(split, block_size)
+    found = []
+    for inputs, targets, document in eval_batches(split, block_size, batch_size, CPU):
+        assert inputs.shape == targets.shape == (len(document), block_size)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert 0 < len(document) <= batch_size
+        assert inputs.min() >= 0  # what is padded can still be looked up
+        assert inputs.max() < VOCAB
+        for row, its_document in enumerate(document):
+            n = int((targets[row] >= 0).sum())
+            assert (targets[row, n:] == -1).all()
+            found.append((its_document, inputs[row, :n].tolist(), targets[row, :n].tolist()))
+    assert found == expected
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
+    alone = list(eval_batches(split, T, 4, CPU))
+    alone = alone[:limit] if limit else alone
+    shared = [list(eval_batches(split, T, 4, CPU, limit, rank, world_size)) for rank in range(world_size)]
+    assert sum(map(len, shared)) == len(alone)
+    for i, batch in enumerate(alone):
+        other = shared[i % world_size][i // world_size]
+        assert torch.equal(batch.inputs, other.inputs)
+        assert torch.equal(batch.targets, other.targets)
+        assert np.array_equal(batch.document, other.document)
+
+
+def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = (list(eval_batches(split, T, 4, CPU)) for _ in range(2))
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, second, strict=True))
+    TrainWindows(split, T, 1, 0.5).batch(0, 4, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- opening
+
+
+def test_an_opened_split_is_as_it_was_written(split):
+    assert split.styles == [style for style, _ in DOCS]
+    assert (split.stops - split.starts).tolist() == [n for _, n in DOCS]
+    assert split.tags.tolist() == [STYLES[style] for style, _ in DOCS]
+    everything = split.gather(np.arange(len(split.tokens)), 1, CPU)
+    assert everything[:, 0].tolist() == tokens_of(split).tolist()
+
+
+def test_a_missing_bin_names_it_and_what_to_run(tmp_path):
+    meta = write_split(tmp_path, DOCS)
+    (tmp_path / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train\.bin: not found.*prepare\.py"):
+        open_split(tmp_path, "train", meta, T, CPU)
+
+
+@pytest.mark.parametrize("change", [-2, -1, 1, 2])
+def test_a_bin_of_another_size_than_meta_says_is_refused(tmp_path, change):
+    meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    with pytest.raises(DataError, match=rf"train\.bin: is {len(content) + change} bytes.*{len(content)}"):
+        open_split(tmp_path, "train", meta, T, CPU)
+
+
+def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
+    for n in (0, 1, T):
+        with pytest.raises(DataError, match=rf"train\.bin: has {n} tokens.* {T + 1}"):
+            open_split(tmp_path, "train", write_split(tmp_path, [("alice", n)]), T, CPU)
+    split = open_split(tmp_path, "train", write_split(tmp_path, [("alice", T + 1)]), T, CPU)
+    assert TrainWindows(split, T, 1, 0.0).rows(0, 5)[0].tolist() == [0] * 5
+
+
+def test_a_token_that_is_not_in_the_vocabulary_is_named_with_its_place(tmp_path):
+    meta = write_split(tmp_path, DOCS)
+    tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    tokens[77] = VOCAB
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=rf"train\.bin: byte 154 .*{VOCAB}"):
+        open_split(tmp_path, "train", meta, T, CPU)
+    tokens[77] = VOCAB - 1
+    tokens.tofile(tmp_path / "train.bin")
+    open_split(tmp_path, "train", meta, T, CPU)
+
+
+WHOLE = {
+    "vocab_size": 5,
+    "styles": {},
+    "tokenizer": {},
+    "text_sha256": "",
+    "splits": {name: {"tokens": 0, "documents": []} for name in ("train", "val", "test")},
+}
+
+
+def test_meta_is_read_back(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps(WHOLE))
+    assert read_meta(tmp_path) == WHOLE
+
+
+def test_missing_meta_names_what_to_run(tmp_path):
+    with pytest.raises(DataError, match=r"meta\.json: not found.*prepare\.py"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [*WHOLE, "train", "val", "test"])
+def test_meta_that_lacks_something_names_it(tmp_path, lost):
+    splits = {name: entry for name, entry in WHOLE["splits"].items() if name != lost}
+    meta = {key: value for key, value in (WHOLE | {"splits": splits}).items() if key != lost}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=rf"meta\.json: lacks.*{lost}"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe{}", json.dumps(WHOLE).encode()[:-9]])
+def test_damaged_meta_is_a_data_error(tmp_path, content):
+    (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"meta\.json"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [[], {"train": {}, "val": {}, "test": {}}, {"train": 1, "val": 2, "test": 3}])
+def test_damaged_splits_are_a_data_error(tmp_path, splits):
+    (tmp_path / "train.bin").write_bytes(b"\0" * 100)
+    (tmp_path / "meta.json").write_text(json.dumps(WHOLE | {"splits": splits}))
+    with pytest.raises(DataError, match=r"meta\.json"):
+        open_split(tmp_path, "train", read_meta(tmp_path), T, CPU)

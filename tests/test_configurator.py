@@ -1,0 +1,409 @@
+"""Configuration: which value wins, what a value may be, and what is said about a bad one."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import pytest
+import torch
+
+import configurator
+import prepare
+import sample
+import train
+from configurator import ConfigError, load
+
+SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
+CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A config with a key of each type."""
+
+    # things
+    rate: float = 0.5  # a number
+    steps: int = 10  # a whole number
+    flag: bool = False  # yes or no
+    mode: Literal["off", "on", "fast"] = "off"  # a choice
+    name: str = "x"  # any text
+    many: tuple[str, ...] = ()  # repeatable
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values."""
+        return configurator.bounds(self, "steps", 1)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes, name: str = "a.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    return write
+
+
+def error(cls: type, *argv: str, positional: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(cls, list(argv), positional)
+    return str(caught.value)
+
+
+# --- which value wins
+
+
+def test_without_arguments_all_keys_have_their_defaults():
+    assert load(Toy, []) == Toy()
+
+
+def test_command_line_beats_later_yaml_beats_earlier_yaml_beats_default(write):
+    first = write("rate: 1\nsteps: 1\nname: first\n", "first.yaml")
+    second = write("rate: 2\nsteps: 2\n", "second.yml")
+    # the place of --rate among the files does not matter
+    assert load(Toy, ["--rate=3", first, second]) == Toy(rate=3.0, steps=2, name="first")
+    assert load(Toy, [second, first, "--rate", "3"]) == Toy(rate=3.0, steps=1, name="first")
+
+
+def test_the_last_of_two_equal_flags_wins():
+    assert load(Toy, ["--steps=3", "--steps", "4"]).steps == 4
+
+
+def test_positional_argument_goes_to_its_key():
+    assert load(Toy, ["poem", "--steps=2"], "name") == Toy(name="poem", steps=2)
+    assert "poem" in error(Toy, "poem")
+
+
+# --- what a value may be
+
+
+@pytest.mark.parametrize("text, value", [("6e-4", 6e-4), ("1", 1.0), ("-2", -2.0), (".5", 0.5), ("1E3", 1000.0)])
+def test_numbers_become_floats_in_yaml_and_on_the_command_line(write, text, value):
+    for cfg in (load(Toy, [write(f"rate: {text}")]), load(Toy, [f"--rate={text}"]), load(Toy, ["--rate", text])):
+        assert cfg.rate == value
+        assert type(cfg.rate) is float
+
+
+@pytest.mark.parametrize("text, value", [("7", 7), ("5e3", 5000), ("3.0", 3)])
+def test_whole_numbers_become_ints_however_written(write, text, value):
+    for cfg in (load(Toy, [write(f"steps: {text}")]), load(Toy, [f"--steps={text}"])):
+        assert cfg.steps == value
+        assert type(cfg.steps) is int
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1])
+def test_large_whole_numbers_keep_every_digit(number):
+    assert load(Toy, [f"--steps={number}"]).steps == number
+
+
+def test_off_and_on_are_words_where_words_are_wanted(write):
+    assert load(Toy, [write("mode: on")]).mode == "on"
+    assert load(Toy, [write("mode: off"), "--name=y"]).mode == "off"
+    assert load(Toy, [write("name: no")]).name == "no"
+    assert load(train.TrainConfig, [write("wandb: off")]).wandb == "off"
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "TRUE"])
+def test_true_has_many_spellings(write, text):
+    assert load(Toy, [f"--flag={text}"]).flag is True
+    assert load(Toy, ["--flag", text]).flag is True
+    assert load(Toy, [write(f"flag: {text}")]).flag is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "0", "no", "off"])
+def test_false_has_many_spellings(write, text):
+    yes = write("flag: true")
+    assert load(Toy, [yes, f"--flag={text}"]).flag is False
+    assert load(Toy, [yes, "--flag", text]).flag is False
+    assert load(Toy, [yes, write(f"flag: {text}", "no.yaml")]).flag is False
+
+
+def test_a_bare_bool_is_true_and_takes_nothing_from_what_follows(write):
+    assert load(Toy, ["--flag"]).flag is True
+    assert load(Toy, ["--flag", "--steps=3"]) == Toy(flag=True, steps=3)
+    assert load(Toy, ["--flag", write("steps: 4")]) == Toy(flag=True, steps=4)
+    assert load(Toy, ["--flag", "poem"], "name") == Toy(flag=True, name="poem")
+
+
+def test_values_may_hold_equals_signs_spaces_dashes_and_nothing():
+    assert load(Toy, ["--name=a=b==c"]).name == "a=b==c"
+    assert load(Toy, ["--name", "a=b"]).name == "a=b"
+    assert load(Toy, ["--name=--steps=3"]).name == "--steps=3"
+    assert load(Toy, ["--name= two words "]).name == " two words "
+    assert load(Toy, ["--name="]).name == ""
+
+
+def test_repeatable_keys_collect(write):
+    assert load(Toy, ["--many=a", "--many", "b,c"]).many == ("a", "b,c")
+    listed = write("many: [a, 1e3, off]")
+    assert load(Toy, [listed]).many == ("a", "1e3", "off")
+    assert load(Toy, [write("many: one", "one.yaml")]).many == ("one",)
+    assert load(Toy, [listed, "--many=z"]).many == ("z",)  # and win over YAML as any key does
+
+
+def test_empty_yaml_changes_nothing(write):
+    assert load(Toy, [write("")]) == load(Toy, [write("# only a comment\n")]) == Toy()
+
+
+# --- what is said about a bad one
+
+
+def test_unknown_key_names_the_nearest(write):
+    for message in (error(Toy, "--stepz=3"), error(Toy, write("stepz: 3"))):
+        assert "stepz" in message
+        assert "did you mean steps" in message
+    assert "did you mean" not in error(Toy, "--qqqqqqqqq=3")
+
+
+def test_unknown_key_without_a_value_names_the_nearest_too():
+    assert "did you mean flag" in error(Toy, "--flags")
+
+
+def test_a_flag_is_not_taken_as_the_value_of_the_flag_before_it():
+    assert "--name" in error(Toy, "--name", "--steps=3")
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("rate", "fast"),
+        ("rate", "nan"),
+        ("rate", "inf"),
+        ("rate", ""),
+        ("steps", "1.5"),
+        ("steps", "ten"),
+        ("steps", "1e400"),
+        ("steps", "0"),
+        ("flag", "maybe"),
+        ("flag", "2"),
+        ("mode", "Off"),
+        ("mode", "slow"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_key_and_value(write, key, text):
+    assert key in error(Toy, f"--{key}={text}")
+    message = error(Toy, write(f'{key}: "{text}"'))
+    assert key in message
+    assert text in message
+
+
+def test_a_choice_is_told_all_choices():
+    assert all(word in error(Toy, "--mode=slow") for word in ("off", "on", "fast"))
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "{a: 1}"])
+@pytest.mark.parametrize("key", ["rate", "steps", "flag", "mode", "name"])
+def test_a_list_or_mapping_where_one_value_is_wanted_is_refused(write, key, value):
+    assert f"a.yaml: {key}" in error(Toy, write(f"{key}: {value}"))
+
+
+@pytest.mark.parametrize("value", ["{a: b}", "[[a, b]]", "[a, {b: c}]"])
+def test_a_repeatable_key_takes_nothing_but_words(write, value):
+    assert "many" in error(Toy, write(f"many: {value}"))
+
+
+@pytest.mark.parametrize("argv", [["--steps"], ["--flag=1", "--name"]])
+def test_a_missing_value_is_named(argv):
+    assert argv[-1] in error(Toy, *argv)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [",
+        "rate: 1: 2",
+        "- rate",
+        "just words",
+        "rate: 1\n---\nrate: 2",
+        "a: *b",
+        "{[a]: b}",
+        "\trate: 1",
+        b"rate: \xff\xfe",
+        b"\x00\x01",
+    ],
+)
+def test_a_broken_yaml_file_is_one_line_with_its_name(write, content):
+    message = error(Toy, write(content))
+    assert "a.yaml" in message
+    assert "\n" not in message
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    assert "none.yaml" in error(Toy, str(tmp_path / "none.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml" in error(Toy, str(tmp_path / "folder.yaml"))
+
+
+def test_all_problems_are_reported_together(write, tmp_path):
+    files = [write("rate: quick\nmany: [a]\ncolour: red"), write("a: [", "b.yaml"), str(tmp_path / "none.yaml")]
+    message = error(Toy, *files, "--steps=-1", "--flag=perhaps", "--nam=x", "stray", "--mode")
+    for culprit in ("rate", "colour", "b.yaml", "none.yaml", "steps", "flag", "nam", "stray", "mode"):
+        assert culprit in message
+    assert len(message.splitlines()) == 9
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
+def test_yaml_runs_no_code(write, tmp_path, tag):
+    mark = tmp_path / "mark"
+    error(Toy, write(f"rate: {tag} ['touch {mark}']"))
+    error(Toy, write(f"{tag} ['touch {mark}']"))
+    assert not mark.exists()
+
+
+# --- the scripts' own configs
+
+
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_help_prints_every_key_with_default_and_meaning(cls, capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as caught:
+            load(cls, ["--nonsense", flag])
+        assert not caught.value.code
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
+        fields = dataclasses.fields(cls)
+        assert set(lines) == {f"--{field.name}" for field in fields}
+        for field in fields:
+            default = "" if field.default == () else str(field.default)
+            _, _, rest = lines[f"--{field.name}"].partition(field.name)
+            assert rest.split()[: len(default.split())] == default.split()
+            assert len(rest.split()) > len(default.split())  # words of meaning follow
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_every_config_file_loads(path):
+    assert load(train.TrainConfig, [str(path)]) != train.TrainConfig()
+
+
+def test_there_is_a_demo_config():
+    assert "demo.yaml" in [path.name for path in CONFIG_FILES]
+
+
+KEYS = [(cls, field.name) for cls in SCRIPTS for field in dataclasses.fields(cls)]
+TYPED = [(cls, key) for cls, key in KEYS if get_type_hints(cls)[key] not in (str, tuple[str, ...])]
+
+
+@pytest.mark.parametrize("cls, key", TYPED, ids=[f"{cls.__name__}.{key}" for cls, key in TYPED])
+def test_rubbish_is_refused_by_every_typed_key(write, cls, key):
+    assert f"--{key}" in error(cls, f"--{key}=@@rubbish@@")
+    assert f"a.yaml: {key}" in error(cls, write(f"{key}: '@@rubbish@@'"))
+
+
+@pytest.mark.parametrize(
+    "cls, argv, named",
+    [
+        (train.TrainConfig, ["--n_embd=100", "--n_head=8"], "n_embd"),
+        (train.TrainConfig, ["--n_head=0"], "n_head"),
+        (train.TrainConfig, ["--min_lr=0.1", "--learning_rate=0.01"], "min_lr"),
+        (train.TrainConfig, ["--dropout=1"], "dropout"),
+        (train.TrainConfig, ["--tag_prob=1.1"], "tag_prob"),
+        (train.TrainConfig, ["--seed=-1"], "seed"),
+        (train.TrainConfig, ["--block_size=0"], "block_size"),
+        (train.TrainConfig, ["--max_iters=0"], "max_iters"),
+        (train.TrainConfig, ["--learning_rate=0"], "learning_rate"),
+        (sample.SampleConfig, ["--top_p=0"], "top_p"),
+        (sample.SampleConfig, ["--top_p=1.5"], "top_p"),
+        (sample.SampleConfig, ["--temperature=-0.1"], "temperature"),
+        (sample.SampleConfig, ["--top_k=-1"], "top_k"),
+        (sample.SampleConfig, ["--repetition_penalty=0"], "repetition_penalty"),
+        (sample.SampleConfig, ["--num_samples=0"], "num_samples"),
+        (sample.SampleConfig, ["--stop="], "stop"),
+        (prepare.PrepareConfig, ["--corpus=x", "--vocab_size=65537"], "vocab_size"),
+        (prepare.PrepareConfig, ["--corpus=x", "--vocab_size=0"], "vocab_size"),
+        (prepare.PrepareConfig, ["--input=x.txt"], "out"),
+        (prepare.PrepareConfig, ["--corpus=x", "--input=x.txt", "--out=y"], "input"),
+        (prepare.PrepareConfig, [], "corpus"),
+    ],
+)
+def test_values_out_of_range_name_their_key(cls, argv, named):
+    assert named in error(cls, *argv)
+
+
+def test_the_ends_of_ranges_are_allowed():
+    load(sample.SampleConfig, ["--top_p=1", "--temperature=0", "--top_k=0"])
+    load(train.TrainConfig, ["--dropout=0", "--min_lr=3e-3", "--tag_prob=1", "--warmup_iters=0"])
+
+
+def test_change_gives_a_checked_copy():
+    before = sample.Settings()
+    after = configurator.change(before, "temperature", "1")
+    assert (after.temperature, before.temperature) == (1.0, 0.8)
+    assert dataclasses.replace(after, temperature=0.8) == before
+    for key, text in [("temperature", "hot"), ("temperature", "-1"), ("top_k", "1.5"), ("top_p", ""), ("seed", "x")]:
+        with pytest.raises(ConfigError, match=key):
+            configurator.change(before, key, text)
+
+
+# --- the machine
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    return monkeypatch
+
+
+def test_cpu_is_always_to_be_had(alone):
+    machine = configurator.find_machine("cpu", "bfloat16")
+    assert (machine.device, machine.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert (machine.rank, machine.world_size, machine.is_main) == (0, 1, True)
+
+
+def test_a_missing_gpu_names_the_way_out(alone):
+    alone.setattr(torch.cuda, "device_count", lambda: 0)
+    for device in ("cuda", "cuda:3"):
+        with pytest.raises(ConfigError, match=r"--device=cpu.*config/demo\.yaml"):
+            configurator.find_machine(device, "float32")
+
+
+def test_missing_mps_is_said(alone):
+    alone.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="mps"):
+        configurator.find_machine("mps", "float32")
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x", "cuda:-1", "meta", "xpu"])
+def test_an_unknown_device_is_told_the_known(alone, device):
+    with pytest.raises(ConfigError, match=r"device.*auto, cpu, cuda"):
+        configurator.find_machine(device, "float32")
+
+
+def test_auto_takes_cuda_then_mps_then_cpu(alone):
+    alone.setattr(torch.cuda, "is_available", lambda: False)
+    alone.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert configurator.find_machine("auto", "float32").device.type == "cpu"
+    alone.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert configurator.find_machine("auto", "float32").device.type == "mps"
+
+
+def test_torchruns_environment_must_be_numbers(alone):
+    alone.setenv("RANK", "first")
+    with pytest.raises(ConfigError, match="RANK"):
+        configurator.find_machine("cpu", "float32")
+
+
+@pytest.mark.parametrize("problem", [ConfigError("key: is bad"), FileNotFoundError(2, "No such file", "x")])
+def test_a_users_mistake_ends_in_one_line_and_exit_2(monkeypatch, capsys, problem):
+    monkeypatch.setattr("sys.argv", [os.path.join("some", "script.py")])
+
+    def main(cfg):
+        raise problem
+
+    with pytest.raises(SystemExit) as caught:
+        configurator.launch(main, Toy)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("script.py: ")
+
+
+def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py"])
+
+    def main(cfg):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        configurator.launch(main, Toy)

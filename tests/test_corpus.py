@@ -1,0 +1,552 @@
+"""The corpus: what is read, what cleaning keeps, and where documents are cut."""
+
+import hashlib
+import html
+import io
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import DataError, corpus
+from data.corpus import Document, clean_drama, clean_prose, clean_text
+
+REPO = Path(__file__).parent.parent
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Writes a corpus.yaml, and files beside it, and reads it."""
+
+    def read(text: str, **files: bytes) -> corpus.Manifest:
+        (tmp_path / "corpus.yaml").write_text(text)
+        for name, content in files.items():
+            (tmp_path / f"{name}.txt").write_bytes(content)
+        return corpus.read_manifest(tmp_path)
+
+    return read
+
+
+def read_all(manifest: corpus.Manifest) -> list[tuple[str, str, str]]:
+    return [(doc.name, doc.style, doc.text) for doc in corpus.documents(manifest)]
+
+
+# --- cleaning plays
+
+PLAY = r"""# The Tragedy of Tests
+
+## ACT I
+
+### SCENE II. A platform\--before the &ldquo;castle&rdquo;.
+
+_Enter BERNARDO and
+FRANCISCO, with torches_
+
+**Bernardo**  
+Who's there? A &amp; B, & c.  
+Speak. _\[Aside]_ He comes.
+
+**FIRST WITCH**  
+Nay, _\[To the
+king]_ answer me.
+
+*Exit.*
+
+**All**  
+_Exeunt_
+"""  # noqa: W291
+
+CLEANED_PLAY = """The Tragedy of Tests
+
+ACT I
+
+SCENE II. A platform--before the “castle”.
+
+[Enter BERNARDO and
+FRANCISCO, with torches]
+
+BERNARDO
+Who's there? A & B, &c.
+Speak. [Aside] He comes.
+
+FIRST WITCH
+Nay, [To the
+king] answer me.
+
+[Exit.]
+
+ALL
+[Exeunt]
+"""
+
+
+def test_a_play_keeps_its_words_and_loses_its_markup():
+    assert clean_drama(PLAY) == CLEANED_PLAY
+
+
+def test_a_play_with_other_line_ends_is_the_same_play():
+    assert clean_drama(PLAY.replace("\n", "\r\n")) == CLEANED_PLAY
+
+
+def test_cleaning_a_cleaned_play_changes_nothing():
+    assert clean_drama(CLEANED_PLAY) == CLEANED_PLAY
+
+
+def test_only_the_abbreviation_loses_its_gap():
+    assert clean_drama("Tom & company, & c.\n") == "Tom & company, &c.\n"
+
+
+# --- cleaning prose
+
+BOOK = (
+    "\r\n\r\n            THE TITLE  \r\n\r\n\r\n\r\n  It was late.\t\r\nShe slept.\r\n\r\n"
+    "    Twinkle, little bat!\r\n      How I wonder\r\n    what you're at!\r\n\r\n   The end.\r\n\x1a"
+)
+CLEANED_BOOK = (
+    "THE TITLE\n\nIt was late.\nShe slept.\n\nTwinkle, little bat!\n  How I wonder\nwhat you're at!\n\nThe end.\n"
+)
+
+
+def test_prose_loses_indents_and_line_ends_but_verse_keeps_its_shape():
+    assert clean_prose(BOOK) == CLEANED_BOOK
+    assert clean_prose(CLEANED_BOOK) == CLEANED_BOOK
+
+
+def test_plain_text_keeps_its_indents():
+    assert clean_text(BOOK) == (
+        "            THE TITLE\n\n  It was late.\nShe slept.\n\n"
+        "    Twinkle, little bat!\n      How I wonder\n    what you're at!\n\n   The end.\n"
+    )
+
+
+def test_old_macintosh_line_ends_become_line_feeds():
+    assert clean_text("one\rtwo\r\rthree") == "one\ntwo\n\nthree\n"
+
+
+@pytest.mark.parametrize("clean", [clean_text, clean_prose, clean_drama])
+@pytest.mark.parametrize("blank", ["", "\n", " \t\r\n \x1a"])
+def test_nothing_cleaned_is_nothing(clean, blank):
+    assert clean(blank) == ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé字. \t\n\r*\x1a"), max_size=60))
+def test_plain_cleaning_keeps_every_visible_character_in_order(text):
+    cleaned = clean_text(text)
+    assert "".join(cleaned.split()) == "".join(text.replace("\x1a", "").split())
+    assert not any(line != line.rstrip(" \t") for line in cleaned.split("\n"))
+    assert "\n\n\n" not in cleaned
+    assert clean_text(cleaned) == cleaned
+
+
+# --- Project Gutenberg
+
+STORY = "CHAPTER I\n\nThe project began at *** START.\nIt was long.\n\nCHAPTER II\n\nThe end of the project.\n"
+OLD_HEADER = (
+    "The Project Gutenberg Etext of A Story, by Nobody\n\n"
+    "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nYou may not sue.\n\n"
+)
+NEW_HEADER = (
+    "The Project Gutenberg eBook of A Story\n\nThis eBook is for the use of anyone anywhere.\n\nTitle: A Story\n\n"
+)
+LICENCE = "\n\nUpdated editions will replace the previous one.\n\nSection 1. General Terms of Use\n"
+SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        NEW_HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\n",
+        NEW_HEADER
+        + "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Ann O. Nym\nand others\n\n\n",
+        NEW_HEADER + "***START OF THE PROJECT GUTENBERG EBOOK A STORY***\n\n\nE-text prepared by Ann O. Nym\n\n",
+        OLD_HEADER + SMALL_PRINT + "\n\n",
+        OLD_HEADER + "*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*\n\n",
+    ],
+)
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***" + LICENCE,
+        "\n***END OF THIS PROJECT GUTENBERG EBOOK A STORY***" + LICENCE,
+        "\n\nEnd of the Project Gutenberg EBook of A Story\n\n*** END OF THIS PROJECT GUTENBERG EBOOK" + LICENCE,
+        "\nEnd of Project Gutenberg's A Story, by Nobody\n" + LICENCE,
+        "\n\nEnd of The Project Gutenberg Etext of A Story, by Nobody\n",
+        "",
+    ],
+)
+def test_project_gutenbergs_frame_goes_and_the_whole_story_stays(start, end):
+    assert clean_text((start + STORY + end).replace("\n", "\r\n")) == STORY
+
+
+def test_small_print_behind_the_story_takes_nothing_of_it():
+    text = STORY + "\nEnd of the Project Gutenberg Etext of A Story\n\n" + SMALL_PRINT
+    assert clean_text(text) == STORY
+
+
+def test_a_book_that_is_not_from_project_gutenberg_is_left_whole():
+    assert clean_text(STORY) == STORY
+    credits = "Produced by me.\nIn my own house.\n\nAnd so on.\n"
+    assert clean_text(credits) == credits
+
+
+# --- reading
+
+
+def test_byte_order_mark_goes_from_text_and_stays_in_none(manifest):
+    content = "\ufeffIt  was\r\n\r\n\r\nlate. \x1a".encode()
+    assert read_all(manifest("sources: [{style: s, file: a.txt}]", a=content)) == [("a", "s", "It  was\n\nlate.\n")]
+    kept = read_all(manifest("sources: [{style: s, file: a.txt, clean: none}]", a=content))
+    assert kept[0][2].encode() == content
+
+
+@pytest.mark.parametrize("clean", ["text", "none", "drama"])
+def test_what_is_not_utf8_is_named_with_its_place(manifest, clean):
+    for content, place in [("é".encode() + b"bc\xff", 4), ("né".encode("latin-1"), 1), (b"\xed\xa0\x80", 0)]:
+        read = manifest(f"sources: [{{style: s, file: a.txt, clean: {clean}}}]", a=content)
+        with pytest.raises(DataError, match=rf"a\.txt: byte {place} "):
+            read_all(read)
+
+
+def test_the_place_counts_the_byte_order_mark(manifest):
+    read = manifest("sources: [{style: s, file: a.txt}]", a=b"\xef\xbb\xbfab\xff")
+    with pytest.raises(DataError, match="byte 5 "):
+        read_all(read)
+
+
+def test_of_many_files_the_bad_one_is_named(manifest):
+    read = manifest('sources: [{style: s, file: "*.txt"}]', good=b"good", bad=b"\xff")
+    with pytest.raises(DataError, match=r"bad\.txt"):
+        read_all(read)
+
+
+def test_a_glob_is_read_in_order_and_sources_in_theirs(manifest):
+    read = manifest(
+        'sources: [{style: z, file: c.txt}, {style: s, file: "[ab]*.txt"}]', b=b"B", a=b"A", ab=b"AB", c=b"C"
+    )
+    assert read_all(read) == [("c", "z", "C\n"), ("a", "s", "A\n"), ("ab", "s", "AB\n"), ("b", "s", "B\n")]
+
+
+def test_patterns_to_remove_are_removed_before_cleaning(manifest):
+    read = manifest(
+        r"sources: [{style: s, file: a.txt, remove: ['\[edition \d\]\r\n', X+]}]", a=b"[edition 2]\r\noXXne"
+    )
+    assert read_all(read)[0][2] == "one\n"
+
+
+def test_letters_are_counted_before_cleaning(manifest):
+    [doc] = corpus.documents(manifest("sources: [{style: s, file: a.txt, remove: [b+]}]", a="1 aé字bb".encode()))
+    assert (doc.raw_letters, corpus.count_letters(doc.text)) == (5, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b" \r\n\x1a", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused_by_name(manifest, tmp_path, content):
+    with pytest.raises(DataError, match=r"a\.txt"):
+        read_all(manifest("sources: [{style: s, file: a.txt}]", a=content))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("sources: [{style: s, file: a.txt, colour: red}]", "colour"),
+        ("sources: [{file: a.txt}]", "style"),
+        ("colour: red\nsources: [{style: s, file: a.txt}]", "colour"),
+        ("splits: [1, 0, 0]", "sources"),
+        ("", "sources"),
+        ("- a", "corpus.yaml"),
+        ("sources: [a", "YAML"),
+        ("sources: abc", "corpus.yaml"),
+        ("sources:", "corpus.yaml"),
+        ("sources: [{style: s}]", "one of file, url, package"),
+        ("sources: [{style: s, file: a.txt, url: 'file:///a', sha256: ab}]", "one of file, url, package"),
+        ("sources: [{style: s, file: a.txt, package: a==1, sha256: ab}]", "one of file, url, package"),
+        ("sources: [{style: s, url: 'file:///a'}]", "sha256"),
+        ("sources: [{style: s, package: a==1}]", "sha256"),
+        ("sources: [{style: s, file: a.txt, clean: bleach}]", "bleach"),
+        ("sources: [{style: s, file: a.txt, clean: [prose]}]", "clean"),
+        ("sources: [{style: s, file: [a.txt]}]", "file"),
+        ("sources: [{style: s, file: a.txt, remove: abc}]", "remove"),
+        ("sources: [{style: s, file: a.txt, remove: ['(']}]", "remove"),
+    ],
+)
+def test_a_wrong_manifest_is_told_what_is_wrong(manifest, text, said):
+    with pytest.raises(DataError, match=said) as caught:
+        read_all(manifest(text, a=b"abc"))
+    assert "corpus.yaml" in str(caught.value)
+
+
+def test_an_unknown_kind_of_archive_is_refused_before_any_download(manifest):
+    with pytest.raises(DataError, match="archive"):
+        manifest("sources: [{style: s, package: book==1.0, sha256: ab, archive: rar}]")
+
+
+@pytest.mark.parametrize(
+    "splits",
+    ["[0.9, 0.1]", "[0.9, 0.1, 0.1]", "[1.1, -0.1, 0]", "[0, 0.5, 0.5]", "0.9", "[a, b, c]", "[.nan, 0.5, 0.5]"],
+)
+def test_wrong_splits_are_refused(manifest, splits):
+    with pytest.raises(DataError, match=r"corpus\.yaml"):
+        manifest(f"splits: {splits}\nsources: [{{style: s, file: a.txt}}]", a=b"a")
+
+
+def test_a_style_that_looks_like_a_number_is_a_name(manifest):
+    assert read_all(manifest("sources: [{style: 1984, file: a.txt}]", a=b"a"))[0][1] == "1984"
+
+
+def test_a_folder_without_a_manifest_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"corpus\.yaml: not found"):
+        corpus.read_manifest(tmp_path)
+
+
+# --- what is pinned, and archives
+
+
+def test_a_pinned_file_must_be_that_file(manifest):
+    pinned = f"sources: [{{style: s, file: a.txt, sha256: {sha256(b'abc')}}}]"
+    assert read_all(manifest(pinned, a=b"abc"))[0][2] == "abc\n"
+    with pytest.raises(DataError, match="SHA-256"):
+        read_all(manifest(pinned, a=b"abd"))
+
+
+def test_a_url_is_checked_kept_and_not_asked_again(manifest, tmp_path):
+    served = tmp_path / "served" / "tale.txt"
+    served.parent.mkdir()
+    served.write_bytes(b"once")
+    source = f"sources: [{{style: s, url: '{served.as_uri()}', sha256: {sha256(b'once')}}}]"
+    assert read_all(manifest(source)) == [("tale", "s", "once\n")]
+    served.unlink()
+    assert read_all(manifest(source)) == [("tale", "s", "once\n")]
+    (tmp_path / "raw" / "tale.txt").write_bytes(b"damaged")  # what was kept is checked too, and fetched anew
+    with pytest.raises(DataError, match=r"tale\.txt"):
+        read_all(manifest(source))
+    served.write_bytes(b"once")
+    assert read_all(manifest(source)) == [("tale", "s", "once\n")]
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["tale.txt"]
+
+
+def test_a_url_with_another_text_is_refused_and_nothing_is_kept(manifest, tmp_path):
+    served = tmp_path / "tale.txt"
+    served.write_bytes(b"twice")
+    with pytest.raises(DataError, match="SHA-256"):
+        read_all(manifest(f"sources: [{{style: s, url: '{served.as_uri()}', sha256: {sha256(b'once')}}}]"))
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize("url", ["example/tale.txt", "http://[bad/tale.txt", "http://a b/tale.txt"])
+def test_what_is_not_a_url_is_an_error_that_names_it(manifest, url):
+    with pytest.raises(DataError, match="tale"):
+        read_all(manifest(f"sources: [{{style: s, url: '{url}', sha256: ab}}]"))
+
+
+def make_zip(members: dict[str, bytes]) -> bytes:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def make_tar(members: dict[str, bytes]) -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        folder = tarfile.TarInfo("p/plays/folder.md")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind, make", [("wheel", make_zip), ("sdist", make_tar)])
+def test_members_of_an_archive_are_read_in_order_of_name(manifest, tmp_path, kind, make):
+    archive = make({"p/plays/b.md": b"B", "p/other.md": b"no", "p/plays/a.md": b"A", "p/plays/c.txt": b"no"})
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / f"book==1.0.{kind}").write_bytes(archive)
+    source = f"style: s, package: book==1.0, archive: {kind}, sha256: {sha256(archive)}"
+    assert read_all(manifest(f"sources: [{{{source}, members: p/plays/*.md}}]")) == [
+        ("a", "s", "A\n"),
+        ("b", "s", "B\n"),
+    ]
+    with pytest.raises(DataError, match="nothing/"):
+        read_all(manifest(f"sources: [{{{source}, members: nothing/*}}]"))
+
+
+# --- a user's own files
+
+
+def test_own_files_have_their_stems_as_styles(tmp_path):
+    for name in ("My Book!.txt", "b.txt", "deep/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    own = corpus.manifest_of_files((str(tmp_path / "*.txt"), str(tmp_path / "b.txt"), str(tmp_path / "**/c.txt")))
+    assert read_all(own) == [
+        ("My Book!", "my_book", "My Book!.txt\n"),
+        ("b", "b", "b.txt\n"),
+        ("c", "c", "deep/c.txt\n"),
+    ]
+    assert own.tags
+    assert not corpus.manifest_of_files((str(tmp_path / "b.txt"),)).tags  # one style needs no telling apart
+
+
+def test_names_with_brackets_are_names_not_patterns(tmp_path):
+    folder = tmp_path / "books [mine]"
+    folder.mkdir()
+    (folder / "tale[1].txt").write_text("one")
+    assert read_all(corpus.manifest_of_files((str(tmp_path / "*/*.txt"),)))[0][2] == "one\n"
+    (folder / "corpus.yaml").write_text("sources: [{style: s, file: '*.txt'}]")
+    assert read_all(corpus.read_manifest(folder))[0][2] == "one\n"
+
+
+def test_no_file_a_folder_and_an_empty_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match="none"):
+        corpus.manifest_of_files((str(tmp_path / "none*.txt"),))
+    with pytest.raises(DataError, match="is not a file"):
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty\.txt"):
+        read_all(corpus.manifest_of_files((str(tmp_path / "*.txt"),)))
+
+
+# --- splits
+
+
+def make_documents(texts: list[str]) -> list[Document]:
+    return [Document(f"d{i}", f"s{i % 3}", text, 0) for i, text in enumerate(texts)]
+
+
+SHARES = st.tuples(st.integers(1, 20), st.integers(0, 20), st.integers(0, 20)).map(
+    lambda parts: tuple(part / sum(parts) for part in parts)
+)
+TEXTS = st.lists(st.text(st.sampled_from("ab\n "), min_size=1, max_size=80), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS, SHARES, st.booleans(), st.booleans())
+def test_every_character_goes_to_just_one_split(texts, shares, exact, many):
+    docs = make_documents(texts * 201 if many else texts)
+    dealt = corpus.split(docs, shares, exact)
+    assert list(dealt) == ["train", "val", "test"]
+    again = dict.fromkeys((doc.name for doc in docs), "")
+    for parts in dealt.values():
+        assert all(text for _, text in parts)
+        for doc, text in parts:
+            again[doc.name] += text
+    assert again == {doc.name: doc.text for doc in docs}
+    # and within each split the documents keep their order
+    for parts in dealt.values():
+        numbers = [int(doc.name[1:]) for doc, _ in parts]
+        assert numbers == sorted(numbers)
+
+
+def test_documents_are_cut_at_blank_lines_near_the_shares():
+    paragraphs = [f"Paragraph {i}\nhas two lines.\n\n" for i in range(200)]
+    docs = make_documents(["".join(paragraphs)] * 3)
+    dealt = corpus.split(docs, (0.8, 0.1, 0.1), exact=False)
+    for name, share in zip(corpus.SPLITS, (0.8, 0.1, 0.1), strict=True):
+        assert [doc for doc, _ in dealt[name]] == docs
+        for doc, text in dealt[name]:
+            assert text.startswith("Paragraph")
+            assert text.endswith("\n\n")
+            assert abs(len(text) - share * len(doc.text)) <= 2 * len(paragraphs[-1])
+
+
+def test_without_blank_lines_a_line_is_not_cut_and_without_lines_a_word_is():
+    lines = corpus.split(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
+    assert all(text.endswith("text\n") for parts in lines.values() for _, text in parts)
+    words = corpus.split(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
+    assert [len(words[name][0][1]) for name in corpus.SPLITS] == [80, 10, 10]
+
+
+def test_an_exact_cut_is_nanogpts():
+    for n in [*range(1, 300), 1000, 12_345, 1_115_394]:
+        text = ("0123456789\n\n" * (n // 12 + 1))[:n]
+        dealt = corpus.split(make_documents([text]), (0.9, 0.1, 0), exact=True)
+        joined = {name: "".join(part for _, part in parts) for name, parts in dealt.items()}
+        assert joined == {"train": text[: int(n * 0.9)], "val": text[int(n * 0.9) :], "test": ""}
+
+
+def test_many_documents_are_dealt_whole_and_in_proportion():
+    docs = make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(4000)])
+    dealt = corpus.split(docs, (0.8, 0.15, 0.05), exact=False)
+    assert all(text == doc.text for parts in dealt.values() for doc, text in parts)
+    for name, share in zip(corpus.SPLITS, (0.8, 0.15, 0.05), strict=True):
+        five_sigma = 5 * (4000 * share * (1 - share)) ** 0.5
+        assert abs(len(dealt[name]) - 4000 * share) < five_sigma
+    # a document's split is its own affair: neither order nor company matters
+    of_fewer = corpus.split(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
+    assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in dealt[name]} for name in corpus.SPLITS)
+    assert corpus.split(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
+
+
+def test_the_corpus_hash_depends_on_names_styles_texts_and_order():
+    a, b = Document("a", "s", "text", 0), Document("b", "s", "text", 0)
+    variants = [[a, b], [b, a], [a], [Document("a", "t", "text", 0), b], [Document("a", "s", "text.", 0), b]]
+    assert len({corpus.text_sha256(docs) for docs in variants}) == len(variants)
+
+
+# --- the corpus that is trained on unless another is named
+
+
+@pytest.fixture(scope="module")
+def default_manifest():
+    return corpus.read_manifest(REPO / "data" / "robopoet")
+
+
+@pytest.fixture(scope="module")
+def default_documents(default_manifest):
+    return list(corpus.documents(default_manifest))
+
+
+def test_the_default_corpus_is_the_one_that_is_pinned(default_manifest, default_documents):
+    assert len(default_documents) == 39
+    assert Counter(doc.style for doc in default_documents) == {"shakespeare": 38, "alice": 1}
+    assert len({doc.name for doc in default_documents}) == 39
+    assert default_manifest.text_sha256 == corpus.text_sha256(default_documents)
+
+
+def test_the_default_corpus_keeps_its_letters_and_gains_none(default_manifest, default_documents):
+    raw = {
+        Path(name).stem: html.unescape(content.decode())
+        for source in default_manifest.sources
+        for name, content in corpus.raw_texts(source, default_manifest.folder)
+    }
+    for doc in default_documents:
+        before = Counter(char for char in raw[doc.name].lower() if char.isalpha())
+        after = Counter(char for char in doc.text.lower() if char.isalpha())
+        assert not after - before, doc.name
+        assert after.total() >= 0.97 * before.total(), doc.name
+        assert after.total() >= 0.97 * doc.raw_letters, doc.name
+
+
+def test_no_markup_is_left_in_the_default_corpus(default_documents):
+    for doc in default_documents:
+        # Alice's own underscores and rows of stars stand in the book
+        of_plays = ("_", "*", "\\", "#", "[]", "&amp;") if doc.style == "shakespeare" else ()
+        for mark in (*of_plays, "\r", "\x1a", "\ufeff", "\t", "\n\n\n", " \n", "FULCRUM", "later editions"):
+            assert mark not in doc.text, (doc.name, mark)
+        depth = 0
+        for place, char in enumerate(doc.text):
+            depth += (char == "[") - (char == "]")
+            assert depth in (0, 1), (doc.name, doc.text[max(0, place - 60) : place + 20])
+        assert depth == 0, doc.name
+        assert doc.text == doc.text.strip() + "\n", doc.name
+
+
+def test_the_default_corpus_reads_as_plays_and_a_tale(default_documents):
+    texts = {doc.name: doc.text for doc in default_documents}
+    assert texts["hamlet"].startswith("Hamlet\n\nACT I\n\nSCENE I. ")
+    assert "\n\nBERNARDO\nWho's there?\n\n" in texts["hamlet"]
+    assert "\n\n[Enter HORATIO and MARCELLUS]\n\n" in texts["hamlet"]
+    assert "Twinkle, twinkle, little bat!\n" in texts["alice29"]
+    for name, text in texts.items():
+        if name != "alice29":
+            assert "\nACT I\n" in f"\n{text}", name
+            assert "\n[Exeunt" in text, name

@@ -1,0 +1,317 @@
+"""prepare.py: books in; bins and meta.json out, whole or not at all, and only when something has changed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configurator
+import prepare
+from data import DataError, corpus, tokenizer
+from data.tokenizer import END, BPETokenizer, CharTokenizer, decode
+
+REPO = Path(__file__).parent.parent
+WORDS = "the rabbit queen of hearts said never more and rose again by night, went home!".split()
+
+
+def make_book(seed: int, n_paragraphs: int = 60) -> str:
+    """Text that is clean already: cleaning leaves it as it is."""
+    rng = random.Random(seed)
+    return "\n\n".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(n_paragraphs)) + "\n"
+
+
+BOOKS = {"alice": make_book(1), "king lear": make_book(2, 40) + "\nThé 東京 end.\n"}
+
+
+@pytest.fixture
+def books(tmp_path) -> Path:
+    """A folder with two books, one of them with DOS line ends."""
+    folder = tmp_path / "my"
+    folder.mkdir()
+    for name, text in BOOKS.items():
+        (folder / f"{name}.txt").write_bytes(text.replace("\n", "\r\n" if name == "alice" else "\n").encode())
+    return folder
+
+
+def run(*argv: str) -> None:
+    prepare.main(configurator.load(prepare.PrepareConfig, list(argv), "corpus"))
+
+
+def run_on(books: Path, *argv: str) -> Path:
+    out = books.parent / "out"
+    run(f"--input={books}/*.txt", f"--out={out}", *argv)
+    return out
+
+
+def read(out: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    return meta, {name: np.fromfile(out / f"{name}.bin", dtype="<u2") for name in ("train", "val", "test")}
+
+
+BPE, CHAR = ("--tokenizer=bpe", "--vocab_size=300"), ("--tokenizer=char",)
+
+
+@pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
+def test_bins_hold_the_books_and_meta_says_where(books, argv):
+    out = run_on(books, *argv)
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    meta, bins = read(out)
+    tok = tokenizer.from_json(meta["tokenizer"])
+    end = tok.specials[END]
+    assert meta["vocab_size"] == tok.vocab_size
+    assert meta["styles"] == {"alice": tok.specials["<|alice|>"], "king_lear": tok.specials["<|king_lear|>"]}
+    again = dict.fromkeys(BOOKS, "")
+    for name, ids in bins.items():
+        entry = meta["splits"][name]
+        assert (out / f"{name}.bin").stat().st_size == 2 * entry["tokens"] == 2 * len(ids)
+        place = 0
+        texts = []
+        for span in entry["documents"]:
+            assert span["start"] == place
+            place = span["stop"]
+            *text, last = ids[span["start"] : span["stop"]].tolist()
+            assert last == end  # which parts the documents
+            assert all(id < len(tok.tokens) for id in text)
+            assert span["style"] == span["name"].replace(" ", "_")
+            texts.append(decode(tok, text))
+            again[span["name"]] += texts[-1]
+        assert place == len(ids)
+        assert [span["name"] for span in entry["documents"]] == ["alice", "king lear"]  # every style in every split
+        assert entry["characters"] == len("".join(texts))
+        assert entry["bytes"] == len("".join(texts).encode())
+    assert again == BOOKS
+    for name, share in {"train": 0.9, "val": 0.05, "test": 0.05}.items():
+        assert meta["splits"][name]["characters"] / sum(map(len, BOOKS.values())) == pytest.approx(share, abs=0.03)
+    docs = list(corpus.documents(corpus.manifest_of_files((f"{books}/*.txt",))))
+    assert meta["text_sha256"] == corpus.text_sha256(docs)
+
+
+def test_vocab_size_is_exact_and_all_ids_lie_within(books):
+    for size in (259, 281):
+        meta, bins = read(run_on(books, f"--vocab_size={size}"))
+        assert meta["vocab_size"] == size
+        assert max(ids.max() for ids in bins.values()) < size
+
+
+def test_bpe_learns_from_the_train_split_alone(books):
+    text = BOOKS["alice"] + "\n" + "\n\n".join(["zq" * 10] * 14) + "\n"  # a word of the last tenth only
+    assert text.index("zq") > 0.9 * len(text)
+    (books / "alice.txt").write_text(text)
+    meta, _ = read(run_on(books, *BPE))
+    assert not any(b"zq" in token for token in tokenizer.from_json(meta["tokenizer"]).tokens)
+    specials = meta["tokenizer"]["specials"]
+    assert b"zq" in BPETokenizer.train([text, BOOKS["king lear"]], 300, specials).tokens  # as it is common over all
+
+
+def test_one_book_has_no_specials_and_no_tag(books):
+    (books / "king lear.txt").unlink()
+    meta, bins = read(run_on(books, *CHAR))
+    assert meta["styles"] == {}
+    assert meta["vocab_size"] == len(set(BOOKS["alice"]))
+    assert decode(tokenizer.from_json(meta["tokenizer"]), np.concatenate(list(bins.values()))) == BOOKS["alice"]
+
+
+@pytest.mark.parametrize("name", ["endoftext", "unk"])
+@pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
+def test_a_book_called_like_a_special_is_refused_or_has_a_style_of_its_own(books, name, argv):
+    (books / f"{name}.txt").write_text(make_book(3))
+    try:
+        meta, bins = read(run_on(books, *argv))
+    except DataError as e:
+        assert name in str(e)
+        return
+    tok = tokenizer.from_json(meta["tokenizer"])
+    assert len(set(meta["styles"].values())) == 3
+    assert all(ids[-1] == tok.specials[END] for ids in bins.values())
+    assert max(*meta["styles"].values(), tok.specials[END]) < meta["vocab_size"] == tok.vocab_size
+
+
+def test_gpt2_ids_fit_and_its_failed_download_is_said(books, monkeypatch):
+    def offline(name):
+        raise ConnectionError
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    with pytest.raises(DataError, match="GPT-2"):
+        run_on(books, "--tokenizer=gpt2")
+    assert not (books.parent / "out" / "meta.json").exists()
+
+
+# --- doing no more than is needed
+
+
+def age(out: Path) -> None:
+    for path in out.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+
+
+def renewed(out: Path) -> bool:
+    times = {path.stat().st_mtime_ns for path in out.iterdir()}
+    assert times == {10**18} or 10**18 not in times  # all or none
+    return times != {10**18}
+
+
+def test_what_is_prepared_is_left_alone(books, capsys):
+    out = run_on(books, *CHAR)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    age(out)
+    run_on(books, *CHAR)
+    assert not renewed(out)
+    assert "prepared already" in capsys.readouterr().out
+    run_on(books, *CHAR, "--force")
+    assert renewed(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["text", "one more", "option", "short bin", "no bin", "damaged meta"])
+def test_a_change_makes_it_prepare_again(books, change):
+    out = run_on(books, *CHAR)
+    age(out)
+    if change == "text":
+        text = (books / "alice.txt").read_text()
+        (books / "alice.txt").write_text(text.replace("rabbit", "robbit", 1))
+    elif change == "one more":
+        (books / "c.txt").write_text(make_book(3))
+    elif change == "short bin":
+        (out / "val.bin").write_bytes((out / "val.bin").read_bytes()[:-2])
+    elif change == "no bin":
+        (out / "test.bin").unlink()
+    elif change == "damaged meta":
+        (out / "meta.json").write_bytes((out / "meta.json").read_bytes()[:-1])
+    run_on(books, *(BPE if change == "option" else CHAR))
+    assert renewed(out)
+    meta, bins = read(out)
+    assert all(len(ids) == meta["splits"][name]["tokens"] for name, ids in bins.items())
+
+
+@pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
+def test_a_failure_midway_leaves_no_meta_and_no_scraps(books, monkeypatch, argv):
+    out = run_on(books, *argv)
+    kind = BPETokenizer if argv is BPE else CharTokenizer
+    encode, calls = kind.encode, []
+
+    def fail_in_the_second_split(self, text):
+        calls.append(text)
+        if len(calls) > len(BOOKS):
+            raise OSError("disk full")
+        return encode(self, text)
+
+    monkeypatch.setattr(kind, "encode", fail_in_the_second_split)
+    with pytest.raises(OSError, match="disk full"):
+        run_on(books, *argv, "--force")
+    left = {path.name for path in out.iterdir()}
+    assert "meta.json" not in left
+    assert not any(name.endswith(".part") for name in left)
+    monkeypatch.undo()
+    run_on(books, *argv)  # and the next run makes it whole
+    assert (out / "meta.json").is_file()
+
+
+def test_a_failing_write_leaves_no_scraps(books, monkeypatch):
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run_on(books, *CHAR)
+    assert list((books.parent / "out").iterdir()) == []
+
+
+# --- manifests
+
+
+def write_manifest(folder: Path, text: str, content: str) -> Path:
+    folder.mkdir()
+    (folder / "corpus.yaml").write_text(text)
+    (folder / "input.txt").write_bytes(content.encode())
+    return folder
+
+
+def test_a_corpus_as_it_comes_has_nanogpts_ids_and_no_specials(tmp_path):
+    text = "\n First Citizen:\r\nBefore we proceed,  any further… \n\n\n" * 37 + "~"
+    manifest = "sources: [{style: s, file: input.txt, clean: none}]\nsplits: [0.9, 0.1, 0]\ntags: false\n"
+    folder = write_manifest(tmp_path / "chars", manifest, text)
+    run(str(folder), "--tokenizer=char")
+    meta, bins = read(folder)
+    stoi = {char: id for id, char in enumerate(sorted(set(text)))}  # as nanoGPT's data/shakespeare_char/prepare.py
+    cut = int(len(text) * 0.9)
+    assert bins["train"].tolist() == [stoi[char] for char in text[:cut]]
+    assert bins["val"].tolist() == [stoi[char] for char in text[cut:]]
+    assert len(bins["test"]) == 0
+    assert meta["vocab_size"] == len(stoi)
+    assert (meta["tokenizer"]["specials"], meta["styles"]) == ([], {})
+
+
+def test_nanogpts_manifest_asks_for_just_that():
+    manifest = corpus.read_manifest(REPO / "data" / "shakespeare_char")
+    assert (tuple(manifest.splits), manifest.tags) == ((0.9, 0.1, 0), False)
+    assert [source.clean for source in manifest.sources] == ["none"]
+
+
+def test_a_text_that_is_not_the_one_pinned_is_refused(tmp_path):
+    manifest = f"sources: [{{style: s, file: input.txt}}]\ntext_sha256: {'0' * 64}\n"
+    folder = write_manifest(tmp_path / "pinned", manifest, BOOKS["alice"])
+    with pytest.raises(DataError, match="text_sha256") as caught:
+        run(str(folder))
+    found = str(caught.value).split("hash is ")[1].split(",")[0]
+    (folder / "corpus.yaml").write_text(manifest.replace("0" * 64, found))
+    run(str(folder), "--tokenizer=char")
+    assert read(folder)[0]["text_sha256"] == found
+
+
+def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
+    manifest = "sources: [{style: 1984, file: input.txt}, {style: other, file: input.txt}]\n"
+    folder = write_manifest(tmp_path / "numbers", manifest, BOOKS["alice"])
+    run(str(folder), "--tokenizer=char")
+    meta, _ = read(folder)
+    assert {span["style"] for span in meta["splits"]["train"]["documents"]} <= set(meta["styles"])
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("empty.txt", b"", r"empty\.txt"),
+        ("blank.txt", b" \r\n\x1a", r"blank\.txt"),
+        ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: byte 3 "),
+        ("utf16.txt", "Alice".encode("utf-16"), r"utf16\.txt: byte 0 "),
+        ("folder.txt", None, r"folder\.txt: is not a file"),
+    ],
+)
+def test_a_book_that_can_not_be_read_is_named_and_nothing_is_written(books, name, content, said):
+    if content is None:
+        (books / name).mkdir()
+    else:
+        (books / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        run_on(books, *CHAR)
+    assert not (books.parent / "out").exists()
+
+
+def test_too_little_text_for_the_vocabulary_names_the_most_it_carries(books):
+    with pytest.raises(DataError, match=r"at most (\d+)") as caught:
+        run_on(books)
+    most = str(caught.value).split("at most ")[1].split(";")[0]
+    meta, _ = read(run_on(books, f"--vocab_size={most}"))
+    assert meta["vocab_size"] == int(most)
+
+
+def test_a_text_of_one_character_leaves_nothing_to_train_on(tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(DataError):
+        run(f"--input={tmp_path}/x.txt", f"--out={tmp_path}/out")
+
+
+def test_the_command_line_says_a_mistake_in_one_line_and_exits_2(tmp_path):
+    command = [sys.executable, "prepare.py", f"--input={tmp_path}/*.txt", f"--out={tmp_path}/out"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("prepare.py: --input: no file matches")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
