@@ -73,7 +73,9 @@ def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.0, math.log(2), -math.inf, math.log(5)]]).expand(800, 4)  # 1/8, 2/8, 0, 5/8
     uniforms = (torch.arange(800).double() + 0.5) / 800
     assert collections.Counter(sample.draw(logits, uniforms).tolist()) == {0: 100, 1: 200, 3: 500}
-    assert sample.draw(logits[:2], torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [0, 3]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sample.draw(logits[:2], ends).tolist() == [0, 3]
+    assert sample.draw(torch.tensor([[-math.inf, 0.0]] * 2), ends).tolist() == [1, 1]
 
 
 def test_written_tokens_follow_the_models_distribution(poet):

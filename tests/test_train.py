@@ -390,7 +390,7 @@ def test_command_line_mistakes_end_in_one_message_and_exit_code_2(small):
 
 
 def test_two_gloo_ranks_equal_one(small, tmp_path):
-    keys = small | {"optimizer": "adamw", "max_iters": 20, "eval_interval": 10, "gradient_accumulation_steps": 2}
+    keys = small | {"optimizer": "adamw", "max_iters": 20, "eval_interval": 10, "gradient_accumulation_steps": 4}
     one = run(keys, out_dir=str(tmp_path / "one"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
