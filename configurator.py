@@ -216,10 +216,12 @@ class Machine:
             getattr(torch, self.device.type).synchronize()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over all ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        """The sum of `tensor` over all ranks, where `tensor` is."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
 
     def peak_mem_mb(self) -> float:
         """Most memory this process has held, in MB: reserved on a CUDA device, resident elsewhere."""

@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -218,10 +219,10 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     start = time.perf_counter()
     model.eval()
     names = list(dict.fromkeys(split.styles))
-    style_of = torch.tensor([names.index(style) for style in split.styles], device=machine.device)
+    style_of = torch.tensor([names.index(style) for style in split.styles])
     lengths = torch.from_numpy(token_bytes).to(machine.device)
     # per style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
-    sums = torch.zeros(6, len(names), dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(6, len(names), dtype=torch.float64)
     batches = eval_batches(
         split, cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
     )
@@ -229,11 +230,11 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
         counted = targets >= 0
-        nats, count = losses.double().sum(1), counted.sum(1).double()
-        size = (lengths[targets.clamp(min=0)] * counted).sum(1).double()
+        size = (lengths[targets.clamp(min=0)] * counted).sum(1)
+        nats, count, size = (part.cpu().double() for part in (losses.sum(1), counted.sum(1), size))
         per_row = torch.stack([nats, count, size, torch.ones_like(nats), nats / count, (nats / count) ** 2])
-        sums.index_add_(1, style_of[torch.from_numpy(document).to(machine.device)], per_row)
-    sums = machine.all_reduce(sums).cpu()
+        sums.index_add_(1, style_of[torch.from_numpy(document)], per_row)
+    sums = machine.all_reduce(sums)
     nats, count, size, n, mean, square = sums.sum(1).tolist()
     return {
         "loss": nats / count,
@@ -250,41 +251,49 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
 # what a run leaves behind
 
 
+def tensorboard_sink(cfg: TrainConfig) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+    """Functions that write numbers at a step to TensorBoard, and that close it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(cfg.out_dir)
+
+    def write(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            board.add_scalar(key, value, step)
+
+    return write, board.close
+
+
+def wandb_sink(cfg: TrainConfig) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+    """Functions that write numbers at a step to Weights & Biases, and that close it."""
+    import wandb
+
+    name = cfg.wandb_run_name or Path(cfg.out_dir).name
+    config = dataclasses.asdict(cfg)
+    run = wandb.init(project=cfg.wandb_project, name=name, dir=cfg.out_dir, mode=cfg.wandb, config=config)
+    return lambda numbers, step: run.log(numbers | {"iter": step}), run.finish
+
+
 class Log:
     """metrics.jsonl always; TensorBoard and wandb when asked for, whose failures never stop training."""
 
     def __init__(self, cfg: TrainConfig, machine: Machine, step: int):
         self.active = machine.is_main
-        self._sinks: dict[str, Any] = {}
+        self._sinks: dict[str, tuple] = {}
         if not self.active:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
         earlier = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
         self._file.writelines(f"{line}\n" for line in earlier if json.loads(line)["iter"] <= step)  # a new run: none
-        if cfg.tensorboard:
-            self._guard("TensorBoard", lambda: self._sinks.update({"TensorBoard": self._open_tensorboard(cfg)}))
-        if cfg.wandb != "off":
-            self._guard("wandb", lambda: self._sinks.update({"wandb": self._open_wandb(cfg)}))
+        wanted = {"TensorBoard": cfg.tensorboard, "wandb": cfg.wandb != "off"}
+        for name, sink in {"TensorBoard": tensorboard_sink, "wandb": wandb_sink}.items():
+            if wanted[name] and (opened := self._guard(name, sink, cfg)):
+                self._sinks[name] = opened
 
-    @staticmethod
-    def _open_tensorboard(cfg: TrainConfig) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(cfg.out_dir)
-
-    @staticmethod
-    def _open_wandb(cfg: TrainConfig) -> Any:
-        import wandb
-
-        name = cfg.wandb_run_name or Path(cfg.out_dir).name
-        return wandb.init(
-            project=cfg.wandb_project, name=name, dir=cfg.out_dir, mode=cfg.wandb, config=dataclasses.asdict(cfg)
-        )
-
-    def _guard(self, name: str, action: Any) -> None:
+    def _guard(self, name: str, action: Callable, *args: Any) -> Any:
         try:
-            action()
+            return action(*args)
         except Exception as e:  # a logger's failure, whatever it is, must not stop training
             self._sinks.pop(name, None)
             configurator.warn(f"{name} failed and is left out from here on: {e}")
@@ -298,21 +307,15 @@ class Log:
         where = record["split"] if record["kind"] == "eval" else "train"
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
         numbers = {f"{where}/{key}": value for key, value in flat.items() if isinstance(value, int | float)}
-        if board := self._sinks.get("TensorBoard"):
-            self._guard(
-                "TensorBoard", lambda: [board.add_scalar(key, value, record["iter"]) for key, value in numbers.items()]
-            )
-        if run := self._sinks.get("wandb"):
-            self._guard("wandb", lambda: run.log(numbers | {"iter": record["iter"]}))
+        for name, (write, _) in list(self._sinks.items()):
+            self._guard(name, write, numbers, record["iter"])
 
     def close(self) -> None:
         """Flush and close all."""
         if self.active:
             self._file.close()
-        if board := self._sinks.get("TensorBoard"):
-            self._guard("TensorBoard", board.close)
-        if run := self._sinks.get("wandb"):
-            self._guard("wandb", run.finish)
+        for name, (_, close) in list(self._sinks.items()):
+            self._guard(name, close)
 
 
 @dataclass
@@ -412,7 +415,10 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
     """Put optimizers and scaler back where they were; returns how far the run had come."""
     try:
         for optimizer, saved in zip(state.optimizers, start["optimizer_states"], strict=True):
+            asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.param_groups, asked, strict=True):
+                group.update(settings)  # rates and decay are the config's, which may have changed
         state.scaler.load_state_dict(start["scaler"])
         return Progress(**{field.name: start[field.name] for field in dataclasses.fields(Progress)})
     except (KeyError, ValueError) as e:
