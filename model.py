@@ -95,9 +95,9 @@ class CausalSelfAttention(nn.Module):
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """softmax(q k' / sqrt(hs)) v with a causal mask, step by step; q, k, v: (B, nh, T, hs) -> (B, nh, T, hs)."""
     T, hs = q.shape[-2:]
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     att = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
-    att = F.softmax(att.masked_fill(future, -math.inf), dim=-1)
+    future = att.new_full((T, T), -math.inf).triu(1)
+    att = F.softmax(att + future, dim=-1)  # adding costs nothing in backward, as filling would
     return F.dropout(att, dropout, training=dropout > 0) @ v
 
 
