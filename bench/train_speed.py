@@ -2,8 +2,10 @@
 
 python -m bench.train_speed config/robopoet.yaml --device=auto
 python -m bench.train_speed config/robopoet.yaml --vram_limit_gb=8
+python -m bench.train_speed config/robopoet.yaml --device=cpu --peer=PATH_TO_NANOGPT
 """
 
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -12,12 +14,15 @@ from typing import Any
 
 import torch
 
+import checkpoint
 import configurator
 import train
 from bench.common import markdown, origin, show, spread, write_result
+from bench.peer import Peer, load_model_module
 from configurator import ConfigError, Machine, bounds
 from data import DataError
 from data.batches import TrainWindows, open_split, read_meta
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class SpeedConfig(train.TrainConfig):
     steps: int = 10  # optimizer steps of a lap
     warmup_steps: int = 3  # steps before the first lap; the first of them compiles
     vram_limit_gb: float = 0.0  # allow PyTorch this much GPU memory, as a smaller card would (0: all there is)
+    peer: str = ""  # a checkout of nanoGPT, timed in turns with ours
     out: str = ""  # name of the result (train_speed_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -77,6 +83,44 @@ def lap(
     return 1000 * (time.perf_counter() - start) / len(steps), loss.item()
 
 
+def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: TrainWindows) -> None:
+    """Raises ConfigError unless nanoGPT's model with our weights has our loss on a batch, to 1e-4 in float32."""
+    theirs = load_model_module(Path(cfg.peer))
+    args = {key: getattr(model.config, key) for key in checkpoint.NANOGPT_ARGS} | {"dropout": 0.0}
+    peer = theirs.GPT(theirs.GPTConfig(**args)).to(machine.device)
+    peer.load_state_dict(model.state_dict(), strict=False)  # its mask, where it has one, is no weight
+    inputs, targets = windows.batch(0, cfg.batch_size, machine.device)
+    with torch.no_grad():
+        losses = [float(m.eval()(inputs, targets.contiguous())[1]) for m in (model, peer)]
+    if abs(losses[0] - losses[1]) > 1e-4:
+        raise ConfigError(f"peer: its loss with our weights is {losses[1]:.6f}, ours is {losses[0]:.6f}")
+
+
+OPERATIONS = {  # where a step's time goes: a share's name -> the operations counted in it
+    "matmul": ("aten::mm", "aten::addmm", "aten::linear"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "attention"),
+    "loss": ("log_softmax", "nll_loss", "logsumexp"),
+    "optimizer": ("adamw", "foreach", "linalg_vector_norm"),
+    "dropout": ("bernoulli", "dropout", "random_"),
+    "copies": ("aten::copy_",),
+}
+
+
+def time_shares(state: train.State, windows: TrainWindows, cfg: SpeedConfig, machine: Machine) -> dict[str, float]:
+    """The share of a step's time in each kind of operation, by PyTorch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu := machine.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        lap(state, windows, cfg, machine, range(1))
+    spent: dict[str, float] = {}
+    for event in profile.key_averages():
+        kind = next((k for k, names in OPERATIONS.items() if any(name in event.key for name in names)), "rest")
+        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + time_us
+    return {kind: time_us / sum(spent.values()) for kind, time_us in spent.items()}
+
+
 def main(cfg: SpeedConfig) -> None:
     """Build what train.py would build, time its steps, print the figures and keep them."""
     # --- as train.main does
@@ -92,12 +136,25 @@ def main(cfg: SpeedConfig) -> None:
     model = train.new_model(cfg, meta["vocab_size"])
     state = train.build_state(cfg, machine, model)
 
+    # --- the peer
+    peers: list[Peer] = []
+    if cfg.peer:
+        peers = [Peer("nanoGPT", Path(cfg.peer), tuned=False)]
+        if machine.device.type == "cpu":
+            peers.append(Peer("nanoGPT, autocast and compiled", Path(cfg.peer), tuned=True))
+        check_same_loss(cfg, machine, model, windows)
+
     # --- the clock
     first_ms, _ = lap(state, windows, cfg, machine, range(1))
     if cfg.warmup_steps > 1:
         lap(state, windows, cfg, machine, range(1, cfg.warmup_steps))
     starts = range(cfg.warmup_steps, cfg.warmup_steps + cfg.repeats * cfg.steps, cfg.steps)
-    laps = [lap(state, windows, cfg, machine, range(start, start + cfg.steps)) for start in starts]
+    laps, peer_runs = [], [[] for _ in peers]
+    for start in starts:  # in turns, so that a machine that slows down slows all
+        laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
+        for peer, runs in zip(peers, peer_runs, strict=True):
+            times, mem_mb = peer.run(cfg, machine, folder, meta["vocab_size"], cfg.warmup_steps + cfg.steps)
+            runs.append((statistics.median(times[cfg.warmup_steps :]), mem_mb))
     peak_mem_mb = machine.peak_mem_mb()  # before matmul_flops, whose matrices are no part of training
     peak_flops = machine.matmul_flops()
 
@@ -120,7 +177,16 @@ def main(cfg: SpeedConfig) -> None:
         "peak_mem_mb": peak_mem_mb,
         "loss": laps[-1][1],
         "repeats_dt_ms": dt_ms,
+        "time_share": time_shares(state, windows, cfg, machine),
+        "peers": {},
     }
+    for peer, runs in zip(peers, peer_runs, strict=True):
+        result["peers"][peer.name] = {
+            "dt_ms": spread([ms for ms, _ in runs]),
+            "tok_per_sec": spread([1000 * tokens / ms for ms, _ in runs]),
+            "ratio": spread([ms / ours for (ms, _), ours in zip(runs, dt_ms, strict=True)]),
+            "peak_mem_mb": max(mem_mb for _, mem_mb in runs),
+        }
     result["targets"] = judge(result)
     print(table([result]))
     print(*verdicts(result), sep="\n")
@@ -128,23 +194,19 @@ def main(cfg: SpeedConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results."""
-    header = ["Device", "Config", "dtype", "Tokens/s", "ms/step", "MFU", "Peak memory", "Parameters"]
-    rows = [
-        [
-            r["machine"]["device"],
-            r["config"]
-            + ("" if r["compiled"] else ", not compiled")
-            + (f", at most {r['vram_limit_gb']:g} GB" if r["vram_limit_gb"] else ""),
-            r["machine"]["dtype"],
-            show(r["tok_per_sec"]),
-            show(r["dt_ms"], ",.1f"),
-            f"{r['mfu']['median']:.1%}",
-            f"{r['peak_mem_mb']:,.0f} MB",
-            f"{r['parameters']:,}",
-        ]
-        for r in results
-    ]
+    """The Markdown table that shows these results; a peer's row has our speed as a multiple of its own."""
+    header = ["Device", "Config", "dtype", "", "Tokens/s", "ms/step", "MFU", "Peak memory", "Ours is faster"]
+    rows = []
+    for r in results:
+        what = [r["machine"]["device"], f"{r['config']}, {r['optimizer']}", r["machine"]["dtype"]]
+        ours = "RoboPoet" + (", compiled" if r["compiled"] else "")
+        memory = f"{r['peak_mem_mb']:,.0f} MB"
+        speed = [show(r["tok_per_sec"]), show(r["dt_ms"], ",.1f"), f"{r['mfu']['median']:.1%}"]
+        rows.append([*what, ours, *speed, memory, ""])
+        for name, p in r["peers"].items():
+            mfu = r["mfu"]["median"] * r["dt_ms"]["median"] / p["dt_ms"]["median"]
+            speed = [show(p["tok_per_sec"]), show(p["dt_ms"], ",.1f"), f"{mfu:.1%}"]
+            rows.append(["", "", "", name, *speed, f"{p['peak_mem_mb']:,.0f} MB", show(p["ratio"], ".2f")])
     return markdown(header, rows)
 
 
