@@ -54,7 +54,8 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if not equals:  # --key value, or a bare --flag for a bool
-                is_flag = hints.get(key, bool) is bool  # an unknown key is told as such below
+                kind = hints.get(key, bool)  # an unknown key is told as such below
+                is_flag = kind is bool or "true" in get_args(kind)
                 takes_next = args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS)
                 value = args.pop(0) if takes_next else "true" if is_flag else None
             if value is None:
@@ -101,9 +102,9 @@ def _convert(kind: Any, value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, wants one value")
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if value.lower() not in get_args(kind):
             raise ValueError(f"found {value!r}, must be one of {', '.join(get_args(kind))}")
-        return value
+        return value.lower()
     if kind is bool:
         if value.lower() not in BOOLS:
             raise ValueError(f"found {value!r}, must be true or false")

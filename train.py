@@ -79,7 +79,7 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
-    compile: bool = True  # torch.compile the model
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA alone, eager is faster on CPU
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
 
     def problems(self) -> list[str]:
@@ -166,10 +166,11 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
         cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas
     )
     forward: torch.nn.Module = model
-    if cfg.compile and (reason := configurator.why_no_compile()):
-        configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
-    elif cfg.compile:
-        forward = torch.compile(model)
+    if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
+        if reason := configurator.why_no_compile():
+            configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
+        else:
+            forward = torch.compile(model)
     if machine.world_size > 1:
         forward = DistributedDataParallel(forward)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)

@@ -39,7 +39,7 @@ def small(books: Path, tmp_path: Path) -> dict:
         "out_dir": str(tmp_path / "out"),
         "device": "cpu",
         "dtype": "float32",
-        "compile": False,
+        "compile": "false",
         "n_layer": 2,
         "n_head": 2,
         "n_embd": 32,

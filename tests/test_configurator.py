@@ -178,7 +178,7 @@ def test_a_flag_is_not_taken_as_the_value_of_the_flag_before_it():
         ("steps", "0"),
         ("flag", "maybe"),
         ("flag", "2"),
-        ("mode", "Off"),
+        ("mode", "offline"),
         ("mode", "slow"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, plain_attention
+from model import GPT, GPTConfig, KVCache, dropout, plain_attention
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
@@ -124,6 +124,31 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.03])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_zeroes_a_share_p_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, dtype=dtype, requires_grad=True)  # no multiple of four
+    y = dropout(x, p)
+    zeros = (y == 0).double()
+    sigma = math.sqrt(p * (1 - p))
+    assert abs(zeros.mean() - p) < 5 * sigma / 1002
+    assert (zeros.mean(0) - p).abs().max() < 6 * sigma / math.sqrt(1001)  # no column, row or lane is favoured
+    assert (zeros.mean(1) - p).abs().max() < 6 * sigma / math.sqrt(1003)
+    for lane in range(4):
+        lanes = zeros.flatten()[lane::4]
+        assert abs((lanes[1:] * lanes[:-1]).mean() - p * p) < 6 / math.sqrt(len(lanes))
+    kept = y[y != 0].double()
+    torch.testing.assert_close(
+        kept, torch.full_like(kept, 1 / (1 - p)), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0
+    )
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), y)
+    assert torch.equal(dropout(x, 0.0), x)
 
 
 # --- size, names, initialisation
