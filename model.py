@@ -157,6 +157,34 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class RowwiseCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy's mean, for the CPU: loss and gradient of a few rows at a time, while they are in its cache.
+
+    logits: (N, V). targets: (N,) int64, -1 to ignore. Computes in float32 or better, whatever the logits' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        grad = torch.empty_like(logits)
+        weight = (targets >= 0).to(dtype) / (targets >= 0).sum()
+        loss = torch.zeros((), dtype=dtype)
+        for z, t, w, d in zip(*(tensor.split(64) for tensor in (logits, targets, weight, grad)), strict=True):
+            probs = torch.softmax(z, dim=1, dtype=dtype)
+            t = t.clamp(min=0)[:, None]
+            loss -= w @ probs.gather(1, t).clamp(min=torch.finfo(dtype).tiny).log()[:, 0]
+            probs.scatter_add_(1, t, probs.new_full(t.shape, -1.0))
+            torch.mul(probs, w[:, None], out=probs)
+            d.copy_(probs)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad if scale.item() == 1 else grad * scale), None
+
+
 class GPT(nn.Module):
     """A GPT-2 with tied embeddings (Press and Wolf 2017, arXiv:1608.05859)."""
 
@@ -210,6 +238,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
+        if reduction == "mean" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            return logits, RowwiseCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
         scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction=reduction)
         return logits, losses.view(targets.shape) if reduction == "none" else losses

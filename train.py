@@ -197,7 +197,7 @@ def train_step(
         if machine.world_size > 1:
             state.forward.require_backward_grad_sync = micro == count - 1
         with machine.autocast():
-            _, loss = state.forward(inputs, targets)
+            loss = state.forward(inputs, targets)[1]  # the logits can go
         state.scaler.scale(loss / count).backward()
         total += loss.detach() / count
     for optimizer in state.optimizers:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, dropout, plain_attention
+from model import GPT, GPTConfig, KVCache, RowwiseCrossEntropy, dropout, plain_attention
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
@@ -85,6 +85,22 @@ def test_loss_is_the_mean_negative_log_probability_of_counted_targets():
     _, losses = model(idx, targets, reduction="none")
     torch.testing.assert_close(losses, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(loss, expected.sum() / 21, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rowwise_cross_entropy_equals_torchs_with_gradients(dtype):
+    torch.manual_seed(0)
+    logits, targets = (5 * torch.randn(150, 61)).to(dtype).requires_grad_(), ids(150)
+    targets[::7] = -1
+    before = logits.detach().clone()
+    (RowwiseCrossEntropy.apply(logits, targets) * 3).backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, ignore_index=-1)
+    (expected * 3).backward()
+    precision = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]  # of the gradient's own dtype
+    torch.testing.assert_close(RowwiseCrossEntropy.apply(logits, targets).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=precision, atol=precision * 1e-2)
+    assert torch.equal(logits, before)
 
 
 def test_a_token_changes_no_logit_before_it():
