@@ -320,9 +320,7 @@ class GPT(nn.Module):
                 logits, _ = self(self._window(text[:, start:end], tag), cache=cache)
             else:
                 logits, _ = self(text[:, end - 1 : end], cache=cache)
-            text[:, end] = choose(
-                logits[:, -1].float() if logits.dtype != torch.float64 else logits[:, -1], text[:, :end]
-            )
+            text[:, end] = choose(logits[:, -1], text[:, :end])
             yield text[:, end]
 
     @torch.inference_mode()

@@ -109,7 +109,7 @@ def chooser(settings: Settings, forbidden: torch.Tensor, passages: range) -> Cho
     uniforms = iter(torch.from_numpy(uniforms).to(forbidden.device))  # a row for each token to come
 
     def choose(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        logits = logits.index_fill(1, forbidden, -torch.inf)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, forbidden, -torch.inf)
         if settings.repetition_penalty != 1:
             logits = penalize_repetition(logits, text, settings.repetition_penalty)
         if settings.temperature == 0:
