@@ -98,8 +98,7 @@ def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: Tra
 
 OPERATIONS = {  # where a step's time goes: a share's name -> the operations counted in it
     "matmul": ("aten::mm", "aten::addmm", "aten::linear"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "attention"),
-    "loss": ("log_softmax", "nll_loss", "logsumexp"),
+    "attention and loss": ("aten::bmm", "softmax", "attention", "nll_loss", "aten::gather", "aten::scatter"),
     "optimizer": ("adamw", "foreach", "linalg_vector_norm"),
     "dropout": ("bernoulli", "dropout", "random_"),
     "copies": ("aten::copy_",),
@@ -149,18 +148,19 @@ def main(cfg: SpeedConfig) -> None:
     if cfg.warmup_steps > 1:
         lap(state, windows, cfg, machine, range(1, cfg.warmup_steps))
     starts = range(cfg.warmup_steps, cfg.warmup_steps + cfg.repeats * cfg.steps, cfg.steps)
-    laps, peer_runs = [], [[] for _ in peers]
+    laps, peaks, peak_mem_mb, peer_runs = [], [], 0.0, [[] for _ in peers]
     for start in starts:  # in turns, so that a machine that slows down slows all
         laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
+        peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is no part of training
+        peaks.append(machine.matmul_flops())
         for peer, runs in zip(peers, peer_runs, strict=True):
             times, mem_mb = peer.run(cfg, machine, folder, meta["vocab_size"], cfg.warmup_steps + cfg.steps)
             runs.append((statistics.median(times[cfg.warmup_steps :]), mem_mb))
-    peak_mem_mb = machine.peak_mem_mb()  # before matmul_flops, whose matrices are no part of training
-    peak_flops = machine.matmul_flops()
 
     # --- the figures
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     dt_ms = [ms for ms, _ in laps]
+    flops = 1000 * tokens * model.flops_per_token()
     config = ([Path(arg).stem for arg in sys.argv[1:] if arg.endswith((".yaml", ".yml"))] or ["defaults"])[-1]
     result = origin("train_speed", machine) | {
         "config": config,
@@ -172,8 +172,8 @@ def main(cfg: SpeedConfig) -> None:
         "first_step_ms": first_ms,
         "dt_ms": spread(dt_ms),
         "tok_per_sec": spread([1000 * tokens / ms for ms in dt_ms]),
-        "mfu": spread([1000 * tokens * model.flops_per_token() / ms / peak_flops for ms in dt_ms]),
-        "matmul_tflops": peak_flops / 1e12,
+        "mfu": spread([flops / ms / peak for ms, peak in zip(dt_ms, peaks, strict=True)]),
+        "matmul_tflops": spread([peak / 1e12 for peak in peaks]),
         "peak_mem_mb": peak_mem_mb,
         "loss": laps[-1][1],
         "repeats_dt_ms": dt_ms,
