@@ -169,7 +169,7 @@ class Passage:
 class Poet:
     """A model with its tokenizer, ready to write.
 
-    checkpoint: path of a .pt file. Raises CheckpointError when it can't be read, ConfigError for a device not here.
+    checkpoint_path: a .pt file. Raises CheckpointError when it can't be read, ConfigError for a device not here.
     """
 
     def __init__(self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "float32"):

@@ -175,11 +175,6 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes(ids), final)
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
 def _pieces(text: str) -> Iterable[str]:
     """Cut `text` into pieces of at most PIECE_CHARS, where PATTERN would cut too if there is such a place."""
     start = 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import prepare
+from data.tokenizer import Tokenizer
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
@@ -19,6 +20,11 @@ def make_book(seed: int, n_paragraphs: int) -> str:
     rng = random.Random(seed)
     lines = [" ".join(rng.choices(WORDS, k=9)).capitalize() + "." for _ in range(3 * n_paragraphs)]
     return "\n\n".join("\n".join(lines[i : i + 3]) for i in range(0, len(lines), 3)) + "\n"
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 @pytest.fixture(scope="session")

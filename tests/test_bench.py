@@ -148,6 +148,5 @@ def test_table_checks_the_readme(run, results, tmp_path, monkeypatch, capsys):
     assert table.TableConfig(write=True, check=True).problems()
 
 
-@pytest.mark.skipif(not README.exists(), reason="no README here")
 def test_the_readme_shows_the_results():
     table.main(table.TableConfig(check=True, readme=str(README)))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import decode
 
 import configurator
 import prepare
 from data import DataError, corpus, tokenizer
-from data.tokenizer import END, BPETokenizer, CharTokenizer, decode
+from data.tokenizer import END, BPETokenizer, CharTokenizer
 
 REPO = Path(__file__).parent.parent
 WORDS = "the rabbit queen of hearts said never more and rose again by night, went home!".split()
