@@ -140,7 +140,8 @@ def main(cfg: SpeedConfig) -> None:
     if cfg.peer:
         peers = [Peer("nanoGPT", Path(cfg.peer), tuned=False)]
         if machine.device.type == "cpu":
-            peers.append(Peer("nanoGPT, autocast and compiled", Path(cfg.peer), tuned=True))
+            how = "compiled" if machine.dtype is torch.float32 else "autocast and compiled"
+            peers.append(Peer(f"nanoGPT, {how}", Path(cfg.peer), tuned=True))
         check_same_loss(cfg, machine, model, windows)
 
     # --- the clock
