@@ -76,13 +76,13 @@ def load(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: its SHA-256 is not the one it carries; the file is damaged")
             f.seek(0)
             content = torch.load(f, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; train first, or name another checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder; name the file, as {path}/best.pt") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as e:
-        if isinstance(e, CheckpointError):
-            raise
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(f"{path}: is not a checkpoint, or is damaged ({reason[:120]})") from None
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():

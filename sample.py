@@ -175,7 +175,7 @@ class Poet:
     def __init__(self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "float32"):
         self.machine = configurator.find_machine(device, dtype)
         path = Path(checkpoint_path)
-        self.model, self.tokenizer, self.info = checkpoint.load_model(path, self.machine.device, self.machine.dtype)
+        self.model, self.tokenizer, _ = checkpoint.load_model(path, self.machine.device, self.machine.dtype)
         self.styles = styles(self.tokenizer)
         end = self.tokenizer.specials.get(END)
         forbidden = [id for id in self.tokenizer.specials.values() if id != end]
