@@ -231,8 +231,8 @@ class Machine:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
-    def matmul_flops(self) -> float:
-        """The best FLOP/s seen over square matrix products in `dtype`, ever larger ones: what MFU is a share of."""
+    def matmul_flops(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        """The best FLOP/s seen of `product` on square matrices of `dtype`, ever larger ones: what MFU is a share of."""
         best = 0.0
         for n in (256, 512, 1024, 2048, 4096, 8192):
             a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
@@ -240,7 +240,7 @@ class Machine:
             for _ in range(5):
                 self.synchronize()
                 start = time.perf_counter()
-                a @ b
+                product(a, b)
                 self.synchronize()
                 best_s = min(best_s, time.perf_counter() - start)
             best = max(best, 2 * n**3 / best_s)

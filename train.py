@@ -27,7 +27,7 @@ from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, linear
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class Meter:
         self.cfg, self.machine = cfg, machine
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         self.flops_per_step = model.flops_per_token() * self.tokens_per_step
-        self.peak_flops = machine.matmul_flops() * machine.world_size
+        self.peak_flops = machine.matmul_flops(linear) * machine.world_size
         self.compile_s: float | None = None
         self.steps = 0
         self.restart()

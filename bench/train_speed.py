@@ -22,7 +22,7 @@ from bench.peer import Peer, load_model_module
 from configurator import ConfigError, Machine, bounds
 from data import DataError
 from data.batches import TrainWindows, open_split, read_meta
-from model import GPT
+from model import GPT, linear
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def main(cfg: SpeedConfig) -> None:
     for start in starts:  # in turns, so that a machine that slows down slows all
         laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
         peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is no part of training
-        peaks.append(machine.matmul_flops())
+        peaks.append(machine.matmul_flops(linear))
         for peer, runs in zip(peers, peer_runs, strict=True):
             times, mem_mb = peer.run(cfg, machine, folder, meta["vocab_size"], cfg.warmup_steps + cfg.steps)
             runs.append((statistics.median(times[cfg.warmup_steps :]), mem_mb))

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, RowwiseCrossEntropy, dropout, plain_attention
+from model import GPT, GPTConfig, KVCache, RowwiseCrossEntropy, dropout, linear, plain_attention
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
@@ -101,6 +101,43 @@ def test_rowwise_cross_entropy_equals_torchs_with_gradients(dtype):
     torch.testing.assert_close(RowwiseCrossEntropy.apply(logits, targets).double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=precision, atol=precision * 1e-2)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("rows, n_in, n_out", [((3, 50), 32, 96), ((150,), 96, 32), ((2, 1), 32, 61)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_in_float32_equals_float64_with_gradients(rows, n_in, n_out, bias):
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(*rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out) if bias else None
+    ours = [t.clone().requires_grad_() for t in (x, weight, b) if t is not None]
+    exact = [t.double().requires_grad_() for t in (x, weight, b) if t is not None]
+    y, expected = linear(*ours), F.linear(*exact)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    towards = torch.randn_like(y)
+    (y * towards).sum().backward()
+    (expected * towards).sum().backward()
+    for one, other in zip(ours, exact, strict=True):
+        assert one.grad.shape == one.shape
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_the_fast_step_has_the_loss_and_every_gradient_of_a_plain_one_in_float64(dtype, precision):
+    """Plain: F.linear, PyTorch's own attention and cross-entropy; precision: of the largest number of each gradient."""
+    fast, plain = make(dtype=torch.float32, scale=1.0).train(), make(dtype=torch.float32, scale=1.0).double().train()
+    idx, targets = ids(4, 16), ids(4, 16, seed=2)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+        _, loss = fast(idx, targets)
+    loss.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "model.plain_attention", lambda q, k, v, p: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        )
+        logits, _ = plain(idx, targets)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=precision)
+    for (name, p), q in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= precision * q.grad.abs().max(), name
 
 
 def test_a_token_changes_no_logit_before_it():
@@ -204,7 +241,7 @@ def test_initialisation_is_gpt2s():
 
 
 def test_flops_per_token_agrees_with_counting_the_matrix_products():
-    model = GPT(GPTConfig(vocab_size=1000))
+    model = GPT(GPTConfig(vocab_size=1000)).double()  # the counter doesn't know oneDNN's products in float32
     idx = ids(2, 128, vocab_size=1000)
     with FlopCounterMode(display=False) as counter:
         model(idx, targets=idx)[1].backward()
