@@ -1,4 +1,4 @@
-"""GPT-2's architecture in plain PyTorch: the model, its loss, its optimizers, and how it writes.
+"""GPT-2's architecture in plain PyTorch: the model, its loss, and how it writes.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have nanoGPT's names and shapes.
 B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_size.
@@ -283,12 +283,20 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+        logits = self._all_logits(x)
         if reduction == "mean" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             return logits, RowwiseCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
         scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction=reduction)
         return logits, losses.view(targets.shape) if reduction == "none" else losses
+
+    def _all_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, V)"""
+        V = self.config.vocab_size
+        if x.device.type != "cuda" or V % 64 == 0:
+            return self.lm_head(x)
+        padded = F.pad(self.lm_head.weight, (0, 0, 0, -V % 64))  # other numbers of rows leave the tensor cores
+        return F.linear(x, padded)[..., :V]
 
     # -----------------------------------------------------------------------------------------------------------------
     # size and cost
@@ -302,38 +310,6 @@ class GPT(nn.Module):
         c = self.config
         matmul_params = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * matmul_params + 12 * c.n_layer * c.n_embd * c.block_size
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # optimizers
-
-    def configure_optimizers(
-        self,
-        kind: str,
-        learning_rate: float,
-        muon_learning_rate: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-    ) -> list[torch.optim.Optimizer]:
-        """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest; every parameter is in one group.
-
-        kind: "adamw" or "muon". Matrices and embeddings decay, vectors don't. Each group keeps its rate as "peak_lr".
-        Loshchilov and Hutter 2019, arXiv:1711.05101; Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-        """
-        hidden = {id(p) for p in self.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
-        adamw = [p for p in self.parameters() if id(p) not in hidden]
-        groups = [
-            {"params": [p for p in adamw if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in adamw if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        fused = next(self.parameters()).device.type in ("cpu", "cuda")
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, learning_rate, betas, fused=fused)]
-        if hidden:
-            matrices = [p for p in self.parameters() if id(p) in hidden]
-            optimizers.append(torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
-        return optimizers
 
     # -----------------------------------------------------------------------------------------------------------------
     # writing

@@ -6,6 +6,7 @@ python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/d
 """
 
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -28,6 +29,7 @@ from configurator import ConfigError, Machine, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
 from model import GPT, GPTConfig, linear
+from optimizer import configure_optimizers
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,38 @@ def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
 
 
 def dropout_seed(*place: int) -> int:
-    """A seed of its own for each (seed, step, micro-batch, rank), so that no random state needs saving."""
+    """A seed of its own for each (seed, step, rank), so that no random state needs saving."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
+class GraphedUpdate:
+    """`update` on a CUDA device, its kernels recorded in the fourth step and replayed as one CUDA graph from there on.
+
+    At this model's size the host takes longer to launch a step's kernels than the device to run them. The first three
+    steps make what stays: optimizer states, compiled kernels. A result lasts until the next step.
+    """
+
+    def __init__(self, update: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+        self.update, self.steps = update, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The update's results for these arguments, whose shapes never change."""
+        self.steps += 1
+        if self.steps <= 3:  # on a stream of its own, as recording will be
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.update(*arguments)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.steps == 4:
+            self.arguments = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = self.update(*self.arguments)
+        for mine, argument in zip(self.arguments, arguments, strict=True):
+            mine.copy_(argument)
+        self.graph.replay()
+        return self.results
 
 
 @dataclass
@@ -156,14 +188,15 @@ class State:
     forward: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
+    graphed_update: GraphedUpdate | None = None
 
 
 def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     """Move `model` to the device, compile and wrap it, and make its optimizers."""
     model.to(machine.device)
     betas = (cfg.beta1, cfg.beta2)
-    optimizers = model.configure_optimizers(
-        cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas
+    optimizers = configure_optimizers(
+        model, cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas, machine.dtype
     )
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
@@ -171,10 +204,14 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
             configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
         else:
             forward = torch.compile(model)
+    compiled = forward is not model
     if machine.world_size > 1:
         forward = DistributedDataParallel(forward)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
-    return State(model, forward, optimizers, scaler)
+    state = State(model, forward, optimizers, scaler)
+    if compiled and machine.device.type == "cuda" and machine.world_size == 1:
+        state.graphed_update = GraphedUpdate(functools.partial(update, state, cfg, machine))
+    return state
 
 
 def train_step(
@@ -182,26 +219,50 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
 
-    Both are scalars on the device: reading them waits for it. Gradients are synchronised once, in the last micro-batch.
+    Both are scalars on the device: reading them waits for it.
+    """
+    count, rows = micro_batches(cfg, machine)
+    first = step * cfg.gradient_accumulation_steps * cfg.batch_size + machine.rank * count * rows
+    inputs, targets = windows.batch(first, count * rows, machine.device)
+    torch.manual_seed(dropout_seed(cfg.seed, step, machine.rank))
+    if state.graphed_update:
+        rate = torch.full((), lr_at(step, cfg), device=machine.device)  # a number would be recorded as it is now
+        return state.graphed_update(inputs, targets, rate)
+    return update(state, cfg, machine, inputs, targets, lr_at(step, cfg))
+
+
+def update(
+    state: State,
+    cfg: TrainConfig,
+    machine: Machine,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    rate: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and optimizers on a rank's rows (rows, T), without waiting for the device; as train_step.
+
+    rate: the share of its peak that each learning rate has. Gradients are synchronised once, in the last micro-batch.
     """
     state.forward.train()
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_at(step, cfg)
+            group["lr"] = group["peak_lr"] * rate
     count, rows = micro_batches(cfg, machine)
-    first = step * cfg.gradient_accumulation_steps * cfg.batch_size + machine.rank * count * rows
     total = torch.zeros((), device=machine.device)
-    for micro in range(count):
-        inputs, targets = windows.batch(first + micro * rows, rows, machine.device)
-        torch.manual_seed(dropout_seed(cfg.seed, step, micro, machine.rank))
+    for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
         if machine.world_size > 1:
             state.forward.require_backward_grad_sync = micro == count - 1
         with machine.autocast():
-            loss = state.forward(inputs, targets)[1]  # the logits can go
+            loss = state.forward(x, y)[1]  # the logits can go
         state.scaler.scale(loss / count).backward()
         total += loss.detach() / count
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
+    if state.scaler.is_enabled():  # if one optimizer may not step, none does
+        flags = [flag for o in state.optimizers for flag in state.scaler._found_inf_per_device(o).values()]
+        overflow = torch.stack(flags).amax()
+        for flag in flags:
+            flag.copy_(overflow)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
     for optimizer in state.optimizers:
         state.scaler.step(optimizer)

@@ -56,9 +56,8 @@ class Split:
     def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
         """Windows of `length` tokens from `starts`, clamped to the end of the split: (len(starts), length) int64."""
         if isinstance(self.tokens, torch.Tensor):
-            index = torch.from_numpy(starts)[:, None] + torch.arange(length)
-            index = index.clamp_(max=len(self.tokens) - 1).to(device, non_blocking=True)
-            return self.tokens[index].long() & 0xFFFF
+            index = torch.from_numpy(starts).to(device)[:, None] + torch.arange(length, device=device)
+            return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts, strict=True):
             window = self.tokens[start : start + length]

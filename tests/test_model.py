@@ -248,24 +248,6 @@ def test_flops_per_token_agrees_with_counting_the_matrix_products():
     assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(), rel=0.01)
 
 
-# --- optimizers
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
-    model = GPT(SMALL)
-    optimizers = model.configure_optimizers(kind, 1e-3, 0.02, 0.1, (0.9, 0.95))
-    groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
-    held = [id(p) for _, group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
-    for _, group in groups:
-        for p in group["params"]:
-            assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
-    in_muon = {id(p) for name, group in groups if name == "Muon" for p in group["params"]}
-    blocks_matrices = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
-    assert in_muon == (blocks_matrices if kind == "muon" else set())
-
-
 # --- writing
 
 

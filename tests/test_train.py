@@ -1,4 +1,7 @@
+import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -141,12 +144,97 @@ def test_overfits_one_batch_to_near_zero(small, optimizer):
     assert loss.item() < 0.05
 
 
-def test_dropout_differs_by_step_micro_batch_and_rank_and_by_nothing_else():
-    places = [(1337, step, micro, rank) for step in range(5) for micro in range(3) for rank in range(4)]
+def test_dropouts_seed_differs_by_step_and_rank_and_by_nothing_else():
+    places = [(1337, step, rank) for step in range(5) for rank in range(4)]
     seeds = [train.dropout_seed(*place) for place in places]
     assert len(set(seeds)) == len(seeds)
     torch.manual_seed(5)
     assert seeds == [train.dropout_seed(*place) for place in places]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small, optimizer):
+    keys = small | {"optimizer": optimizer, "dtype": "float16"}
+    cfg, machine, windows = TrainConfig(**keys), Machine(CPU.device, torch.float16), windows_of(keys)
+    state = train.build_state(cfg, machine, train.new_model(cfg, 64))
+    train.train_step(state, windows, cfg, machine, 0)
+    before, scale = weights(state.model), state.scaler.get_scale()
+    wte = state.model.transformer.wte.weight
+    handle = wte.register_hook(lambda grad: grad * math.inf)  # AdamW's; what Muon has is finite
+    train.train_step(state, windows, cfg, machine, 1)
+    handle.remove()
+    assert torch.equal(weights(state.model), before) and state.scaler.get_scale() == scale / 2
+    _, norm = train.train_step(state, windows, cfg, machine, 2)
+    assert norm.isfinite() and not torch.equal(weights(state.model), before)
+
+
+class RecordedOnCPU:
+    """Stands in for torch.cuda: recording changes nothing, replaying does what was recorded."""
+
+    def __init__(self, monkeypatch, state: State):
+        self.state, self.replays = state, 0
+        stream = contextlib.nullcontext()
+        stream.wait_stream = lambda other: None
+        for name, made in {
+            "CUDAGraph": lambda: self,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: stream,
+            "graph": lambda graph, stream: self,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, made)
+
+    def __enter__(self):
+        self.random = torch.get_rng_state()
+        self.before = copy.deepcopy([self.state.model.state_dict(), [o.state_dict() for o in self.state.optimizers]])
+
+    def __exit__(self, *raised):
+        model, optimizers = self.before
+        self.state.model.load_state_dict(model)
+        for optimizer, before in zip(self.state.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(before)
+        torch.set_rng_state(self.random)
+
+    def replay(self):
+        graphed = self.state.graphed_update
+        for result, now in zip(graphed.results, graphed.update(*graphed.arguments), strict=True):
+            result.copy_(now)
+        self.replays += 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_recorded_step_is_given_each_steps_rows_seed_and_rate(small, monkeypatch, optimizer):
+    keys = small | {"optimizer": optimizer, "dropout": 0.1, "gradient_accumulation_steps": 2}
+    cfg, windows = TrainConfig(**keys), windows_of(keys)
+    ends = []
+    for recorded in (False, True):
+        state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
+        if recorded:
+            device = RecordedOnCPU(monkeypatch, state)
+            state.graphed_update = train.GraphedUpdate(functools.partial(train.update, state, cfg, CPU))
+        found = [tuple(float(x) for x in train.train_step(state, windows, cfg, CPU, step)) for step in range(6)]
+        ends.append((found, weights(state.model)))
+    assert device.replays == 3
+    np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=1e-5)
+    torch.testing.assert_close(ends[1][1], ends[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype, precision", [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 1e-2)])
+def test_compiled_and_recorded_steps_on_cuda_learn_as_plain_ones(small, optimizer, dtype, precision):
+    machine = Machine(torch.device("cuda"), getattr(torch, dtype))
+    found = {}
+    for how in ("false", "true"):
+        cfg = TrainConfig(**small | {"optimizer": optimizer, "device": "cuda", "dtype": dtype, "compile": how})
+        split = open_split(Path(cfg.dataset), "train", read_meta(Path(cfg.dataset)), cfg.block_size, machine.device)
+        windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
+        state = train.build_state(cfg, machine, train.new_model(cfg, 61))  # a vocabulary that is padded
+        assert (state.graphed_update is not None) == (how == "true")
+        steps = [train.train_step(state, windows, cfg, machine, step) for step in range(3)]
+        steps += [[t.clone() for t in train.train_step(state, windows, cfg, machine, step)] for step in range(3, 12)]
+        found[how] = [tuple(float(x) for x in step) for step in steps]
+    np.testing.assert_allclose(found["true"], found["false"], rtol=precision)
 
 
 # --- evaluation

@@ -1,0 +1,121 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizer import Muon, configure_optimizers, orthogonalize
+
+SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+SHAPES = [(8, 24), (24, 8), (16, 16), (8, 24)]
+
+
+def matrices(seed: int = 0) -> list[torch.nn.Parameter]:
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
+    torch.manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
+    model = GPT(SMALL)
+    optimizers = configure_optimizers(model, kind, 1e-3, 0.02, 0.1, (0.9, 0.95), torch.float32)
+    groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
+    held = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for _, group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
+    in_muon = {id(p) for name, group in groups if name == "Muon" for p in group["params"]}
+    blocks_matrices = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    assert in_muon == (blocks_matrices if kind == "muon" else set())
+
+
+@pytest.mark.parametrize("dtype, muons", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_muons_products_have_the_runs_dtype_but_for_float16(dtype, muons):
+    _, muon = configure_optimizers(GPT(SMALL), "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), getattr(torch, dtype))
+    assert muon.dtype is getattr(torch, muons)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 96), (2, 96, 32), (1, 48, 48)])
+def test_orthogonalized_matrices_keep_their_singular_vectors_and_lose_their_values(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(x, full_matrices=False)
+    within = U.mT @ orthogonalize(x, torch.float64) @ Vh.mT  # diagonal, near one
+    diagonal = within.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(within, torch.diag_embed(diagonal), atol=1e-9, rtol=0)
+    assert diagonal.min() > 0.3 and diagonal.max() < 1.25  # a square matrix's least value may be too small to lift
+    assert 0.7 < diagonal.mean() < 1.1
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, 0.02), (torch.float32, 0.02)])
+def test_muon_steps_as_pytorchs_does(dtype, precision):
+    """PyTorch's orthogonalises in bfloat16 whatever the dtype, so no closer than that."""
+    ours, theirs = matrices(), matrices()
+    muon = Muon(ours, 0.02, 0.1, dtype)
+    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for step in range(5):
+        fill_grads(ours, step)
+        fill_grads(theirs, step)
+        before = [p.detach().clone() for p in theirs]
+        muon.step()
+        oracle.step()
+        for p, q, q0 in zip(ours, theirs, before, strict=True):
+            assert (p - q).norm() < precision * (step + 1) * (q - q0).norm()
+            torch.testing.assert_close(muon.state[p]["momentum_buffer"], oracle.state[q]["momentum_buffer"])
+
+
+def test_muon_in_float64_equals_its_formula_one_matrix_at_a_time():
+    params = [torch.nn.Parameter(p.detach().double()) for p in matrices()]
+    by_hand = [p.detach().clone() for p in params]
+    moments = [torch.zeros_like(p) for p in by_hand]
+    muon = Muon(params, 0.02, 0.1, torch.float64)
+    for step in range(3):
+        fill_grads(params, step)
+        for w, m, p in zip(by_hand, moments, params, strict=True):
+            m.mul_(0.95).add_(p.grad, alpha=0.05)
+            x = 0.05 * p.grad + 0.95 * m
+            x = x / x.norm()
+            x = x.T if x.shape[0] > x.shape[1] else x
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            x = x.T if x.shape != w.shape else x
+            w.mul_(1 - 0.02 * 0.1).sub_(x, alpha=0.02 * math.sqrt(max(1, w.shape[0] / w.shape[1])))
+        muon.step()
+    for p, w in zip(params, by_hand, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-9)
+
+
+def test_muon_changes_nothing_when_the_scaler_found_an_overflow():
+    params = matrices()
+    muon = Muon(params, 0.02, 0.1, torch.float32)
+    fill_grads(params, 0)
+    muon.found_inf = torch.zeros(())
+    muon.step()
+    before, moments = [p.detach().clone() for p in params], copy.deepcopy(muon.state_dict()["state"])
+    fill_grads(params, 1)
+    params[0].grad[0, 0] = math.inf
+    params[1].grad[0, 0] = math.nan
+    muon.found_inf = torch.ones(())
+    muon.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    for index, state in muon.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], moments[index]["momentum_buffer"])
+
+
+def test_a_rate_may_be_a_tensor():
+    ours, theirs = matrices(), matrices()
+    for params, lr in ((ours, 0.02), (theirs, torch.tensor(0.02))):
+        muon = Muon(params, 0.1, 0.1, torch.float32)
+        muon.param_groups[0]["lr"] = lr
+        fill_grads(params, 0)
+        muon.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
