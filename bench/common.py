@@ -60,6 +60,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def config_name() -> str:
+    """The last YAML file on the command line, without its ending."""
+    return ([Path(arg).stem for arg in sys.argv[1:] if arg.endswith((".yaml", ".yml"))] or ["defaults"])[-1]
+
+
 def command_line() -> str:
     """The command that is running; an absolute path is cut to its last part, for it says nothing elsewhere."""
     args = [re.sub(r"(^|=)/(?:[^=]*/)?(?=[^/])", r"\1", arg) for arg in sys.argv[1:]]

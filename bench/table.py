@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, sample_speed, train_speed
+from bench import common, demo, sample_speed, scaling, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
     "demo": ("**The demo run.** Losses in nats per token.", demo.table),
     "train_speed": ("**Training speed.** The median of repeats, and their range.", train_speed.table),
+    "scaling": (
+        "**Scaling.** Four times the batch; four times the text, read from disk. Ratios of laps in turns.",
+        scaling.table,
+    ),
     "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
 }
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -41,7 +45,8 @@ def tables() -> str:
         if not (found := [r for r in results if r.get("kind") == kind]):
             continue
         lines = [heading, "", table(found), ""]
-        lines += [f"- {verdict}" for r in found if kind == "train_speed" for verdict in train_speed.verdicts(r)]
+        reference = [r for r in found if kind == "train_speed" and "robopoet" in r["config"]]  # whose targets they are
+        lines += [f"- {verdict}" for r in reference for verdict in train_speed.verdicts(r)]
         lines += [
             f"- `{r['command']}`: {r['machine']['device']}, {r['machine']['threads']} threads, "
             f"torch {r['machine']['torch']}, {r['date']}"

@@ -2,26 +2,37 @@
 
 python -m bench.train_speed config/robopoet.yaml --device=auto
 python -m bench.train_speed config/robopoet.yaml --vram_limit_gb=8
-python -m bench.train_speed config/robopoet.yaml --device=cpu --peer=PATH_TO_NANOGPT
+python -m bench.train_speed config/robopoet_adamw.yaml --device=cpu --peer=PATH_TO_NANOGPT
+python -m bench.train_speed config/gpt2.yaml --vocab_size=50257 --gradient_accumulation_steps=1
 """
 
+import dataclasses
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import configurator
 import train
-from bench.common import markdown, origin, show, spread, write_result
+from bench.common import config_name, markdown, origin, show, spread, write_result
 from bench.peer import Peer, load_model_module
 from configurator import ConfigError, Machine, bounds
 from data import DataError
 from data.batches import TrainWindows, open_split, read_meta
+from data.tokenizer import CharTokenizer
 from model import GPT, linear
 
 
@@ -32,17 +43,19 @@ class SpeedConfig(train.TrainConfig):
     # timing
     repeats: int = 5  # laps, of which the median counts
     steps: int = 10  # optimizer steps of a lap
-    warmup_steps: int = 3  # steps before the first lap; the first of them compiles
+    warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records CUDA's graph
     vram_limit_gb: float = 0.0  # allow PyTorch this much GPU memory, as a smaller card would (0: all there is)
+    vocab_size: int = 0  # time on random ids of so many kinds (0: on the dataset)
     peer: str = ""  # a checkout of nanoGPT, timed in turns with ours
     out: str = ""  # name of the result (train_speed_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return super().problems() + bounds(self, "repeats steps warmup_steps", 1) + bounds(self, "vram_limit_gb", 0)
+        found = super().problems() + bounds(self, "repeats steps warmup_steps", 1) + bounds(self, "vram_limit_gb", 0)
+        return found + (bounds(self, "vocab_size", 2, 65_535) if self.vocab_size else [])
 
 
-TARGETS = {  # what the reference card, an RTX of 8 GB, must reach: in words, and as a test
+TARGETS = {  # what the reference run must reach on its card, an RTX of 8 GB: in words, and as a test
     "over 1,000 tokens/s": lambda result: result["tok_per_sec"]["median"] > 1000,
     "under 6 GB of peak memory": lambda result: result["peak_mem_mb"] < 6 * 1024,
     "under 10M parameters": lambda result: result["parameters"] < 10_000_000,
@@ -71,8 +84,57 @@ def limit_vram(machine: Machine, limit_gb: float) -> None:
         configurator.warn(f"vram_limit_gb: not applicable to {machine.device}")
 
 
+def find_machine(cfg: train.TrainConfig) -> Machine:
+    """As train.py finds it; raises ConfigError when there is more than one process, for this times one."""
+    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend)
+    if machine.world_size > 1:
+        raise ConfigError("this times one process; start it without torchrun")
+    return machine
+
+
+def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train.State, TrainWindows]:
+    """What train.py would work on: a fresh model with its optimizers, and the rows of the corpus in `folder`."""
+    meta = read_meta(folder)
+    split = open_split(folder, "train", meta, cfg.block_size, machine.device)
+    state = train.build_state(cfg, machine, train.new_model(cfg, meta["vocab_size"]))
+    return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
+
+
+def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
+    """Fill `folder` as prepare.py does, with random ids below vocab_size; a character stands for each."""
+    rng = np.random.default_rng(cfg.seed)
+    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (cfg.block_size + 1)
+    splits = {}
+    for name, size in {"train": max(40 * tokens_per_step, 10**6), "val": 2 * (cfg.block_size + 1), "test": 0}.items():
+        rng.integers(cfg.vocab_size, size=size).astype("<u2").tofile(folder / f"{name}.bin")
+        splits[name] = {"tokens": size, "documents": [{"name": name, "style": "random", "start": 0, "stop": size}]}
+    chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # beyond the surrogates, which are not text
+    meta = {"vocab_size": cfg.vocab_size, "styles": {}, "text_sha256": "", "splits": splits}
+    meta["tokenizer"] = CharTokenizer(chars, []).to_json()
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:
+    """Seconds from launching train.py until its first status line, imports and compilation included."""
+    with tempfile.TemporaryDirectory() as out:
+        keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
+        keys |= {"dataset": folder, "out_dir": out, "init_from": "scratch", "eval_only": False}
+        keys |= {"tensorboard": False, "wandb": "off"}
+        command = [sys.executable, "-u", train.__file__]  # -u: a line comes when it is printed, as in a terminal
+        command += [f"--{key}={value}" for key, value in keys.items()]
+        printed, start = "", time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in process.stdout or ():
+                printed += line
+                if line.startswith("step "):
+                    elapsed_s = time.perf_counter() - start
+                    process.kill()
+                    return elapsed_s
+    raise ConfigError(f"train.py came to no first step: {(printed.splitlines() or ['it printed nothing'])[-1]}")
+
+
 def lap(
-    state: train.State, windows: TrainWindows, cfg: SpeedConfig, machine: Machine, steps: range
+    state: train.State, windows: TrainWindows, cfg: train.TrainConfig, machine: Machine, steps: range
 ) -> tuple[float, float]:
     """Milliseconds a step takes, as the mean over `steps`, and the loss of the last in nats per token."""
     machine.synchronize()
@@ -96,44 +158,64 @@ def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: Tra
         raise ConfigError(f"peer: its loss with our weights is {losses[1]:.6f}, ours is {losses[0]:.6f}")
 
 
-OPERATIONS = {  # where a step's time goes: a share's name -> the operations counted in it
-    "matmul": ("aten::mm", "aten::addmm", "aten::linear"),
-    "attention and loss": ("aten::bmm", "softmax", "attention", "nll_loss", "aten::gather", "aten::scatter"),
-    "optimizer": ("adamw", "foreach", "linalg_vector_norm"),
-    "dropout": ("bernoulli", "dropout", "random_"),
-    "copies": ("aten::copy_",),
+OPERATIONS = {  # where a step's time goes: a share's name -> parts of the names of operations, and of CUDA kernels
+    # before matmul: flash attention's kernels name cutlass too
+    "attention and loss": "bmm attention softmax nll_loss aten::gather aten::scatter flash fmha".split(),
+    "matmul": "aten::mm aten::addmm linear gemm cutlass nvjet".split(),
+    "optimizer": "adam foreach linalg_vector_norm multi_tensor".split(),
+    "dropout": "bernoulli dropout random_".split(),
+    "copies": "aten::copy_ aten::_to_copy aten::clone memcpy copy_kernel".split(),
 }
 
 
-def time_shares(state: train.State, windows: TrainWindows, cfg: SpeedConfig, machine: Machine) -> dict[str, float]:
-    """The share of a step's time in each kind of operation, by PyTorch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu := machine.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        lap(state, windows, cfg, machine, range(1))
-    spent: dict[str, float] = {}
-    for event in profile.key_averages():
-        kind = next((k for k, names in OPERATIONS.items() if any(name in event.key for name in names)), "rest")
-        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        spent[kind] = spent.get(kind, 0.0) + time_us
-    return {kind: time_us / sum(spent.values()) for kind, time_us in spent.items()}
+def kind_of(operation: str) -> str:
+    """The share in which an operation or a CUDA kernel of this name is counted."""
+    return next((k for k, names in OPERATIONS.items() if any(name in operation.lower() for name in names)), "rest")
 
 
-def main(cfg: SpeedConfig) -> None:
-    """Build what train.py would build, time its steps, print the figures and keep them."""
-    # --- as train.main does
-    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend)
-    if machine.world_size > 1:
-        raise ConfigError("this times one process; start it without torchrun")
-    limit_vram(machine, cfg.vram_limit_gb)
-    folder = train.find_dataset(cfg.dataset)
-    meta = read_meta(folder)
-    windows = TrainWindows(
-        open_split(folder, "train", meta, cfg.block_size, machine.device), cfg.block_size, cfg.seed, cfg.tag_prob
-    )
-    model = train.new_model(cfg, meta["vocab_size"])
-    state = train.build_state(cfg, machine, model)
+class OperationClock(TorchDispatchMode):
+    """Sums the seconds spent in each operation, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[func.name()] += time.perf_counter() - start
+        return result
+
+
+def time_shares(
+    state: train.State, windows: TrainWindows, cfg: train.TrainConfig, machine: Machine
+) -> dict[str, float]:
+    """The share of three steps' time in each kind of operation, what lies between operations left out.
+
+    On CUDA kernels are counted, since a CUDA graph has no operations; on CPU a compiled model runs here as uncompiled.
+    """
+    seconds: Counter[str] = Counter()
+    if machine.device.type == "cuda":
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+            lap(state, windows, cfg, machine, range(3))
+        for event in profile.key_averages():
+            if event.device_type is DeviceType.CUDA and not event.is_user_annotation:
+                seconds[event.key] += event.self_device_time_total / 1e6
+    else:  # the profiler's own allocations cost page faults: large results look up to five times as slow
+        with OperationClock() as clock:
+            lap(state, windows, cfg, machine, range(3))
+        seconds = clock.seconds
+    spent: Counter[str] = Counter()
+    for operation, s in seconds.items():
+        spent[kind_of(operation)] += s
+    return {kind: s / spent.total() for kind, s in spent.items()}
+
+
+def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Build what train.py would build from the corpus in `folder` and time its steps; returns the result."""
+    start_s = time_to_first_step(cfg, folder)
+    state, windows = build(cfg, machine, folder)
+    model = state.model
 
     # --- the peer
     peers: list[Peer] = []
@@ -155,21 +237,21 @@ def main(cfg: SpeedConfig) -> None:
         peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is no part of training
         peaks.append(machine.matmul_flops(linear))
         for peer, runs in zip(peers, peer_runs, strict=True):
-            times, mem_mb = peer.run(cfg, machine, folder, meta["vocab_size"], cfg.warmup_steps + cfg.steps)
+            times, mem_mb = peer.run(cfg, machine, folder, model.config.vocab_size, cfg.warmup_steps + cfg.steps)
             runs.append((statistics.median(times[cfg.warmup_steps :]), mem_mb))
 
     # --- the figures
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     dt_ms = [ms for ms, _ in laps]
     flops = 1000 * tokens * model.flops_per_token()
-    config = ([Path(arg).stem for arg in sys.argv[1:] if arg.endswith((".yaml", ".yml"))] or ["defaults"])[-1]
     result = origin("train_speed", machine) | {
-        "config": config,
+        "config": config_name(),
         "parameters": model.num_params(),
         "tokens_per_step": tokens,
         "compiled": state.forward is not model,
         "optimizer": cfg.optimizer,
         "vram_limit_gb": cfg.vram_limit_gb if machine.device.type == "cuda" else 0.0,
+        "start_s": start_s,
         "first_step_ms": first_ms,
         "dt_ms": spread(dt_ms),
         "tok_per_sec": spread([1000 * tokens / ms for ms in dt_ms]),
@@ -188,26 +270,40 @@ def main(cfg: SpeedConfig) -> None:
             "ratio": spread([ms / ours for (ms, _), ours in zip(runs, dt_ms, strict=True)]),
             "peak_mem_mb": max(mem_mb for _, mem_mb in runs),
         }
-    result["targets"] = judge(result)
+    return result | {"targets": judge(result)}
+
+
+def main(cfg: SpeedConfig) -> None:
+    """Time the steps that train.py would take, print the figures and keep them."""
+    machine = find_machine(cfg)
+    limit_vram(machine, cfg.vram_limit_gb)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = train.find_dataset(cfg.dataset)
+        if cfg.vocab_size:
+            folder = Path(scratch)
+            write_random_corpus(folder, cfg)
+        result = measure(cfg, machine, folder)
     print(table([result]))
     print(*verdicts(result), sep="\n")
-    write_result(result, cfg.out or f"train_speed_{config}_DEVICE")
+    write_result(result, cfg.out or f"train_speed_{result['config']}_DEVICE")
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table that shows these results; a peer's row has our speed as a multiple of its own."""
-    header = ["Device", "Config", "dtype", "", "Tokens/s", "ms/step", "MFU", "Peak memory", "Ours is faster"]
+    header = ["Device", "Config", "dtype", "", "Tokens/s", "ms/step", "MFU", "Peak memory", "Start to first step"]
+    header.append("Ours is faster")
     rows = []
     for r in results:
         what = [r["machine"]["device"], f"{r['config']}, {r['optimizer']}", r["machine"]["dtype"]]
         ours = "RoboPoet" + (", compiled" if r["compiled"] else "")
         memory = f"{r['peak_mem_mb']:,.0f} MB"
         speed = [show(r["tok_per_sec"]), show(r["dt_ms"], ",.1f"), f"{r['mfu']['median']:.1%}"]
-        rows.append([*what, ours, *speed, memory, ""])
+        start = f"{r['start_s']:.1f} s" if "start_s" in r else ""  # results from before it was measured
+        rows.append([*what, ours, *speed, memory, start, ""])
         for name, p in r["peers"].items():
             mfu = r["mfu"]["median"] * r["dt_ms"]["median"] / p["dt_ms"]["median"]
             speed = [show(p["tok_per_sec"]), show(p["dt_ms"], ",.1f"), f"{mfu:.1%}"]
-            rows.append(["", "", "", name, *speed, f"{p['peak_mem_mb']:,.0f} MB", show(p["ratio"], ".2f")])
+            rows.append(["", "", "", name, *speed, f"{p['peak_mem_mb']:,.0f} MB", "", show(p["ratio"], ".2f")])
     return markdown(header, rows)
 
 

@@ -2,16 +2,20 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import configurator
 import prepare
 import train
-from bench import common, demo, sample_speed, table, train_speed
+from bench import common, demo, sample_speed, scaling, table, train_speed
 from checkpoint import CheckpointError
 from configurator import ConfigError
+from data import tokenizer
+from data.batches import read_meta
 
 TINY = ["--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu"]
 TINY += ["--dtype=float32", "--compile=false", "--max_iters=4", "--warmup_iters=0"]
@@ -62,8 +66,107 @@ def test_train_speed(run, results, monkeypatch, capsys):
     assert ordered(result["tok_per_sec"]) and ordered(result["dt_ms"]) and ordered(result["mfu"])
     assert result["tok_per_sec"]["max"] == pytest.approx(1000 * 4 * 16 / result["dt_ms"]["min"])
     assert len(result["repeats_dt_ms"]) == 3 and result["loss"] < 5 and result["peak_mem_mb"] > 1
+    assert 0.1 < result["start_s"] < 100 and f"{result['start_s']:.1f} s" in train_speed.table([result])
     out, err = capsys.readouterr()
     assert "not the reference card" in out and "not applicable to cpu" in err
+    del result["start_s"]  # as in results from before it was measured
+    assert " s " not in train_speed.table([result])
+
+
+def test_the_first_status_line_stops_the_clock_and_the_run(run, tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    monkeypatch.setattr(train, "__file__", str(script))
+    cfg = configurator.load(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *TINY])
+    script.write_text("import time\nprint('cpu')\ntime.sleep(0.2)\nprint('step      1  loss')\ntime.sleep(300)")
+    start = time.perf_counter()
+    assert 0.2 < train_speed.time_to_first_step(cfg, run / "data") < time.perf_counter() - start < 60
+    script.write_text("import sys\nprint('cpu')\nsys.exit('train.py: no')")
+    with pytest.raises(ConfigError, match="came to no first step: train"):
+        train_speed.time_to_first_step(cfg, run / "data")
+
+
+def test_time_shares(run):
+    keys = [*TINY, "--n_embd=128", "--batch_size=64", "--dropout=0.1"]
+    cfg = configurator.load(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *keys])
+    machine = train_speed.find_machine(cfg)
+    state, windows = train_speed.build(cfg, machine, run / "data")
+    shares = train_speed.time_shares(state, windows, cfg, machine)
+    assert sum(shares.values()) == pytest.approx(1) and set(shares) == {*train_speed.OPERATIONS, "rest"}
+    assert 0.05 < shares["matmul"] < 0.9 and min(shares.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("matmul", "aten::mm aten::addmm mkldnn::_linear_pointwise sm90_xmma_gemm_bf16 nvjet_tst_128x64 cutlass_80"),
+        ("attention and loss", "aten::bmm aten::baddbmm aten::_softmax void_pytorch_flash::flash_fwd<cutlass::half_t>"),
+        ("attention and loss", "fmha_cutlassF_bf16 cunn_SoftMaxForward aten::gather"),
+        ("optimizer", "aten::_fused_adamw_ multi_tensor_apply_kernel<FusedAdamMathFunctor> aten::_foreach_norm.Scalar"),
+        ("dropout", "aten::random_.from aten::native_dropout fused_dropout_kernel"),
+        ("copies", "aten::_to_copy aten::clone aten::copy_ Memcpy_DtoD direct_copy_kernel_cuda"),
+        ("rest", "aten::add.Tensor aten::gelu triton_red_fused__to_copy_native_layer_norm"),
+    ],
+)
+def test_what_an_operation_counts_as(kind, names):
+    assert {name: train_speed.kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+def test_train_speed_on_random_ids(run, results, tmp_path, monkeypatch):
+    def train_in_this_process(cfg, folder):  # to the end, evaluation included
+        train.main(configurator.load(train.TrainConfig, [*TINY, f"--dataset={folder}", f"--out_dir={tmp_path}"]))
+        return 1.0
+
+    monkeypatch.setattr(train_speed, "time_to_first_step", train_in_this_process)
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=1", "--steps=1", "--vocab_size=300"]
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    cfg = configurator.load(train_speed.SpeedConfig, args)
+    assert result["parameters"] == train.new_model(cfg, 300).num_params()
+    assert result["loss"] == pytest.approx(np.log(300), abs=0.2)
+    assert "random" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_random_corpus_has_the_vocabulary_asked_for(tmp_path):
+    cfg = train_speed.SpeedConfig(vocab_size=65_535, batch_size=200, block_size=128)
+    train_speed.write_random_corpus(tmp_path, cfg)
+    meta, ids = read_meta(tmp_path), np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    assert len(tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))) == 65_535 == meta["vocab_size"]
+    assert len(ids) == 40 * 200 * 129 and ids.min() == 0 and ids.max() == 65_534
+    for found in (1, 65_536):
+        assert train_speed.SpeedConfig(vocab_size=found).problems()[0].startswith(f"vocab_size: found {found}, must be")
+
+
+def test_scaling(run, results, monkeypatch):
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=1", "--warmup_steps=1"]
+    result, name = start(monkeypatch, scaling, scaling.ScalingConfig, *args)
+    assert name.startswith("scaling_tiny_") and result["tokens_per_lap"] == 4 * 4 * 16
+    configured, batch, corpus = result["variants"]
+    assert [v["batch_size"] for v in (configured, batch, corpus)] == [4, 16, 4]
+    assert corpus["corpus_tokens"] == 4 * configured["corpus_tokens"] == 4 * batch["corpus_tokens"]
+    assert configured["ratio"] == common.spread([1.0, 1.0])
+    for v in (configured, batch, corpus):
+        assert ordered(v["tok_per_sec"]) and v["name"] in scaling.table([result])
+        pairs = zip(v["repeats_tok_per_sec"], configured["repeats_tok_per_sec"], strict=True)
+        assert v["ratio"] == pytest.approx(common.spread([mine / its for mine, its in pairs]))
+    assert "**Scaling.**" in table.tables() and result["command"] in table.tables()
+
+
+def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_path):
+    scaling.tile(run / "data", tmp_path)
+    cfg = configurator.load(scaling.ScalingConfig, [f"{run}/tiny.yaml", *TINY, "--tag_prob=1"])
+    machine = scaling.find_machine(cfg)
+    _, windows = scaling.build(cfg, machine, run / "data")
+    _, tiled = scaling.build(cfg, machine, tmp_path)
+    n = len(windows.split.tokens)
+    starts, tags = tiled.rows(0, tiled.per_epoch)
+    whole = starts % n <= n - 17  # in one copy
+    places = starts[whole] % n
+    in_memory = tiled.split.gather(starts, 17, machine.device)
+    assert (in_memory[whole] == windows.split.gather(places, 17, machine.device)).all()
+    document = np.searchsorted(windows.split.stops, places, side="right")
+    assert (tags[whole] == windows.split.tags[document]).all() and len(set(tags)) == 2
+    scaling.read_from_disk(tiled, tmp_path, machine)
+    assert isinstance(tiled.split.tokens, np.memmap)
+    assert (tiled.split.gather(starts, 17, machine.device) == in_memory).all()
 
 
 def test_sample_speed(run, results, monkeypatch):
