@@ -37,38 +37,64 @@ class Peer:
         self, cfg: TrainConfig, machine: Machine, data: Path, vocab_size: int, steps: int
     ) -> tuple[list[float], float]:
         """Train `steps` steps in a process of its own; returns each step's milliseconds and the peak memory in MB."""
-        with tempfile.TemporaryDirectory() as scratch:
-            home = Path(scratch)
-            for script in SCRIPTS:
-                text = (self.folder / script).read_text(encoding="utf-8")
-                if self.tuned and machine.dtype is not torch.float32:
-                    text = text.replace(CPU_WITHOUT_AUTOCAST, "ctx = ")
-                (home / script).write_text(text, encoding="utf-8")
-            bins = home / "data" / "bench"
-            bins.mkdir(parents=True)
-            for name in ("train.bin", "val.bin"):
-                (bins / name).symlink_to((data / name).resolve())
-            (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
-            keys = {key: getattr(cfg, key) for key in SHARED_KEYS}
-            keys |= {"dataset": "bench", "out_dir": "out", "max_iters": steps, "lr_decay_iters": max(steps, 100)}
-            keys |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1, "always_save_checkpoint": False}
-            keys |= {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
-            keys |= {"compile": self.tuned or machine.device.type != "cpu"}
-            keys = {key: float(value) if isinstance(value, float) else value for key, value in keys.items()}
-            command = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in keys.items())]
-            environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-            process = subprocess.Popen(
-                command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            printed, peak_mem_mb = "", 0.0
-            for line in process.stdout or ():
-                printed += line
-                peak_mem_mb = max(peak_mem_mb, resident_peak_mb(process.pid))
-            status = process.wait()
-        times = [float(ms) for ms in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", printed, re.M)]
-        if status or len(times) < steps:
-            raise ConfigError(f"peer: {self.folder}/train.py failed:\n{printed[-1500:]}")
+        keys = {key: getattr(cfg, key) for key in SHARED_KEYS}
+        keys |= {"max_iters": steps, "lr_decay_iters": max(steps, 100)}
+        keys |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1, "always_save_checkpoint": False}
+        keys |= {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
+        keys |= {"compile": self.tuned or machine.device.type != "cpu"}
+        args = [f"--{key}={float(value) if isinstance(value, float) else value}" for key, value in keys.items()]
+        autocast = self.tuned and machine.dtype is not torch.float32
+        with tempfile.TemporaryDirectory() as home:
+            printed, peak_mem_mb = launch(self.folder, Path(home), args, data, vocab_size, autocast=autocast)
+        times = iteration_ms(printed)
+        if len(times) < steps:
+            raise ConfigError(f"peer: {self.folder}/train.py printed {len(times)} of {steps} steps:\n{printed[-1500:]}")
         return times[:steps], peak_mem_mb
+
+
+# Runs train.py as it is, but each checkpoint has a name of its own, and the seed is another one in each run.
+DRIVER = """
+import runpy, sys, torch
+shift, seed, save = int(sys.argv.pop(1)), torch.manual_seed, torch.save
+torch.manual_seed = lambda given: seed(given + shift)
+torch.save = lambda content, path: save(content, f"{path}.{content['iter_num']}")
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def launch(
+    folder: Path, home: Path, args: list[str], data: Path, vocab_size: int, seed: int = 0, autocast: bool = False
+) -> tuple[str, float]:
+    """Run nanoGPT's train.py with `args` on the bins in `data`, from `home`, where out/ckpt.pt.ITERATION are left.
+
+    autocast: put in what it leaves out on CPU. Returns what it printed and its peak memory in MB.
+    """
+    for script in SCRIPTS:
+        text = (folder / script).read_text(encoding="utf-8")
+        (home / script).write_text(text.replace(CPU_WITHOUT_AUTOCAST, "ctx = ") if autocast else text, encoding="utf-8")
+    (home / "config").symlink_to((folder / "config").resolve())
+    bins = home / "data" / "bench"
+    bins.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (bins / name).symlink_to((data / name).resolve())
+    (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    command = [sys.executable, "-c", DRIVER, str(seed), *args, "--dataset=bench", "--out_dir=out"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    printed, peak_mem_mb = "", 0.0
+    for line in process.stdout or ():
+        printed += line
+        peak_mem_mb = max(peak_mem_mb, resident_peak_mb(process.pid))
+    if process.wait():
+        raise ConfigError(f"peer: {folder}/train.py failed:\n{printed[-1500:]}")
+    return printed, peak_mem_mb
+
+
+def iteration_ms(printed: str) -> list[float]:
+    """The milliseconds of each iteration that train.py printed a line about."""
+    return [float(ms) for ms in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", printed, re.M)]
 
 
 def resident_peak_mb(pid: int) -> float:

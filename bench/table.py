@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, sample_speed, scaling, train_speed
+from bench import common, demo, learn, sample_speed, scaling, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
     "demo": ("**The demo run.** Losses in nats per token.", demo.table),
+    "learn": (
+        "**Learning.** Lowest val loss in nats per token, and how soon ours has what nanoGPT ended with; medians.",
+        learn.table,
+    ),
     "train_speed": ("**Training speed.** The median of repeats, and their range.", train_speed.table),
     "scaling": (
         "**Scaling.** Four times the batch; four times the text, read from disk. Ratios of laps in turns.",

@@ -1,21 +1,24 @@
 """The bench scripts measure what train.py and sample.py run, judge it rightly, and the README shows what they wrote."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import configurator
 import prepare
 import train
-from bench import common, demo, sample_speed, scaling, table, train_speed
+from bench import common, demo, learn, plot, sample_speed, scaling, table, train_speed
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data import tokenizer
 from data.batches import read_meta
+from model import GPT, GPTConfig
 
 TINY = ["--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu"]
 TINY += ["--dtype=float32", "--compile=false", "--max_iters=4", "--warmup_iters=0"]
@@ -39,6 +42,38 @@ def run(tmp_path_factory):
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     return tmp_path / "results"
+
+
+STAND_IN = """
+import os, sys, torch
+from model import GPT, GPTConfig
+args = dict(arg[2:].split("=") for arg in sys.argv[1:])
+assert sorted(os.listdir("data/" + args["dataset"])) == ["meta.pkl", "train.bin", "val.bin"]
+torch.manual_seed(1337)
+keys = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": int(open("vocab").read())}
+model = GPT(GPTConfig(**keys))
+os.makedirs(args["out_dir"])
+for i in range(int(args["max_iters"]) + 1):
+    if i and i % int(args["eval_interval"]) == 0:
+        content = {"model": model.state_dict(), "model_args": keys | {"bias": True, "dropout": 0.0}, "iter_num": i}
+        config = {"batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": args.get("learning_rate")}
+        torch.save(content | {"best_val_loss": 1.0, "optimizer": {}, "config": config}, args["out_dir"] + "/ckpt.pt")
+    slow = i % int(args["eval_interval"]) == 0  # it counts its evaluations
+    print(f"iter {i}: loss 3.0, time {500 if slow else 10}.00ms, mfu 1.00%")
+"""
+
+
+@pytest.fixture
+def peer(run, tmp_path):
+    """A checkout that is laid out as nanoGPT's and talks like it; our own model has its names and shapes."""
+    folder = tmp_path / "peer"
+    (folder / "config").mkdir(parents=True)
+    vocab_size = read_meta(run / "data")["vocab_size"]
+    train_py = STAND_IN.replace('open("vocab").read()', f'"{vocab_size}"')
+    (folder / "train.py").write_text(train_py, encoding="utf-8")
+    (folder / "configurator.py").write_text("", encoding="utf-8")
+    shutil.copy(README.parent / "model.py", folder)
+    return folder
 
 
 def start(monkeypatch, script, cls, *args, positional=None):
@@ -167,6 +202,69 @@ def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_pat
     scaling.read_from_disk(tiled, tmp_path, machine)
     assert isinstance(tiled.split.tokens, np.memmap)
     assert (tiled.split.gather(starts, 17, machine.device) == in_memory).all()
+
+
+def test_train_speed_beside_a_peer(run, results, peer, monkeypatch):
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=2", "--warmup_steps=1", f"--peer={peer}"]
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    assert list(result["peers"]) == ["nanoGPT", "nanoGPT, compiled"]
+    for found in result["peers"].values():
+        assert found["dt_ms"]["median"] == 10 and found["peak_mem_mb"] > 10
+        assert found["ratio"]["max"] == pytest.approx(10 / result["dt_ms"]["min"])
+
+
+def test_learn_beside_a_peer(run, results, peer, monkeypatch):
+    args = [f"{run}/tiny.yaml", *TINY, "--max_iters=6", "--eval_interval=2", "--seeds=2", f"--peer={peer}"]
+    args += ["--peer_args=--max_iters=20", "--peer_evals=4", "--peer_rate=1e-3", "--peer_rate=2e-3"]
+    result, name = start(monkeypatch, learn, learn.LearnConfig, *args)
+    assert name.startswith("learn_tiny_")
+    ours, theirs = result["ours"]["curves"], result["peer"]["curves"]
+    assert [[p["iter"] for p in curve] for curve in ours] == [[2, 4, 6]] * 2
+    assert [[p["iter"] for p in curve] for curve in theirs] == [[5, 10, 15, 20]] * 2
+    assert [p["seconds"] for p in theirs[0]] == pytest.approx([0.05, 0.1, 0.15, 0.2])  # its evaluations left out
+    assert [p["tokens"] for p in theirs[0]] == [5 * 128, 10 * 128, 15 * 128, 20 * 128]
+    assert theirs[0][0]["loss"] != theirs[1][0]["loss"] and ours[0][0]["loss"] != ours[1][0]["loss"]  # another seed
+    assert result["peer"]["rates"].keys() == {"0.001", "0.002"} and result["peer"]["rate"] in (0.001, 0.002)
+    assert all(a <= b["seconds"] for a, b in zip(result["goal"]["seconds"], [curve[-1] for curve in ours], strict=True))
+    assert "nanoGPT" in learn.table([result])
+    plot.main(plot.PlotConfig())
+    picture = (results / "learn.svg").read_bytes()
+    assert b"<svg" in picture
+    plot.main(plot.PlotConfig())
+    assert (results / "learn.svg").read_bytes() == picture
+
+
+def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
+    cfg = configurator.load(
+        learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}", "--peer_args=--max_iters=4"]
+    )
+    machine = configurator.find_machine("cpu", "float32")
+    curve = learn.run_peer(cfg, machine, run / "data", 3, None)
+    vocab_size = read_meta(run / "data")["vocab_size"]
+    torch.manual_seed(1337 + 3)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=vocab_size)).eval()
+    meta, nats, count = read_meta(run / "data"), 0.0, 0
+    ids = np.fromfile(run / "data" / "val.bin", dtype="<u2").astype(np.int64)
+    for doc in meta["splits"]["val"]["documents"]:
+        text = torch.from_numpy(ids[doc["start"] : doc["stop"]])
+        for i in range(0, len(text) - 1, 16):
+            targets = text[i + 1 : i + 17][None]
+            with torch.no_grad():
+                nats += model(text[i : i + 16][None, : targets.shape[1]], targets)[1].item() * targets.numel()
+            count += targets.numel()
+    assert curve[0]["loss"] == pytest.approx(nats / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "seconds"), [(9.0, 10.0), (5.0, 10.0), (4.5, 15.0), (3.0, 30.0), (2.9, None)])
+def test_when_a_curve_comes_down_to_a_loss(loss, seconds):
+    curve = [{"loss": 5.0, "seconds": 10.0}, {"loss": 4.0, "seconds": 20.0}, {"loss": 3.0, "seconds": 30.0}]
+    assert learn.seconds_to(loss, curve) == seconds
+
+
+def test_a_peer_without_max_iters_is_refused(run, peer):
+    cfg = configurator.load(learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}"])
+    with pytest.raises(ConfigError, match="peer_args"):
+        learn.run_peer(cfg, configurator.find_machine("cpu", "float32"), run / "data", 0, None)
 
 
 def test_sample_speed(run, results, monkeypatch):

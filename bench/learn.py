@@ -1,0 +1,184 @@
+"""Train our recipe and nanoGPT's on the same text, seed by seed in turns, and tell how soon each reaches which loss.
+
+python -m bench.learn config/demo.yaml --seeds=5
+python -m bench.learn config/demo.yaml --peer=PATH_TO_NANOGPT --peer_args='--max_iters=600 --device=cpu ...'
+"""
+
+import dataclasses
+import itertools
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import checkpoint
+import configurator
+import train
+from bench.common import config_name, markdown, origin, show, spread, write_result
+from bench.peer import iteration_ms, launch
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine, bounds
+from data import DataError, tokenizer
+from data.batches import open_split, read_meta
+
+Curve = list[dict[str, float]]  # an evaluation each: iter, tokens, seconds of training, val loss (nats/token), bpb
+
+
+@dataclass(frozen=True)
+class LearnConfig(train.TrainConfig):
+    """The keys of train.py, and what they are compared with."""
+
+    # comparison
+    seeds: int = 1  # runs of each; they count from `seed`
+    peer: str = ""  # a checkout of nanoGPT
+    peer_args: str = ""  # its train.py's own arguments, config file and all, as on a command line
+    peer_rate: tuple[str, ...] = ()  # a learning rate to try at its first seed; of several the best is kept
+    peer_evals: int = 10  # evaluations of its run, evenly spaced
+    out: str = ""  # name of the result (learn_CONFIG_DEVICE unless given)
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        return super().problems() + bounds(self, "seeds peer_evals", 1)
+
+
+def run_ours(cfg: LearnConfig, seed: int) -> Curve:
+    """Train with train.py in a process of its own; its curve, from metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as out:
+        keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
+        keys |= {"out_dir": out, "seed": seed, "init_from": "scratch", "eval_only": False}
+        command = [sys.executable, train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise ConfigError(f"train.py failed: {done.stdout.strip().splitlines()[-1]}")
+        records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = []
+    for step, evaluation in itertools.pairwise(records):  # an evaluation follows the record of its step
+        if evaluation["kind"] == "eval":
+            place = {key: step[key] for key in ("iter", "tokens", "seconds")}
+            curve.append(place | {key: evaluation[key] for key in ("loss", "bpb")})
+    return curve
+
+
+def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: float | None) -> Curve:
+    """Train with nanoGPT's train.py; its curve: its own clock, and its checkpoints evaluated as ours are."""
+    meta = read_meta(folder)
+    split = open_split(folder, "val", meta, 1, machine.device)
+    split = dataclasses.replace(split, tags=np.full_like(split.tags, -1))  # it has seen none
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    args = shlex.split(cfg.peer_args)
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in args if "=" in arg)
+    try:
+        steps = int(given["max_iters"])
+    except (KeyError, ValueError):
+        raise ConfigError("peer_args: must hold --max_iters=NUMBER, so that its evaluations can be spaced") from None
+    every = max(steps // cfg.peer_evals, 1)
+    args += [f"--eval_interval={every}", "--eval_iters=1", "--log_interval=1", "--always_save_checkpoint=True"]
+    if rate is not None:
+        args += [f"--learning_rate={rate}", f"--min_lr={rate / 10}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        printed, _ = launch(Path(cfg.peer), Path(scratch), args, folder, meta["vocab_size"], seed)
+        times = iteration_ms(printed)
+        usual = statistics.median(times)
+        ms = np.cumsum([usual if i % every == 0 else time for i, time in enumerate(times)])  # evaluation left out
+        curve = []
+        for iteration in range(every, steps + 1, every):
+            saved = checkpoint.load(Path(scratch) / "out" / f"ckpt.pt.{iteration}")
+            model = checkpoint.build_model(saved, Path(scratch)).to(machine.device)
+            shape = dataclasses.replace(cfg, block_size=model.config.block_size, eval_iters=0)
+            found = train.evaluate(model, split, token_bytes, shape, machine)
+            tokens = iteration * saved["config"]["batch_size"] * model.config.block_size
+            tokens *= saved["config"]["gradient_accumulation_steps"]
+            place = {"iter": iteration, "tokens": tokens, "seconds": ms[iteration - 1] / 1000}
+            curve.append(place | {key: found[key] for key in ("loss", "bpb")})
+    return curve
+
+
+def seconds_to(loss: float, curve: Curve) -> float | None:
+    """When a curve first comes down to `loss`, between two evaluations by the straight line; None if never."""
+    for before, after in zip([None, *curve], curve, strict=False):
+        if after["loss"] <= loss:
+            if before is None:
+                return after["seconds"]
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
+            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    return None
+
+
+def best(curve: Curve) -> dict[str, float]:
+    """A curve's evaluation of lowest loss."""
+    return min(curve, key=lambda point: point["loss"])
+
+
+def main(cfg: LearnConfig) -> None:
+    """Train both, seed by seed in turns, print the figures and keep them."""
+    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    folder = train.find_dataset(cfg.dataset)
+    ours: list[Curve] = []
+    theirs: list[Curve] = []
+    tried: dict[str, float] = {}
+    rate = None
+    for seed in range(cfg.seeds):
+        if cfg.peer and seed == 0 and cfg.peer_rate:
+            runs = {r: run_peer(cfg, machine, folder, 0, r) for r in map(float, cfg.peer_rate)}
+            tried = {f"{r:g}": best(curve)["loss"] for r, curve in runs.items()}
+            rate = min(runs, key=lambda r: best(runs[r])["loss"])
+            theirs.append(runs[rate])
+        elif cfg.peer:
+            theirs.append(run_peer(cfg, machine, folder, seed, rate))
+        ours.append(run_ours(cfg, cfg.seed + seed))
+        print(f"seed {seed}: ours {best(ours[-1])}" + (f", nanoGPT {best(theirs[-1])}" if theirs else ""), flush=True)
+    result = origin("learn", machine) | {"config": config_name(), "ours": summary(ours), "peer": None}
+    if theirs:
+        result["peer"] = summary(theirs) | {"args": cfg.peer_args, "rates": tried, "rate": rate}
+        goals = [best(curve) for curve in theirs]
+        result["goal"] = {
+            "loss": [goal["loss"] for goal in goals],
+            "peer_seconds": [goal["seconds"] for goal in goals],
+            "seconds": [seconds_to(goal["loss"], curve) for goal, curve in zip(goals, ours, strict=True)],
+        }
+    print(table([result]))
+    write_result(result, cfg.out or f"learn_{result['config']}_DEVICE")
+
+
+def summary(curves: list[Curve]) -> dict[str, Any]:
+    """What a recipe's runs reached, the least loss of each, and their curves."""
+    ends = [best(curve) for curve in curves]
+    found = {key: spread([end[key] for end in ends]) for key in ("loss", "bpb", "seconds")}
+    return found | {"curves": curves}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown table that shows these results: the lowest val loss, when, and how soon ours has the peer's."""
+    header = ["Config", "", "Seeds", "Val loss", "Bits/byte", "Training, s", "nanoGPT's loss after, s", "Sooner"]
+    rows = []
+    for r in results:
+        for name, side in (("RoboPoet", r["ours"]), ("nanoGPT", r["peer"])):
+            if side is None:
+                continue
+            row = ["" if side is r["peer"] else r["config"], name, str(len(side["curves"]))]
+            row += [show(side["loss"], ".3f"), show(side["bpb"], ".3f"), show(side["seconds"])]
+            rows.append([*row, *reached(r, side is r["peer"])])
+    return markdown(header, rows)
+
+
+def reached(result: dict[str, Any], is_peer: bool) -> list[str]:
+    """The table's last two cells: seconds to the peer's own loss, and how many times sooner ours has it."""
+    if not (goal := result.get("goal")):
+        return ["", ""]
+    if is_peer:
+        return [show(spread(goal["peer_seconds"])), ""]
+    if None in goal["seconds"]:
+        return [f"{goal['seconds'].count(None)} of {len(goal['seconds'])} never", ""]
+    ratios = [b / a for a, b in zip(goal["seconds"], goal["peer_seconds"], strict=True)]
+    return [show(spread(goal["seconds"])), show(spread(ratios), ".1f")]
+
+
+if __name__ == "__main__":
+    configurator.launch(main, LearnConfig, DataError, CheckpointError)
