@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: poem test clean
+.PHONY: poem test test-slow clean
 
 poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml, write a passage
 	$(BIN)/python prepare.py data/robopoet
@@ -12,6 +12,9 @@ test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
 
 clean:  ## forget everything that can be made again
 	rm -rf .venv out wandb data/*/raw data/*/*.bin data/*/meta.json

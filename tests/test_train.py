@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import train
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine
@@ -217,6 +218,20 @@ def test_a_recorded_step_is_given_each_steps_rows_seed_and_rate(small, monkeypat
     assert device.replays == 3
     np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=1e-5)
     torch.testing.assert_close(ends[1][1], ends[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(configurator.why_no_compile() is not None, reason="can't compile here")
+@pytest.mark.parametrize("dtype, precision", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
+    machine, windows, found = Machine(CPU.device, getattr(torch, dtype)), windows_of(small), []
+    for how in ("false", "true"):
+        cfg = TrainConfig(**small | {"dtype": dtype, "compile": how})
+        state = train.build_state(cfg, machine, train.new_model(cfg, 61))
+        assert (state.forward is not state.model) == (how == "true")
+        steps = [train.train_step(state, windows, cfg, machine, step) for step in range(6)]
+        found.append([(loss.item(), norm.item()) for loss, norm in steps])
+    np.testing.assert_allclose(found[1], found[0], rtol=precision)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
