@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before it calls step
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.9
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype

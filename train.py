@@ -56,11 +56,11 @@ class TrainConfig:
     bias: bool = True  # biases in Linear and LayerNorm
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (on the blocks' matrices; AdamW on the rest) or adamw
-    learning_rate: float = 3e-3  # AdamW's peak
+    learning_rate: float = 1e-2  # AdamW's peak; alone it bears a tenth of that
     muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
-    beta1: float = 0.9  # AdamW's first moment
-    beta2: float = 0.95  # AdamW's second moment
+    beta1: float = 0.8  # AdamW's first moment
+    beta2: float = 0.99  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
     # schedule
     max_iters: int = 600  # optimizer steps in all

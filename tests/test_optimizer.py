@@ -60,7 +60,7 @@ def test_muon_steps_as_pytorchs_does(dtype, precision):
     """PyTorch's orthogonalises in bfloat16 whatever the dtype, so no closer than that."""
     ours, theirs = matrices(), matrices()
     muon = Muon(ours, 0.02, 0.1, dtype)
-    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
     for step in range(5):
         fill_grads(ours, step)
         fill_grads(theirs, step)
@@ -80,8 +80,8 @@ def test_muon_in_float64_equals_its_formula_one_matrix_at_a_time():
     for step in range(3):
         fill_grads(params, step)
         for w, m, p in zip(by_hand, moments, params, strict=True):
-            m.mul_(0.95).add_(p.grad, alpha=0.05)
-            x = 0.05 * p.grad + 0.95 * m
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            x = 0.1 * p.grad + 0.9 * m
             x = x / x.norm()
             x = x.T if x.shape[0] > x.shape[1] else x
             for _ in range(5):
