@@ -95,7 +95,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
             found = train.evaluate(model, split, token_bytes, shape, machine)
             tokens = iteration * saved["config"]["batch_size"] * model.config.block_size
             tokens *= saved["config"]["gradient_accumulation_steps"]
-            place = {"iter": iteration, "tokens": tokens, "seconds": ms[iteration - 1] / 1000}
+            place = {"iter": iteration, "tokens": tokens, "seconds": float(ms[iteration - 1]) / 1000}
             curve.append(place | {key: found[key] for key in ("loss", "bpb")})
     return curve
 
