@@ -1,5 +1,6 @@
 """What the scripts of bench share: the machine's name, medians with their spread, result files, tables."""
 
+import dataclasses
 import json
 import platform
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+import train
 from configurator import Machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,6 +65,14 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def config_name() -> str:
     """The last YAML file on the command line, without its ending."""
     return ([Path(arg).stem for arg in sys.argv[1:] if arg.endswith((".yaml", ".yml"))] or ["defaults"])[-1]
+
+
+def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
+    """The command that starts train.py afresh with the keys of `cfg` but for `changes`, and with no logger."""
+    keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
+    keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
+    # -u: a line comes when it is printed, as in a terminal
+    return [sys.executable, "-u", train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
 
 
 def command_line() -> str:

@@ -10,7 +10,6 @@ import json
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import checkpoint
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, write_result
+from bench.common import config_name, markdown, origin, show, spread, train_command, write_result
 from bench.peer import iteration_ms, launch
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
@@ -51,9 +50,7 @@ class LearnConfig(train.TrainConfig):
 def run_ours(cfg: LearnConfig, seed: int) -> Curve:
     """Train with train.py in a process of its own; its curve, from metrics.jsonl."""
     with tempfile.TemporaryDirectory() as out:
-        keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
-        keys |= {"out_dir": out, "seed": seed, "init_from": "scratch", "eval_only": False}
-        command = [sys.executable, train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
+        command = train_command(cfg, out_dir=out, seed=seed)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise ConfigError(f"train.py failed: {done.stdout.strip().splitlines()[-1]}")

@@ -6,11 +6,9 @@ python -m bench.train_speed config/robopoet_adamw.yaml --device=cpu --peer=PATH_
 python -m bench.train_speed config/gpt2.yaml --vocab_size=50257 --gradient_accumulation_steps=1
 """
 
-import dataclasses
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, write_result
+from bench.common import config_name, markdown, origin, show, spread, train_command, write_result
 from bench.peer import Peer, load_model_module
 from configurator import ConfigError, Machine, bounds
 from data import DataError
@@ -117,11 +115,7 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
 def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:
     """Seconds from launching train.py until its first status line, imports and compilation included."""
     with tempfile.TemporaryDirectory() as out:
-        keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
-        keys |= {"dataset": folder, "out_dir": out, "init_from": "scratch", "eval_only": False}
-        keys |= {"tensorboard": False, "wandb": "off"}
-        command = [sys.executable, "-u", train.__file__]  # -u: a line comes when it is printed, as in a terminal
-        command += [f"--{key}={value}" for key, value in keys.items()]
+        command = train_command(cfg, dataset=folder, out_dir=out)
         printed, start = "", time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout or ():
