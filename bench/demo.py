@@ -13,6 +13,7 @@ import checkpoint
 import configurator
 import train
 from bench.common import markdown, origin, write_result
+from bench.learn import read_curve
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data import DataError, tokenizer
@@ -28,7 +29,7 @@ class DemoConfig:
     run: str = "out/demo"  # out_dir of a finished run
     device: str = "auto"  # evaluates the test split; auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products there
-    out: str = ""  # name of the result (demo_DEVICE unless given)
+    out: str = ""  # name of the result (demo_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
@@ -55,6 +56,7 @@ def main(cfg: DemoConfig) -> None:
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
     model = checkpoint.build_model(best, path).to(machine.device)
     result = origin("demo", machine) | {
+        "run": Path(cfg.run).name,
         "parameters": model.num_params(),
         "vocab_size": meta["vocab_size"],
         "steps": best["iter_num"],
@@ -62,18 +64,20 @@ def main(cfg: DemoConfig) -> None:
         "tok_per_sec": statistics.median(r["tok_per_sec"] for r in steps),
         "val": vals[-1],
         "test": train.evaluate(model, split, token_bytes, shape, machine),
+        "curve": read_curve(Path(cfg.run)),
     }
     print(table([result]))
-    write_result(result, cfg.out or "demo_DEVICE")
+    write_result(result, cfg.out or f"demo_{result['run']}_DEVICE")
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table that shows these results, and the val loss that the older LSTM reached."""
-    header = ["Model", "Parameters", "Steps", "Training", "Tokens/s", "Val loss", "Val bits/byte", "Val loss by style"]
-    header += ["Test loss", "Test bits/byte"]
+    header = ["Run", "Device", "Parameters", "Steps", "Training", "Tokens/s", "Val loss", "Val bits/byte"]
+    header += ["Val loss by style", "Test loss", "Test bits/byte"]
     rows = [
         [
-            f"GPT, {r['machine']['device']}",
+            r["run"],
+            r["machine"]["device"],
             f"{r['parameters']:,}",
             f"{r['steps']:,}",
             f"{r['seconds'] / 60:,.1f} min",
@@ -86,7 +90,7 @@ def table(results: list[dict[str, Any]]) -> str:
         ]
         for r in results
     ]
-    return markdown(header, [*rows, ["the older LSTM", *[""] * 4, f"{OLDER_LSTM_VAL_LOSS:.1f}", *[""] * 4]])
+    return markdown(header, [*rows, ["the older LSTM", *[""] * 5, f"{OLDER_LSTM_VAL_LOSS:.1f}", *[""] * 4]])
 
 
 if __name__ == "__main__":

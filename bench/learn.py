@@ -54,7 +54,12 @@ def run_ours(cfg: LearnConfig, seed: int) -> Curve:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise ConfigError(f"train.py failed: {done.stdout.strip().splitlines()[-1]}")
-        records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return read_curve(Path(out))
+
+
+def read_curve(out: Path) -> Curve:
+    """The curve of a run of train.py, from the metrics.jsonl in its out_dir."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = []
     for step, evaluation in itertools.pairwise(records):  # an evaluation follows the record of its step
         if evaluation["kind"] == "eval":
@@ -131,7 +136,8 @@ def main(cfg: LearnConfig) -> None:
             theirs.append(run_peer(cfg, machine, folder, seed, rate))
         ours.append(run_ours(cfg, cfg.seed + seed))
         print(f"seed {seed}: ours {best(ours[-1])}" + (f", nanoGPT {best(theirs[-1])}" if theirs else ""), flush=True)
-    result = origin("learn", machine) | {"config": config_name(), "ours": summary(ours), "peer": None}
+    result = origin("learn", machine) | {"config": config_name(), "corpus": folder.name}
+    result |= {"ours": summary(ours), "peer": None}
     if theirs:
         result["peer"] = summary(theirs) | {"args": cfg.peer_args, "rates": tried, "rate": rate}
         goals = [best(curve) for curve in theirs]
@@ -153,13 +159,15 @@ def summary(curves: list[Curve]) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table that shows these results: the lowest val loss, when, and how soon ours has the peer's."""
-    header = ["Config", "", "Seeds", "Val loss", "Bits/byte", "Training, s", "nanoGPT's loss after, s", "Sooner"]
+    header = ["Config", "Corpus", "", "Steps", "Seeds", "Val loss", "Bits/byte", "Training, s"]
+    header += ["nanoGPT's loss after, s", "Sooner"]
     rows = []
     for r in results:
         for name, side in (("RoboPoet", r["ours"]), ("nanoGPT", r["peer"])):
             if side is None:
                 continue
-            row = ["" if side is r["peer"] else r["config"], name, str(len(side["curves"]))]
+            row = ["", ""] if side is r["peer"] else [r["config"], r["corpus"]]
+            row += [name, f"{side['curves'][0][-1]['iter']:,}", str(len(side["curves"]))]
             row += [show(side["loss"], ".3f"), show(side["bpb"], ".3f"), show(side["seconds"])]
             rows.append([*row, *reached(r, side is r["peer"])])
     return markdown(header, rows)

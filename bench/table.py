@@ -13,7 +13,7 @@ from bench import common, demo, learn, sample_speed, scaling, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
-    "demo": ("**The demo run.** Losses in nats per token.", demo.table),
+    "demo": ("**Finished runs.** Losses in nats per token.", demo.table),
     "learn": (
         "**Learning.** Lowest val loss in nats per token, and how soon ours has what nanoGPT ended with; medians.",
         learn.table,

@@ -226,7 +226,7 @@ def test_learn_beside_a_peer(run, results, peer, monkeypatch):
     assert theirs[0][0]["loss"] != theirs[1][0]["loss"] and ours[0][0]["loss"] != ours[1][0]["loss"]  # another seed
     assert result["peer"]["rates"].keys() == {"0.001", "0.002"} and result["peer"]["rate"] in (0.001, 0.002)
     assert all(a <= b["seconds"] for a, b in zip(result["goal"]["seconds"], [curve[-1] for curve in ours], strict=True))
-    assert "nanoGPT" in learn.table([result])
+    assert "nanoGPT" in learn.table([result]) and result["corpus"] == "data"
     plot.main(plot.PlotConfig())
     picture = (results / "learn.svg").read_bytes()
     assert b"<svg" in picture
@@ -282,7 +282,8 @@ def test_sample_speed(run, results, monkeypatch):
 def test_demo(run, results, monkeypatch, capsys):
     args = [f"{run}/out", "--device=cpu", "--dtype=float32"]
     result, name = start(monkeypatch, demo, demo.DemoConfig, *args, positional="run")
-    assert name.startswith("demo_") and result["steps"] == 4 and result["seconds"] > 0
+    assert name.startswith("demo_out_") and result["steps"] == 4 and result["seconds"] > 0
+    assert [(p["iter"], p["loss"]) for p in result["curve"]] == [(4, result["val"]["loss"])]
     assert set(result["val"]["loss_by_style"]) == set(result["test"]["loss_by_style"]) == {"day", "night"}
     assert 0 < result["test"]["loss"] < 5
     assert "6.5" in capsys.readouterr().out
