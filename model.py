@@ -4,9 +4,11 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Para
 B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_size.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 # Picks the next token of each row: (logits (B, V), the text so far (B, n) int64) -> ids (B,) int64.
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,35 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return layer_norm(x, self.weight, self.bias)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The rows of x (..., C) with mean 0 and variance 1, scaled and shifted."""
+    return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
 class KVCache:
-    """The keys and values of a window for every layer, preallocated by whoever writes; `pos` says how many are in.
+    """The keys and values of a window for every layer, preallocated by whoever writes.
 
-    keys, values: (n_layer, B, nh, block_size, hs). pos: int64 scalar tensor.
+    keys, values: (n_layer, B, nh, block_size, hs). length: how many places are filled; on CUDA an int64 tensor (1,), so
+    that a recorded step can count.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.pos = torch.zeros((), device=device, dtype=torch.long)
+        self.length = torch.zeros(1, device=device, dtype=torch.long) if device.type == "cuda" else 0
 
-    def extend(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, nh, T, hs) at positions `at` (T,); returns all that `layer` has, unused places too."""
-        self.keys[layer].index_copy_(2, at, k)
-        self.values[layer].index_copy_(2, at, v)
-        return self.keys[layer], self.values[layer]
+    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep a window's k and v (B, nh, T, hs) from the first place on."""
+        self.keys[layer, :, :, : k.shape[2]] = k
+        self.values[layer, :, :, : v.shape[2]] = v
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, (n,) int64, alone."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -97,6 +106,8 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear, by the fastest products that PyTorch has; compiled, by those that the compiler knows."""
+    if weight.is_mkldnn:
+        return OneDNNLinear.product(x, weight, bias)
     in_float32 = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
     if AVX512 and in_float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return OneDNNLinear.apply(x, weight, bias)
@@ -109,6 +120,12 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)"""
         return linear(x, self.weight, self.bias)
+
+    def prepack(self) -> None:
+        """Lay the weight out as oneDNN's products read it, for good: it no longer trains, nor is in the state dict."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)  # for 32 rows; good for 1 to 128
+        del self.weight
+        self.weight = packed
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -146,16 +163,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, x continues it at positions `at`."""
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); keys and values are left in the cache, if there is one."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         p = self.dropout if self.training else 0.0
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v, at)
-            seen = torch.arange(k.shape[2], device=x.device) <= at[:, None]  # (T, block_size)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        elif x.device.type == "cpu" and T <= 256:  # short rows: the flash kernel's backward is slower there
+            cache.fill(self.layer, k, v)
+        if x.device.type == "cpu" and T <= 256:  # short rows: the flash kernel's backward is slower there
             y = plain_attention(q, k, v, p)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -197,10 +212,19 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.attn(self.ln_1(x), cache, at)
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k' / sqrt(hs) + mask) v for one query a row: q (B, nh, 1, hs), k and v (B, nh, T, hs), mask (1, T)."""
+    if len(q) == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # many rows: on CPU twice as fast as fused kernels
+    att = (k @ (q * q.shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # (B x nh, 1, T)
+    return (att if mask is None else att + mask).softmax(-1) @ v
 
 
 class RowwiseCrossEntropy(torch.autograd.Function):
@@ -229,6 +253,36 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = ctx.saved_tensors
         return (grad if scale.item() == 1 else grad * scale), None
+
+
+class Graphed:
+    """A function on a CUDA device, its kernels recorded in the fourth call and from there on replayed as a CUDA graph.
+
+    At this model's size the host takes longer to launch a step's kernels than the device to run them. The first three
+    calls make what stays: optimizer states, compiled kernels. A result lasts until the next call.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *arguments: torch.Tensor) -> Any:
+        """The function's results for these arguments, whose shapes never change."""
+        self.calls += 1
+        if self.calls <= 3:  # on a stream of its own, as recording will be
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.arguments = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = self.function(*self.arguments)
+        for mine, argument in zip(self.arguments, arguments, strict=True):
+            mine.copy_(argument)
+        self.graph.replay()
+        return self.results
 
 
 class GPT(nn.Module):
@@ -268,18 +322,17 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits, and the loss where there are targets.
 
-        idx: (B, T) int64 token ids, T <= block_size; they continue a cache. targets: (B, T) int64, -1 to ignore.
+        idx: (B, T) int64 token ids, T <= block_size; they fill a cache anew. targets: (B, T) int64, -1 to ignore.
         Returns (B, T, V) logits and the cross-entropy in nats per token (reduction "mean": scalar; "none": (B, T), 0
         where ignored), or without targets the last token's logits (B, 1, V) and None.
         """
-        at = torch.arange(idx.shape[1], device=idx.device)
-        if cache is not None:
-            at = at + cache.pos
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(at))  # (B, T, C)
+        T = idx.shape[1]
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[:T])  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, cache, at)
+            x = block(x, cache)
         if cache is not None:
-            cache.pos += idx.shape[1]
+            cache.length *= 0  # in place where it is a tensor
+            cache.length += T
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -323,39 +376,75 @@ class GPT(nn.Module):
         step = max(T // 2, 1)
         return 0 if n <= T else math.ceil((n - T) / step) * step
 
+    def decode(self, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeights]) -> torch.Tensor:
+        """Logits (B, V) after one more token of each row, (B,) int64; its keys and values join the cache.
+
+        What forward does to a window, done to its last token. No module is called on the way: with one row that would
+        be a tenth of the time. A row's query meets the keys that are there; on CUDA, where the step is recorded and no
+        shape may grow with the text, it meets all places, the empty ones masked. blocks: of block_weights().
+        """
+        c, t, B = self.config, self.transformer, len(ids)
+        at: slice | torch.Tensor = slice(cache.length, cache.length + 1)
+        filled, empty = slice(0, cache.length + 1), None
+        if isinstance(cache.length, torch.Tensor):
+            at, filled = cache.length.clone(), slice(None)
+            empty = torch.full((1, c.block_size), -math.inf, device=ids.device, dtype=cache.keys.dtype)
+            empty = empty.masked_fill(torch.arange(c.block_size, device=ids.device) <= at, 0)
+        x = t.wte.weight[ids] + t.wpe.weight[at]  # (B, C)
+        for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
+            ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
+            q, k, v = linear(layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1).unbind(1)
+            keys[:, :, at], values[:, :, at] = k, v
+            y = attend(q, keys[:, :, filled], values[:, :, filled], empty)
+            x = x + linear(y.reshape(B, -1), *attn_c_proj)
+            x = x + linear(F.gelu(linear(layer_norm(x, *ln_2), *c_fc), approximate=c.gelu), *mlp_c_proj)
+        cache.length += 1
+        return self.lm_head(t.ln_f(x))
+
+    def block_weights(self) -> list[BlockWeights]:
+        """For each block, weight and bias of ln_1, c_attn, attention's c_proj, ln_2, c_fc and the MLP's c_proj."""
+        layers = [(b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj) for b in self.transformer.h]
+        return [tuple((layer.weight, layer.bias) for layer in block) for block in layers]
+
+    def prepack(self) -> None:
+        """Make ready to write on a CPU: lay each matrix out as oneDNN's products read it. Training is over then."""
+        dtypes = torch.float32, torch.bfloat16
+        if AVX512 and self.lm_head.weight.device.type == "cpu" and self.lm_head.weight.dtype in dtypes:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.prepack()
+
     @torch.inference_mode()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tag: int | None = None
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, torch.Tensor | None, None]:
         """Continue `idx`, yielding the next id of each row (B,) int64 as it is chosen; the first step fills a KV cache.
 
-        idx: (B, n) int64, n >= 1. tag: an id that stands first in every window, as in training.
+        idx: (B, n) int64, n >= 1. tag: an id that stands first in every window, as in training. Whoever is done with
+        some rows may send() those to go on with, (n,) int64: the others cost nothing any more.
         """
         B, n = idx.shape
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
-        cache = KVCache(self.config, B, idx.device, self.lm_head.weight.dtype)
+        cache = KVCache(self.config, B, idx.device, self.transformer.wte.weight.dtype)
+        decode = self._decoder(cache)
         start = None
         for end in range(n, n + max_new_tokens):
             if (new_start := self.window_start(end)) != start:
                 start = new_start
-                cache.pos.zero_()
-                logits, _ = self(self._window(text[:, start:end], tag), cache=cache)
+                logits = self(self._window(text[:, start:end], tag), cache=cache)[0][:, 0]
             else:
-                logits, _ = self(text[:, end - 1 : end], cache=cache)
-            text[:, end] = choose(logits[:, -1], text[:, :end])
-            yield text[:, end]
+                logits = decode(text[:, end - 1])
+            text[:, end] = choose(logits, text[:, :end])
+            rows = yield text[:, end]
+            if rows is not None:
+                text = text[rows]
+                cache.keep(rows)
+                decode = self._decoder(cache)
 
-    @torch.inference_mode()
-    def generate_naive(
-        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tag: int | None = None
-    ) -> Iterator[torch.Tensor]:
-        """What `generate` must equal: the whole window is read again for every token."""
-        for _ in range(max_new_tokens):
-            window = idx[:, self.window_start(idx.shape[1]) :]
-            logits, _ = self(self._window(window, tag))
-            chosen = choose(logits[:, -1], idx)
-            idx = torch.cat([idx, chosen[:, None]], dim=1)
-            yield chosen
+    def _decoder(self, cache: KVCache) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`decode` with this cache; on CUDA recorded, for its launches take longer than its work."""
+        decode = functools.partial(self.decode, cache=cache, blocks=self.block_weights())
+        return Graphed(decode) if cache.keys.device.type == "cuda" else decode
 
     @staticmethod
     def _window(window: torch.Tensor, tag: int | None) -> torch.Tensor:

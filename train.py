@@ -28,7 +28,7 @@ from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
-from model import GPT, GPTConfig, linear
+from model import GPT, GPTConfig, Graphed, linear
 from optimizer import configure_optimizers
 
 
@@ -150,36 +150,6 @@ def dropout_seed(*place: int) -> int:
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-class GraphedUpdate:
-    """`update` on a CUDA device, its kernels recorded in the fourth step and replayed as one CUDA graph from there on.
-
-    At this model's size the host takes longer to launch a step's kernels than the device to run them. The first three
-    steps make what stays: optimizer states, compiled kernels. A result lasts until the next step.
-    """
-
-    def __init__(self, update: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        self.update, self.steps = update, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update's results for these arguments, whose shapes never change."""
-        self.steps += 1
-        if self.steps <= 3:  # on a stream of its own, as recording will be
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.update(*arguments)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if self.steps == 4:
-            self.arguments = [argument.clone() for argument in arguments]
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.update(*self.arguments)
-        for mine, argument in zip(self.arguments, arguments, strict=True):
-            mine.copy_(argument)
-        self.graph.replay()
-        return self.results
-
-
 @dataclass
 class State:
     """What a step works on. `forward` is `model`, compiled and wrapped as the run wants it."""
@@ -188,7 +158,7 @@ class State:
     forward: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    graphed_update: GraphedUpdate | None = None
+    graphed_update: Graphed | None = None
 
 
 def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
@@ -210,7 +180,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     state = State(model, forward, optimizers, scaler)
     if compiled and machine.device.type == "cuda" and machine.world_size == 1:
-        state.graphed_update = GraphedUpdate(functools.partial(update, state, cfg, machine))
+        state.graphed_update = Graphed(functools.partial(update, state, cfg, machine))
     return state
 
 

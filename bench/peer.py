@@ -86,7 +86,7 @@ def launch(
     printed, peak_mem_mb = "", 0.0
     for line in process.stdout or ():
         printed += line
-        peak_mem_mb = max(peak_mem_mb, resident_peak_mb(process.pid))
+        peak_mem_mb = max(peak_mem_mb, resident_mb(process.pid, "VmHWM"))
     if process.wait():
         raise ConfigError(f"peer: {folder}/train.py failed:\n{printed[-1500:]}")
     return printed, peak_mem_mb
@@ -97,10 +97,13 @@ def iteration_ms(printed: str) -> list[float]:
     return [float(ms) for ms in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", printed, re.M)]
 
 
-def resident_peak_mb(pid: int) -> float:
-    """The most memory a running process has had resident, in MB; getrusage would count what it inherited too."""
+def resident_mb(pid: int | str, line: str) -> float:
+    """The memory that a running process has resident, in MB: VmRSS now, VmHWM at most so far (0 where Linux isn't).
+
+    getrusage would count what the process inherited too.
+    """
     status = Path(f"/proc/{pid}/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    found = re.search(rf"^{line}:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
     return int(found[1]) / 1024 if found else 0.0
 
 

@@ -1,22 +1,35 @@
-"""Time how fast a trained model writes, with its KV cache and without, through the stream that sample.py prints.
+"""Time how fast a model writes, through the stream that sample.py prints, beside nanoGPT and transformers.
 
-python -m bench.sample_speed out/demo/best.pt --device=auto
+python -m bench.sample_speed out/demo/best.pt
+python -m bench.sample_speed out/demo/best.pt --peer=PATH_TO_NANOGPT
 """
 
 import collections
-import copy
+import dataclasses
+import importlib.util
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+import checkpoint
 import configurator
 from bench.common import markdown, origin, show, spread, write_result
+from bench.peer import load_model_module, resident_mb
 from checkpoint import CheckpointError
-from configurator import bounds
+from configurator import ConfigError, Machine, bounds
 from data import DataError
+from model import GPT, GPTConfig
 from sample import Poet
+
+GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+SAMPLING = {"temperature": 0.8, "top_k": 200}  # nanoGPT's; the same for all
+Write = Callable[[int, int], tuple[float, float]]  # (passages, tokens) -> seconds in all, and to the first token
 
 
 @dataclass(frozen=True)
@@ -25,106 +38,239 @@ class SampleSpeedConfig:
 
     # what is written
     checkpoint: str = "out/demo/best.pt"  # the model
+    shape: Literal["checkpoint", "gpt2"] = "checkpoint"  # gpt2: random weights of GPT-2's smallest shape instead
     prompt: str = "To be or not to be"  # text to go on from
     batch_size: int = 32  # passages of the batch, beside a single one
-    max_new_tokens: int = 120  # tokens of each
+    max_new_tokens: int = 120  # tokens of each; transformers writes no more than fit a block with the prompt
     long_tokens: int = 1000  # tokens of a single passage that outgrows the window
-    check_tokens: int = 200  # tokens of the passage that must be the same with the cache and without
+    check_tokens: int = 100  # tokens of the likeliest passage, which must be the same
+    # beside
+    peer: str = ""  # a checkout of nanoGPT; transformers is taken where it is installed
     # timing
-    repeats: int = 5  # pairs of runs, cached then naive, of which the median counts
+    repeats: int = 5  # rounds, everyone once in each; the median counts
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations
-    out: str = ""  # name of the result (sample_speed_DEVICE unless given)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of our weights; the peers keep float32 on CPU
+    out: str = ""  # name of the result (sample_speed_SHAPE_DTYPE_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         return bounds(self, "batch_size max_new_tokens long_tokens check_tokens repeats", 1)
 
 
-def without_cache(poet: Poet) -> Poet:
-    """A poet with the same weights that reads its whole window again for every token."""
-    naive = copy.copy(poet)
-    naive.model = copy.copy(poet.model)
-    naive.model.generate = naive.model.generate_naive
-    return naive
+def read_model(cfg: SampleSpeedConfig) -> GPT:
+    """The weights that everyone writes with, on the CPU in float32."""
+    if cfg.shape == "gpt2":
+        torch.manual_seed(0)
+        return GPT(GPT2).eval()
+    path = Path(cfg.checkpoint)
+    return checkpoint.build_model(checkpoint.load(path), path).eval()
 
 
-def write(poet: Poet, prompt: str, sequences: int, tokens: int) -> tuple[float, float]:
-    """Seconds until `sequences` passages of `tokens` tokens are written, and until their first token is."""
-    poet.machine.synchronize()
+def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poet:
+    """A poet with these weights, whose passages all have their full length."""
+    poet = Poet(cfg.checkpoint, device, dtype)
+    if cfg.shape == "gpt2":  # the tokenizer's ids are the first of its many
+        poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
+        poet.model.load_state_dict(model.state_dict())
+        poet.model.prepack()
+    specials = list(poet.tokenizer.specials.values())
+    specials += range(poet.tokenizer.vocab_size, model.config.vocab_size)
+    poet.forbidden = torch.tensor(specials, dtype=torch.long, device=poet.machine.device)
+    return poet
+
+
+def ours(poet: Poet, prompt: str) -> Write:
+    """How we write."""
+
+    def write(passages: int, tokens: int) -> tuple[float, float]:
+        poet.machine.synchronize()
+        start = time.perf_counter()
+        stream = poet.stream(prompt, passages, max_new_tokens=tokens, top_p=1.0, **SAMPLING)
+        next(stream)
+        first_s = time.perf_counter() - start  # the ids are on the host by then
+        collections.deque(stream, maxlen=0)
+        return time.perf_counter() - start, first_s
+
+    return write
+
+
+def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
+    """nanoGPT's model with our weights."""
+    module = load_model_module(folder)
+    keys = dataclasses.asdict(model.config)
+    theirs = module.GPT(module.GPTConfig(**{key: keys[key] for key in checkpoint.NANOGPT_ARGS}))
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(machine.device, peer_dtype(machine)).eval()
+
+
+@torch.no_grad()
+def transformers_gpt2(model: GPT, machine: Machine) -> torch.nn.Module:
+    """transformers' GPT-2 with our weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    c = model.config
+    shape = {"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer}
+    gelu = {"none": "gelu", "tanh": "gelu_new"}[c.gelu]
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**shape, n_head=c.n_head, activation_function=gelu, bos_token_id=None, eos_token_id=None)
+    )
+    weights = model.state_dict()
+    for name, p in theirs.state_dict().items():
+        if name in weights:  # without biases, theirs stay 0
+            in_block = ".attn." in name or ".mlp." in name  # whose matrices they keep the other way round
+            p.copy_(weights[name].T if in_block and p.ndim == 2 else weights[name])
+    return theirs.to(machine.device, peer_dtype(machine)).eval()
+
+
+def peer_dtype(machine: Machine) -> torch.dtype:
+    """What a peer writes in: as shipped, float32 on CPU; on CUDA our dtype, as their scripts choose there."""
+    return machine.dtype if machine.device.type == "cuda" else torch.float32
+
+
+def theirs(generate: Callable[[torch.Tensor, int], Any], ids: list[int], machine: Machine) -> Write:
+    """How a peer writes."""
+
+    def write(passages: int, tokens: int) -> tuple[float, float]:
+        idx = torch.tensor([ids] * passages, device=machine.device)
+        times = []
+        for count in (1, tokens):
+            machine.synchronize()
+            start = time.perf_counter()
+            with torch.inference_mode():
+                generate(idx, count)
+            machine.synchronize()
+            times.append(time.perf_counter() - start)
+        return times[1], times[0]
+
+    return write
+
+
+def likeliest(model: torch.nn.Module, name: str, idx: torch.Tensor, tokens: int) -> list[int]:
+    """The likeliest continuation of idx, (1, n), by a model in float64, where rounding can't tip it."""
+    with torch.inference_mode():
+        if name == "RoboPoet":
+            return [int(ids) for ids in model.generate(idx, tokens, lambda logits, text: logits.argmax(-1))]
+        if name == "nanoGPT":
+            return model.generate(idx, tokens, top_k=1)[0, idx.shape[1] :].tolist()
+        return model.generate(idx, max_new_tokens=tokens, do_sample=False)[0, idx.shape[1] :].tolist()
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    """The speed at which the device reads a large tensor, GB/s (1e9 bytes): the best of ten sums over 256 MiB."""
+    big, times = torch.ones(2**26, device=device), []
+    for _ in range(10):
+        start = time.perf_counter()
+        big.sum().item()
+        times.append(time.perf_counter() - start)
+    return big.nbytes / min(times) / 1e9
+
+
+def seconds_of(*command: str) -> float:
+    """How long a Python process takes from start to end."""
     start = time.perf_counter()
-    stream = poet.stream(prompt, sequences, max_new_tokens=tokens)
-    next(stream)
-    first_s = time.perf_counter() - start  # the ids are on the host by then
-    collections.deque(stream, maxlen=0)
-    return time.perf_counter() - start, first_s
-
-
-def compare(poet: Poet, naive: Poet, prompt: str, sequences: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Time both in turns, so that a machine that slows down slows both; ratios are taken pair by pair."""
-    pairs = [[write(p, prompt, sequences, tokens) for p in (poet, naive)] for _ in range(repeats)]
-    return {
-        "sequences": sequences,
-        "tokens": tokens,
-        "tok_per_sec": spread([sequences * tokens / cached_s for (cached_s, _), _ in pairs]),
-        "naive_tok_per_sec": spread([sequences * tokens / naive_s for _, (naive_s, _) in pairs]),
-        "speedup": spread([naive_s / cached_s for (cached_s, _), (naive_s, _) in pairs]),
-        "first_token_ms": spread([1000 * first_s for (_, first_s), _ in pairs]),
-        "repeats_s": [{"cached": cached_s, "naive": naive_s} for (cached_s, _), (naive_s, _) in pairs],
-    }
-
-
-def same_text(cfg: SampleSpeedConfig) -> bool:
-    """Whether the likeliest text is the same with the cache and without; in float64, where rounding can't tip it."""
-    poet = Poet(cfg.checkpoint, "cpu", "float64")
-    settings = {"temperature": 0, "max_new_tokens": cfg.check_tokens}
-    return poet.write(cfg.prompt, **settings) == without_cache(poet).write(cfg.prompt, **settings)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+    return time.perf_counter() - start
 
 
 def main(cfg: SampleSpeedConfig) -> None:
-    """Time the three passages, compare the two ways of writing, print the figures and keep them."""
-    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
-    specials = list(poet.tokenizer.specials.values())  # <|endoftext|> too: every passage has its full length
-    poet.forbidden = torch.tensor(specials, dtype=torch.long, device=poet.machine.device)
-    naive = without_cache(poet)
-    cases = [(1, cfg.max_new_tokens), (cfg.batch_size, cfg.max_new_tokens), (1, cfg.long_tokens)]
-    for case in cases:
-        write(poet, cfg.prompt, *case)  # warm-up
-    peak_mem_mb = poet.machine.peak_mem_mb()  # before the naive way has taken any
-    write(naive, cfg.prompt, cfg.batch_size, 8)
+    """Time everyone in turns, see that they agree, print the figures and keep them."""
+    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    model = read_model(cfg)
+    before_mb = resident_mb("self", "VmRSS")
+    poet = our_poet(cfg, model, cfg.device, cfg.dtype)
+    ids = poet.tokenizer.encode(cfg.prompt)
+    writers = {"RoboPoet": ours(poet, cfg.prompt)}
+    models: dict[str, torch.nn.Module] = {"RoboPoet": model}
+    writers["RoboPoet"](1, cfg.max_new_tokens)
+    memory_mb = resident_mb("self", "VmRSS") - before_mb
+    if cfg.peer:
+        nano = models["nanoGPT"] = nanogpt(Path(cfg.peer), model, machine)
+        writers["nanoGPT"] = theirs(lambda idx, n: nano.generate(idx, n, **SAMPLING), ids, machine)
+    if importlib.util.find_spec("transformers"):
+        hugging = models["transformers"] = transformers_gpt2(model, machine)
+        writers["transformers"] = theirs(
+            lambda idx, n: hugging.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=True, **SAMPLING),
+            ids,
+            machine,
+        )
+    short = min(cfg.max_new_tokens, model.config.block_size - len(ids))
+    cases = [(1, short), (cfg.batch_size, short), (1, cfg.long_tokens)]
     result = origin("sample_speed", poet.machine) | {
-        "parameters": poet.model.num_params(),
-        "block_size": poet.model.config.block_size,
-        "peak_mem_mb": peak_mem_mb,
-        "cases": [compare(poet, naive, cfg.prompt, *case, cfg.repeats) for case in cases],
-        "same_text": same_text(cfg),
+        "model": cfg.shape if cfg.shape != "checkpoint" else Path(cfg.checkpoint).parent.name,
+        "parameters": model.num_params(),
+        "block_size": model.config.block_size,
+        "read_gb_per_s": read_gb_per_s(machine.device),
+        "weights_mb": model.num_params() * poet.machine.dtype.itemsize / 2**20,
+        "memory_mb": memory_mb,
+        "cases": [compare(cfg, model.config, writers, *case) for case in cases],
+        "start_s": spread(
+            [seconds_of("sample.py", cfg.checkpoint, f"--device={cfg.device}", "--max_new_tokens=1") for _ in range(3)]
+        ),
+        "import_torch_s": spread([seconds_of("-c", "import torch") for _ in range(3)]),
     }
+    idx = torch.tensor([ids])
+    texts = {name: likeliest(m.double().cpu(), name, idx, min(cfg.check_tokens, short)) for name, m in models.items()}
+    result["same_text"] = all(text == texts["RoboPoet"] for text in texts.values())
+    for case in result["cases"]:
+        bytes_read = result["weights_mb"] * 2**20 + case.pop("cache_bytes")
+        case["gb_per_s"] = bytes_read * case["speed"]["RoboPoet"]["median"] / case["passages"] / 1e9
     print(table([result]))
     if not result["same_text"]:
-        configurator.warn("greedy text differs with and without the cache")
-    write_result(result, cfg.out or "sample_speed_DEVICE")
+        configurator.warn("the likeliest texts differ")
+    write_result(result, cfg.out or f"sample_speed_{result['model']}_{str(poet.machine.dtype)[6:]}_DEVICE")
+
+
+def compare(
+    cfg: SampleSpeedConfig, config: GPTConfig, writers: dict[str, Write], passages: int, tokens: int
+) -> dict[str, Any]:
+    """Time all in turns, so that a machine that slows down slows everyone; ratios are taken round by round."""
+    beyond = tokens > config.block_size
+    names = [name for name in writers if not (beyond and name == "transformers")]
+    for name in names:
+        writers[name](passages, min(tokens, 10))  # warm-up
+    rounds = [{name: writers[name](passages, tokens) for name in names} for _ in range(cfg.repeats)]
+    keys_and_values = 2 * config.n_layer * config.n_embd * min(tokens / 2, config.block_size * 0.75)
+    itemsize = configurator.find_machine(cfg.device, cfg.dtype).dtype.itemsize
+    return {
+        "passages": passages,
+        "tokens": tokens,
+        "speed": {name: spread([passages * tokens / r[name][0] for r in rounds]) for name in names},
+        "first_token_ms": {name: spread([1000 * r[name][1] for r in rounds]) for name in names},
+        "ratio": {name: spread([r[name][0] / r["RoboPoet"][0] for r in rounds]) for name in names[1:]},
+        "cache_bytes": passages * keys_and_values * itemsize,
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table that shows these results."""
-    header = ["Device", "dtype", "Passages x tokens", "Tokens/s", "First token", "Without cache", "Speedup"]
-    header += ["Peak memory", "Same greedy text"]
-    rows = [
-        [
-            r["machine"]["device"],
-            r["machine"]["dtype"],
-            f"{case['sequences']} x {case['tokens']:,}",
-            show(case["tok_per_sec"]),
-            f"{case['first_token_ms']['median']:,.1f} ms",
-            show(case["naive_tok_per_sec"]),
-            show(case["speedup"], ".1f"),
-            f"{r['peak_mem_mb']:,.0f} MB",
-            "yes" if r["same_text"] else "NO",
-        ]
-        for r in results
-        for case in r["cases"]
-    ]
+    header = ["Device", "Model", "dtype", "Passages x tokens", "", "Tokens/s", "First token", "Ours is faster"]
+    header += ["Read, GB/s"]
+    rows = []
+    for r in results:
+        for i, case in enumerate(r["cases"]):
+            for name, speed in case["speed"].items():
+                own = name == "RoboPoet"
+                row = [r["machine"]["device"], r["model"], r["machine"]["dtype"]] if own and i == 0 else [""] * 3
+                row += [f"{case['passages']} x {case['tokens']:,}" if own else "", name, show(speed)]
+                row += [f"{case['first_token_ms'][name]['median']:,.1f} ms"]
+                row += ["" if own else show(case["ratio"][name], ".1f")]
+                rows.append([*row, f"{case['gb_per_s']:.1f} of {r['read_gb_per_s']:.1f}" if own else ""])
     return markdown(header, rows)
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What else a result says, a line each."""
+    start, torch_s = show(result["start_s"], ".1f"), show(result["import_torch_s"], ".1f")
+    same = "the same by everyone" if result["same_text"] else "NOT the same by everyone"
+    return [
+        f"{result['model']}, {result['machine']['dtype']}: sample.py takes {start} s for one token, start and end "
+        f"included, the import of torch alone {torch_s} s; weights of {result['weights_mb']:,.0f} MB take "
+        f"{result['memory_mb']:,.0f} MB with cache and all else; the likeliest text is {same}"
+    ]
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def tables() -> str:
         lines = [heading, "", table(found), ""]
         reference = [r for r in found if kind == "train_speed" and "robopoet" in r["config"]]  # whose targets they are
         lines += [f"- {verdict}" for r in reference for verdict in train_speed.verdicts(r)]
+        lines += [f"- {remark}" for r in found if kind == "sample_speed" for remark in sample_speed.remarks(r)]
         lines += [
             f"- `{r['command']}`: {r['machine']['device']}, {r['machine']['threads']} threads, "
             f"torch {r['machine']['torch']}, {r['date']}"

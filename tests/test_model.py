@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, RowwiseCrossEntropy, dropout, linear, plain_attention
+from model import AVX512, GPT, GPTConfig, KVCache, Linear, RowwiseCrossEntropy, dropout, linear, plain_attention
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
@@ -264,19 +265,50 @@ def seeded(seed: int):
     return choose
 
 
+@torch.inference_mode()
+def write_naively(model, idx, max_new_tokens, choose, tag=None):
+    """What `generate` must equal: the whole window is read again for every token."""
+    for _ in range(max_new_tokens):
+        window = idx[:, model.window_start(idx.shape[1]) :].clone()
+        if tag is not None:
+            window[:, 0] = tag
+        chosen = choose(model(window)[0][:, -1], idx)
+        idx = torch.cat([idx, chosen[:, None]], dim=1)
+        yield chosen
+
+
+def record_lengths(monkeypatch):
+    """Let a cache on the CPU count as it does on CUDA."""
+    make_cache = KVCache.__init__
+
+    def init(self, *args):
+        make_cache(self, *args)
+        self.length = torch.zeros(1, dtype=torch.long)
+
+    monkeypatch.setattr(KVCache, "__init__", init)
+
+
+@pytest.mark.parametrize("as_on_cuda", [False, True])
 @pytest.mark.parametrize("tag", [None, 60])
-@pytest.mark.parametrize("n_prompt", [1, 10, 16, 40])
-def test_cached_writing_equals_naive_below_and_beyond_the_block(n_prompt, tag):
-    model, prompt = make(), ids(3, n_prompt)
+@pytest.mark.parametrize("rows, n_prompt", [(3, 1), (1, 10), (3, 16), (1, 16), (2, 40)])
+def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, rows, n_prompt, tag, as_on_cuda):
+    model, prompt = make(), ids(rows, n_prompt)
+    if as_on_cuda:
+        record_lengths(monkeypatch)
     for choose in (lambda: greedy, lambda: seeded(5)):
         cached = torch.stack(list(model.generate(prompt, 60, choose(), tag)))
-        naive = torch.stack(list(model.generate_naive(prompt, 60, choose(), tag)))
+        naive = torch.stack(list(write_naively(model, prompt, 60, choose(), tag)))
         assert torch.equal(cached, naive)
         assert len(set(cached[:, 0].tolist())) > 3  # the test would be idle if it wrote one word for ever
 
 
-def test_cached_logits_are_within_1e_4_of_naive_in_float32():
-    model, prompt = make(dtype=torch.float32, scale=2.0), ids(2, 5)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cached_logits_are_within_1e_4_of_naive_in_float32(packed, rows):
+    model, prompt = make(dtype=torch.float32, scale=2.0), ids(rows, 5)
+    written = copy.deepcopy(model)
+    if packed:
+        written.prepack()
     seen: list[list[torch.Tensor]] = [[], []]
 
     def recorder(log):
@@ -286,8 +318,9 @@ def test_cached_logits_are_within_1e_4_of_naive_in_float32():
 
         return choose
 
-    list(model.generate(prompt, 50, recorder(seen[0])))
-    list(model.generate_naive(prompt, 50, recorder(seen[1])))
+    list(written.generate(prompt, 50, recorder(seen[0])))
+    list(write_naively(model, prompt, 50, recorder(seen[1])))
+    assert len(seen[0]) == 50
     for cached, naive in zip(*seen, strict=True):
         torch.testing.assert_close(cached, naive, atol=1e-4, rtol=0)
 
@@ -311,19 +344,36 @@ def test_the_tag_stands_first_in_every_window():
     assert all((window[:, 0] == 60).all() for window in fills)
 
 
-def test_the_cache_reads_each_token_once_between_windows():
-    model, lengths = make(), []
-    handle = model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    list(model.generate(ids(1, 4), 12, greedy))
-    handle.remove()
-    assert lengths == [4] + [1] * 11
+def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
+    model, lengths, tokens = make(), [], []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda ids, **keys: tokens.append(len(ids)) or decode(ids, **keys))
+    list(model.generate(ids(1, 4), 14, greedy))
+    assert lengths == [4, 9] and tokens == [1] * 12  # the window slides when the 17th token is there
 
 
-def test_cache_can_be_filled_in_pieces():
-    model, idx = make(), ids(2, 16)
-    whole, _ = model(idx)
-    cache = KVCache(SMALL, 2, idx.device, torch.float64)
-    for piece in idx.split([5, 1, 7, 3], dim=1):
-        logits, _ = model(piece, cache=cache)
-    torch.testing.assert_close(logits, whole, atol=1e-12, rtol=0)
-    assert cache.pos == 16
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, as_on_cuda):
+    model, prompt, kept = make(), ids(4, 6), torch.tensor([3, 1])
+    if as_on_cuda:
+        record_lengths(monkeypatch)
+    whole = torch.stack(list(model.generate(prompt, 30, greedy)))
+    writing, found = model.generate(prompt, 30, greedy), []
+    for step in range(30):
+        found.append(writing.send(kept if step == 7 else None))
+    assert [len(chosen) for chosen in found] == [4] * 7 + [2] * 23
+    assert torch.equal(torch.stack(found[7:]), whole[7:, kept])
+
+
+def test_a_prepacked_model_takes_no_more_memory_and_says_the_same():
+    model = make(dtype=torch.float32)
+    packed = copy.deepcopy(model)
+    packed.prepack()
+    idx = ids(2, 16)
+    torch.testing.assert_close(packed(idx)[0], model(idx)[0], atol=1e-5, rtol=1e-5)
+    if AVX512:
+        assert all(module.weight.is_mkldnn for module in packed.modules() if isinstance(module, Linear))
+    double = make()
+    double.prepack()
+    assert torch.equal(double(idx)[0], make()(idx)[0])

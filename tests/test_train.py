@@ -198,7 +198,7 @@ class RecordedOnCPU:
 
     def replay(self):
         graphed = self.state.graphed_update
-        for result, now in zip(graphed.results, graphed.update(*graphed.arguments), strict=True):
+        for result, now in zip(graphed.results, graphed.function(*graphed.arguments), strict=True):
             result.copy_(now)
         self.replays += 1
 
@@ -212,7 +212,7 @@ def test_a_recorded_step_is_given_each_steps_rows_seed_and_rate(small, monkeypat
         state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
         if recorded:
             device = RecordedOnCPU(monkeypatch, state)
-            state.graphed_update = train.GraphedUpdate(functools.partial(train.update, state, cfg, CPU))
+            state.graphed_update = train.Graphed(functools.partial(train.update, state, cfg, CPU))
         found = [tuple(float(x) for x in train.train_step(state, windows, cfg, CPU, step)) for step in range(6)]
         ends.append((found, weights(state.model)))
     assert device.replays == 3
