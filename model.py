@@ -114,8 +114,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+def add_linear(to: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """to + linear(x), in one call where the weight is packed."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, bias, "add")
+    return to + linear(x, weight, bias)
+
+
+def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    """gelu(linear(x)), in one call where the weight is packed."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
 class Linear(nn.Linear):
-    """nn.Linear, by the function above."""
+    """nn.Linear, by the functions above."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)"""
@@ -396,8 +410,8 @@ class GPT(nn.Module):
             q, k, v = linear(layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1).unbind(1)
             keys[:, :, at], values[:, :, at] = k, v
             y = attend(q, keys[:, :, filled], values[:, :, filled], empty)
-            x = x + linear(y.reshape(B, -1), *attn_c_proj)
-            x = x + linear(F.gelu(linear(layer_norm(x, *ln_2), *c_fc), approximate=c.gelu), *mlp_c_proj)
+            x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
+            x = add_linear(x, gelu_linear(layer_norm(x, *ln_2), *c_fc, c.gelu), *mlp_c_proj)
         cache.length += 1
         return self.lm_head(t.ln_f(x))
 

@@ -15,6 +15,9 @@ import torch
 
 import train
 from configurator import Machine
+from data import tokenizer
+from data.batches import open_split, read_meta
+from model import GPT
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,6 +76,19 @@ def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
     keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
     # -u: a line comes when it is printed, as in a terminal
     return [sys.executable, "-u", train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def evaluate_checkpoint(
+    saved: dict[str, Any], path: Path, model: GPT, split_name: str, machine: Machine
+) -> dict[str, Any]:
+    """train.evaluate on a whole split of the dataset that the checkpoint was trained on; `model` has its weights."""
+    folder = train.find_dataset(saved["config"]["dataset"])
+    meta = read_meta(folder)
+    shape = train.TrainConfig(batch_size=saved["config"]["batch_size"])
+    shape = train.fit_config(saved, path, False, shape, meta)
+    split = open_split(folder, split_name, meta, shape.block_size, machine.device)
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    return train.evaluate(model, split, token_bytes, shape, machine)
 
 
 def command_line() -> str:

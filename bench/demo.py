@@ -11,13 +11,11 @@ from typing import Any, Literal
 
 import checkpoint
 import configurator
-import train
-from bench.common import markdown, origin, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from bench.learn import read_curve
 from checkpoint import CheckpointError
 from configurator import ConfigError
-from data import DataError, tokenizer
-from data.batches import open_split, read_meta
+from data import DataError
 
 OLDER_LSTM_VAL_LOSS = 6.5  # nats per token; the model that this project replaces
 
@@ -48,22 +46,16 @@ def main(cfg: DemoConfig) -> None:
     if not steps or not vals:
         raise ConfigError(f"{cfg.run}/metrics.jsonl: lacks the evaluation of best.pt, step {best['iter_num']}")
 
-    folder = train.find_dataset(best["config"]["dataset"])
-    meta = read_meta(folder)
-    shape = train.TrainConfig(batch_size=best["config"]["batch_size"])
-    shape = train.fit_config(best, path, False, shape, meta)
-    split = open_split(folder, "test", meta, shape.block_size, machine.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
     model = checkpoint.build_model(best, path).to(machine.device)
     result = origin("demo", machine) | {
         "run": Path(cfg.run).name,
         "parameters": model.num_params(),
-        "vocab_size": meta["vocab_size"],
+        "vocab_size": model.config.vocab_size,
         "steps": best["iter_num"],
         "seconds": best["seconds"],
         "tok_per_sec": statistics.median(r["tok_per_sec"] for r in steps),
         "val": vals[-1],
-        "test": train.evaluate(model, split, token_bytes, shape, machine),
+        "test": evaluate_checkpoint(best, path, model, "test", machine),
         "curve": read_curve(Path(cfg.run)),
     }
     print(table([result]))

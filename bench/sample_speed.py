@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 import configurator
-from bench.common import markdown, origin, show, spread, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, show, spread, write_result
 from bench.peer import load_model_module, resident_mb
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
@@ -218,10 +218,22 @@ def main(cfg: SampleSpeedConfig) -> None:
     for case in result["cases"]:
         bytes_read = result["weights_mb"] * 2**20 + case.pop("cache_bytes")
         case["gb_per_s"] = bytes_read * case["speed"]["RoboPoet"]["median"] / case["passages"] / 1e9
+    if cfg.shape == "checkpoint":
+        result["val_loss"] = val_losses(Path(cfg.checkpoint), machine)
     print(table([result]))
     if not result["same_text"]:
         configurator.warn("the likeliest texts differ")
     write_result(result, cfg.out or f"sample_speed_{result['model']}_{str(poet.machine.dtype)[6:]}_DEVICE")
+
+
+def val_losses(path: Path, machine: Machine) -> dict[str, float]:
+    """The checkpoint's loss on the val split in float32, and with the weights and activations that it writes with."""
+    saved, found = checkpoint.load(path), {}
+    for dtype in dict.fromkeys((torch.float32, machine.dtype)):
+        model = checkpoint.build_model(saved, path).to(machine.device, dtype)
+        plain = dataclasses.replace(machine, dtype=torch.float32)  # no autocast
+        found[str(dtype)[6:]] = evaluate_checkpoint(saved, path, model, "val", plain)["loss"]
+    return found
 
 
 def compare(
@@ -270,6 +282,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         f"{result['model']}, {result['machine']['dtype']}: sample.py takes {start} s for one token, start and end "
         f"included, the import of torch alone {torch_s} s; weights of {result['weights_mb']:,.0f} MB take "
         f"{result['memory_mb']:,.0f} MB with cache and all else; the likeliest text is {same}"
+        + "".join(f"; val loss {loss:.4f} in {dtype}" for dtype, loss in result.get("val_loss", {}).items())
     ]
 
 

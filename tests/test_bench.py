@@ -293,6 +293,7 @@ def test_sample_speed(run, results, peer, monkeypatch):
         assert set(case["ratio"]) == peers - ({"transformers"} if case["tokens"] == 20 else set())
         assert all(map(ordered, [*case["speed"].values(), *case["first_token_ms"].values(), *case["ratio"].values()]))
         assert case["ratio"]["nanoGPT"]["max"] < 1000 and case["gb_per_s"] > 0
+    assert 0 < result["val_loss"]["float32"] < 5
     assert "nanoGPT" in sample_speed.table([result]) and "the same by everyone" in sample_speed.remarks(result)[0]
 
 
