@@ -35,7 +35,10 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "w+b") as f:
-            torch.save(content, f)
+            try:
+                torch.save(content, f)
+            except RuntimeError as e:  # the zip writer's own complaint, after the disk's
+                raise e.__context__ if isinstance(e.__context__, OSError) else e from None
             f.seek(-2, os.SEEK_END)  # a zip ends with the length of its comment, here 0
             f.write(COMMENT_BYTES.to_bytes(2, "little"))
             f.write(LABEL + _digest(f, f.tell()))

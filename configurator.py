@@ -8,6 +8,7 @@ they say) and is converted by the key's type alone.
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import inspect
 import math
@@ -200,6 +201,7 @@ class Machine:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    launched: bool = False  # by torchrun
 
     @property
     def is_main(self) -> bool:
@@ -253,10 +255,10 @@ class Machine:
         return best
 
 
-def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:
+def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:
     """Choose device and dtype where they are `auto`, and join torchrun's process group when its environment is set.
 
-    Raises ConfigError when the device or dtype is not to be had here.
+    timeout_s: how long a rank waits for the others. Raises ConfigError when the device or dtype is not to be had here.
     """
     launched = any(name in os.environ for name in TORCHRUN)
     try:
@@ -289,10 +291,13 @@ def find_machine(device: str, dtype: str, backend: str = "auto") -> Machine:
     if chosen.type == "cpu":
         _keep_freed_memory()
     if launched and not dist.is_initialized():
-        if backend == "auto":
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
-    return Machine(chosen, getattr(torch, dtype), rank, world_size)
+        if chosen.type == "cuda" and backend != "gloo":
+            backend = "cpu:gloo,cuda:nccl"
+        elif backend == "auto":
+            backend = "gloo"
+        device_id = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), device_id=device_id)
+    return Machine(chosen, getattr(torch, dtype), rank, world_size, launched)
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")

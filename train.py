@@ -6,15 +6,15 @@ python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/d
 """
 
 import dataclasses
+import fcntl
 import functools
-import json
 import math
-import tempfile
+import shutil
+import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
-from model import GPT, GPTConfig, Graphed, linear
+from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
+from model import GPT, GPTConfig, Graphed
 from optimizer import configure_optimizers
 
 
@@ -83,6 +84,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA alone, eager is faster on CPU
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
+    timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
@@ -91,6 +93,7 @@ class TrainConfig:
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
         found += bounds(self, "learning_rate muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
+        found += bounds(self, "timeout_s", 1)
         if self.n_head > 0 and self.n_embd % self.n_head:
             found.append(f"n_embd: found {self.n_embd}, must be divisible by n_head, {self.n_head}")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -184,16 +187,21 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     return state
 
 
+def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
+    """The first of the rows that a rank has in a step, and how many they are."""
+    count, rows = micro_batches(cfg, machine)
+    return step * cfg.gradient_accumulation_steps * cfg.batch_size + rank * count * rows, count * rows
+
+
 def train_step(
     state: State, windows: TrainWindows, cfg: TrainConfig, machine: Machine, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One optimizer step on global batch `step`.
 
-    Both are scalars on the device: reading them waits for it.
+    Returns this rank's mean loss (nats/token), the gradient norm, and 1 if either is not finite on any rank, else 0:
+    then nothing was updated. All are scalars on the device: reading them waits for it.
     """
-    count, rows = micro_batches(cfg, machine)
-    first = step * cfg.gradient_accumulation_steps * cfg.batch_size + machine.rank * count * rows
-    inputs, targets = windows.batch(first, count * rows, machine.device)
+    inputs, targets = windows.batch(*rows_of(step, machine.rank, cfg, machine), machine.device)
     torch.manual_seed(dropout_seed(cfg.seed, step, machine.rank))
     if state.graphed_update:
         rate = torch.full((), lr_at(step, cfg), device=machine.device)  # a number would be recorded as it is now
@@ -208,7 +216,7 @@ def update(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     rate: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward, backward and optimizers on a rank's rows (rows, T), without waiting for the device; as train_step.
 
     rate: the share of its peak that each learning rate has. Gradients are synchronised once, in the last micro-batch.
@@ -234,11 +242,19 @@ def update(
         for flag in flags:
             flag.copy_(overflow)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+    finite = total.isfinite()
+    if not state.scaler.is_enabled():  # whose gradients overflow now and then; it lowers its scale and goes on
+        finite = finite & norm.isfinite()
+    bad = 1 - finite.float()
+    if machine.world_size > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
     for optimizer in state.optimizers:
+        if not state.scaler.is_enabled():
+            optimizer.found_inf = bad  # read on the device: nothing waits
         state.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    return total, norm
+    return total, norm, bad
 
 
 @torch.no_grad()
@@ -280,74 +296,7 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a run leaves behind
-
-
-def tensorboard_sink(cfg: TrainConfig) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
-    """Functions that write numbers at a step to TensorBoard, and that close it."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(cfg.out_dir)
-
-    def write(numbers: dict[str, float], step: int) -> None:
-        for key, value in numbers.items():
-            board.add_scalar(key, value, step)
-
-    return write, board.close
-
-
-def wandb_sink(cfg: TrainConfig) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
-    """Functions that write numbers at a step to Weights & Biases, and that close it."""
-    import wandb
-
-    name = cfg.wandb_run_name or Path(cfg.out_dir).name
-    config = dataclasses.asdict(cfg)
-    run = wandb.init(project=cfg.wandb_project, name=name, dir=cfg.out_dir, mode=cfg.wandb, config=config)
-    return lambda numbers, step: run.log(numbers | {"iter": step}), run.finish
-
-
-class Log:
-    """metrics.jsonl always; TensorBoard and wandb when asked for, whose failures never stop training."""
-
-    def __init__(self, cfg: TrainConfig, machine: Machine, step: int):
-        self.active = machine.is_main
-        self._sinks: dict[str, tuple] = {}
-        if not self.active:
-            return
-        path = Path(cfg.out_dir) / "metrics.jsonl"
-        earlier = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-        self._file.writelines(f"{line}\n" for line in earlier if json.loads(line)["iter"] <= step)  # a new run: none
-        wanted = {"TensorBoard": cfg.tensorboard, "wandb": cfg.wandb != "off"}
-        for name, sink in {"TensorBoard": tensorboard_sink, "wandb": wandb_sink}.items():
-            if wanted[name] and (opened := self._guard(name, sink, cfg)):
-                self._sinks[name] = opened
-
-    def _guard(self, name: str, action: Callable, *args: Any) -> Any:
-        try:
-            return action(*args)
-        except Exception as e:  # a logger's failure, whatever it is, must not stop training
-            self._sinks.pop(name, None)
-            configurator.warn(f"{name} failed and is left out from here on: {e}")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record, a line of JSON, and give its numbers to the other loggers."""
-        if not self.active:
-            return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        where = record["split"] if record["kind"] == "eval" else "train"
-        flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
-        numbers = {f"{where}/{key}": value for key, value in flat.items() if isinstance(value, int | float)}
-        for name, (write, _) in list(self._sinks.items()):
-            self._guard(name, write, numbers, record["iter"])
-
-    def close(self) -> None:
-        """Flush and close all."""
-        if self.active:
-            self._file.close()
-        for name, (_, close) in list(self._sinks.items()):
-            self._guard(name, close)
+# starting, going on, saving
 
 
 @dataclass
@@ -358,53 +307,6 @@ class Progress:
     best_val_loss: float = math.inf
     bad_evals: int = 0
     seconds: float = 0.0
-
-
-class Meter:
-    """Times the steps between two status lines, evaluation and saving left out."""
-
-    def __init__(self, cfg: TrainConfig, machine: Machine, model: GPT):
-        self.cfg, self.machine = cfg, machine
-        self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        self.flops_per_step = model.flops_per_token() * self.tokens_per_step
-        self.peak_flops = machine.matmul_flops(linear) * machine.world_size
-        self.compile_s: float | None = None
-        self.steps = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new lap."""
-        self.machine.synchronize()
-        self.steps, self.since = 0, time.perf_counter()
-
-    def lap(self, progress: Progress, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, Any]:
-        """The record of the steps since the last lap; adds their time to `progress`."""
-        mean_loss = self.machine.all_reduce(loss).item() / self.machine.world_size  # waits for the device
-        elapsed_s = time.perf_counter() - self.since
-        progress.seconds += elapsed_s
-        if self.compile_s is None:  # the first lap is one step, which compiles
-            self.compile_s = elapsed_s
-        dt_s = elapsed_s / self.steps
-        record = {
-            "kind": "train",
-            "iter": progress.iter_num,
-            "loss": mean_loss,
-            "lr": self.cfg.learning_rate * lr_at(progress.iter_num - 1, self.cfg),
-            "grad_norm": norm.item(),
-            "dt_ms": 1000 * dt_s,
-            "tok_per_sec": self.tokens_per_step / dt_s,
-            "mfu": self.flops_per_step / dt_s / self.peak_flops,
-            "tokens": progress.iter_num * self.tokens_per_step,
-            "seconds": progress.seconds,
-            "compile_s": self.compile_s,
-            "peak_mem_mb": self.machine.peak_mem_mb(),
-        }
-        self.restart()
-        return record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# starting, going on, saving
 
 
 def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
@@ -474,28 +376,89 @@ def save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainC
     checkpoint.save(out / "ckpt.pt", content, keep=out / "ckpt.prev.pt")
 
 
-def prepare_out_dir(out_dir: str) -> Path:
-    """Make `out_dir` and see that a file can be written there; raises ConfigError if not."""
-    out = Path(out_dir)
+def prepare_out_dir(out: Path) -> BinaryIO:
+    """Make `out` and lock it for as long as the returned file is open; raises ConfigError if that can't be done.
+
+    The lock is the system's and goes with the process, however that ends.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        lock = open(out / ".lock", "wb")  # noqa: SIM115
     except OSError as e:
-        raise ConfigError(f"out_dir: {out_dir} can't be written ({e.strerror}); choose another") from None
-    return out
+        raise ConfigError(f"out_dir: {out} can't be written ({e.strerror}); choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
+    return lock
+
+
+def check_space(out: Path, model: GPT) -> None:
+    """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and one that is being written."""
+    weights = 4 * model.num_params()
+    needed = weights + 3 * (3 * weights)  # two moments beside the weights
+    names = ("best.pt", "ckpt.pt", "ckpt.prev.pt")
+    there = sum((out / name).stat().st_size for name in names if (out / name).exists())
+    free = shutil.disk_usage(out).free
+    if free + there < needed:
+        raise ConfigError(
+            f"out_dir: {out} has {free / 2**20:,.0f} MB free, the checkpoints take {(needed - there) / 2**20:,.0f} MB "
+            "more; choose another disk, or free some space"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
+RESUMABLE = 75  # exit code (EX_TEMPFAIL): ended by a signal, saved, --init_from=auto goes on
+
+
+class DivergedError(ArithmeticError):
+    """A loss or gradient that is not finite; the message names the step, the ranks and their rows."""
+
+
+class Signals:
+    """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
+
+    They are heard at the end of a step, and all ranks agree which; a second SIGINT ends the process at once.
+    """
+
+    def __init__(self, machine: Machine):
+        self.machine, self.end, self.save = machine, False, False
+
+    def __enter__(self) -> "Signals":
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
+        handlers[signal.SIGHUP] = signal.SIG_IGN
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.end:
+            raise KeyboardInterrupt
+        self.end |= number != signal.SIGUSR1
+        self.save |= number == signal.SIGUSR1
+
+    def agreed(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
+        heard, self.save = (self.end, self.save), False
+        if self.machine.world_size == 1:
+            return heard
+        votes = torch.tensor(heard, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)  # on the CPU: the device need not stop for it
+        return bool(votes[0]), bool(votes[1])
+
 
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
     # --- machine
-    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend)
+    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
     micro_batches(cfg, machine)
-    say = tqdm.write if machine.is_main else lambda line: None
-    out = Path(cfg.out_dir) if cfg.eval_only else prepare_out_dir(cfg.out_dir)
+    out = Path(cfg.out_dir)
+    lock = prepare_out_dir(out) if machine.is_main and not cfg.eval_only else None
 
     # --- data and model
     folder = find_dataset(cfg.dataset)
@@ -504,75 +467,121 @@ def main(cfg: TrainConfig) -> None:
     if start:
         cfg = fit_config(start, start_path, resumes, cfg, meta)
     val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
+    train = None if cfg.eval_only else open_split(folder, "train", meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
     model = checkpoint.build_model(start, start_path, cfg.dropout) if start else new_model(cfg, meta["vocab_size"])
-    say(f"{machine.device}, {str(machine.dtype)[6:]}, ranks: {machine.world_size}, parameters: {model.num_params():,}")
-    if cfg.eval_only:
+    size = f"ranks: {machine.world_size}, parameters: {model.num_params():,}"
+    if train is None:
         result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
-        say(f"{start_path} on {val.path}: {describe(result)}")
+        if machine.is_main:
+            print(f"{machine.device}, {str(machine.dtype)[6:]}, {size}\n{start_path} on {val.path}: {describe(result)}")
         return close(machine)
+    if machine.is_main:
+        check_space(out, model)
 
     # --- schedule and optimizer
-    train = open_split(folder, "train", meta, cfg.block_size, machine.device)
     windows = TrainWindows(train, cfg.block_size, cfg.seed, cfg.tag_prob)
+    rows_per_step = cfg.gradient_accumulation_steps * cfg.batch_size
     if cfg.epochs:
-        rows = cfg.gradient_accumulation_steps * cfg.batch_size
-        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / rows))
+        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / rows_per_step))
     if cfg.warmup_iters > (last := cfg.lr_decay_iters or cfg.max_iters):
         raise ConfigError(f"warmup_iters: found {cfg.warmup_iters}, must be at most {last}, the last step of the decay")
     state = build_state(cfg, machine, model)
 
     # --- resume
     progress = restore(start, start_path, state) if resumes else Progress()
+    log = Log(out, progress.iter_num, machine, open_sinks(cfg, machine))
+    log.say(f"{machine.device}, {str(machine.dtype)[6:]}, {size}")
     if resumes:
-        say(f"going on from {start_path}, step {progress.iter_num}")
+        log.say(f"going on from {start_path}, step {progress.iter_num}")
     del start
 
     # --- loop
-    log, meter = Log(cfg, machine, progress.iter_num), Meter(cfg, machine, model)
+    meter = Meter(machine, model, rows_per_step * cfg.block_size)
+    trouble = torch.tensor([-1, 0], device=machine.device)  # the first step that was not finite; whether it was here
+    end, unsaved = False, ""
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
-    while progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience):
-        loss, norm = train_step(state, windows, cfg, machine, progress.iter_num)
-        progress.iter_num += 1
-        meter.steps += 1
-        bar.update()
-        evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
-        if evaluates or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0:
-            record = meter.lap(progress, loss, norm)
-            log.write(record)
-            say(status(record, cfg))
-        if evaluates:
-            result = evaluate(model, val, token_bytes, cfg, machine)
-            log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
-            say(f"step {progress.iter_num:>6}  val {describe(result)}")
-            is_best = result["loss"] < progress.best_val_loss
-            progress.best_val_loss = min(result["loss"], progress.best_val_loss)
-            progress.bad_evals = 0 if is_best else progress.bad_evals + 1
-            if machine.is_main:
-                save(out, state, progress, is_best, cfg, meta)
-            meter.restart()
+    with Signals(machine) as signals:
+        while (
+            progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience) and not end
+        ):
+            loss, norm, bad = train_step(state, windows, cfg, machine, progress.iter_num)
+            here = torch.stack([torch.full_like(trouble[0], progress.iter_num), ~loss.isfinite()])
+            trouble = torch.where((trouble[0] < 0) & (bad > 0), here, trouble)
+            progress.iter_num += 1
+            meter.steps += 1
+            bar.update()
+            end, save_now = signals.agreed()
+            evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
+            logs = evaluates or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
+            if (logs or end or save_now or machine.device.type == "cpu") and trouble[0] >= 0:
+                raise DivergedError(describe_trouble(trouble.tolist(), windows, cfg, machine, out))
+            if logs or end:
+                lr = cfg.learning_rate * lr_at(progress.iter_num - 1, cfg)
+                record = meter.lap(progress.iter_num, progress.seconds, loss, norm, lr)
+                progress.seconds = record["seconds"]
+                log.write(record)
+                log.say(status(record, cfg.max_iters))
+            is_best = False
+            if evaluates:
+                result = evaluate(model, val, token_bytes, cfg, machine)
+                log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
+                log.say(f"step {progress.iter_num:>6}  val {describe(result)}")
+                is_best = result["loss"] < progress.best_val_loss
+                progress.best_val_loss = min(result["loss"], progress.best_val_loss)
+                progress.bad_evals = 0 if is_best else progress.bad_evals + 1
+            if evaluates or end or save_now:
+                unsaved = try_to_save(out, state, progress, is_best, cfg, meta) if machine.is_main else ""
+                log.say(unsaved or f"saved {out / 'ckpt.pt'}, step {progress.iter_num}")
+                meter.restart()
     bar.close()
     log.close()
-    say(f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training: {out / 'best.pt'}")
+    if lock:
+        lock.close()
     close(machine)
+    if unsaved:
+        raise ConfigError(unsaved)
+    if end and progress.iter_num < cfg.max_iters:
+        log.say(f"ended by a signal; --init_from=auto goes on from step {progress.iter_num}")
+        raise SystemExit(0 if machine.launched else RESUMABLE)
+    log.say(f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training: {out / 'best.pt'}")
 
 
-def status(record: dict[str, Any], cfg: TrainConfig) -> str:
-    """A training record in one line."""
-    eta_s = record["dt_ms"] / 1000 * (cfg.max_iters - record["iter"])
-    return (
-        f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-        f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
-    )
+def open_sinks(cfg: TrainConfig, machine: Machine) -> list[Sink]:
+    """The loggers that `cfg` asks for, on the rank that has them."""
+    sinks = []
+    if cfg.tensorboard and machine.is_main:
+        sinks.append(Sink("TensorBoard", functools.partial(tensorboard_sink, cfg.out_dir)))
+    if cfg.wandb != "off" and machine.is_main:
+        arguments = cfg.out_dir, cfg.wandb, cfg.wandb_project, cfg.wandb_run_name, dataclasses.asdict(cfg)
+        sinks.append(Sink("wandb", functools.partial(wandb_sink, *arguments)))
+    return sinks
 
 
-def describe(result: dict[str, Any]) -> str:
-    """An evaluation in one line."""
-    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
-    return (
-        f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
-        f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
-    )
+def try_to_save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict) -> str:
+    """`save`; returns what went wrong, if the disk did. What was saved before still stands."""
+    try:
+        save(out, state, progress, is_best, cfg, meta)
+    except OSError as e:
+        return f"step {progress.iter_num} could not be saved to {out}: {e.strerror or e}; the checkpoint before stands"
+    return ""
+
+
+def describe_trouble(trouble: list[int], windows: TrainWindows, cfg: TrainConfig, machine: Machine, out: Path) -> str:
+    """What to tell when a step was not finite: its number, the ranks whose loss was not, and the rows they read."""
+    step, here = trouble
+    votes = torch.zeros(machine.world_size)
+    votes[machine.rank] = here
+    ranks = [rank for rank, vote in enumerate(machine.all_reduce(votes).tolist()) if vote]
+    lines = [f"step {step}: the {'loss' if ranks else 'gradient'} is not finite; nothing was updated by it"]
+    for rank in ranks or range(machine.world_size):
+        first, count = rows_of(step, rank, cfg, machine)
+        starts, _ = windows.rows(first, count)
+        lines.append(
+            f"rank {rank}: rows {first} to {first + count - 1}, tokens {starts.tolist()} of {windows.split.path}"
+        )
+    lines.append(f"a lower learning_rate may help; {out} keeps what was saved before")
+    return "\n  ".join(lines)
 
 
 def close(machine: Machine) -> None:
@@ -583,4 +592,4 @@ def close(machine: Machine) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, TrainConfig, DataError, CheckpointError)
+    configurator.launch(main, TrainConfig, DataError, CheckpointError, DivergedError)

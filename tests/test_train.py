@@ -54,7 +54,7 @@ def sgd_state(keys: dict, **changes) -> State:
     """A state whose step is w -= gradient, so that the change of the weights shows the gradient."""
     cfg = TrainConfig(**keys | changes)
     state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
-    sgd = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    sgd = torch.optim.SGD(state.model.parameters(), lr=1.0, fused=True)
     sgd.param_groups[0]["peak_lr"] = 1.0
     state.optimizers = [sgd]
     return state
@@ -110,7 +110,7 @@ def test_accumulating_micro_batches_equals_one_batch(small):
         keys = small | {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "grad_clip": 0.0}
         state = sgd_state(keys)
         before = weights(state.model)
-        loss, norm = train.train_step(state, windows_of(keys), TrainConfig(**keys | {"warmup_iters": 0}), CPU, 3)
+        loss, norm, _ = train.train_step(state, windows_of(keys), TrainConfig(**keys | {"warmup_iters": 0}), CPU, 3)
         results.append((loss, norm, weights(state.model) - before))
     for loss, norm, change in results[1:]:
         torch.testing.assert_close(loss, results[0][0])
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_mean_loss_and_clipped_to_the_norm(small):
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in oracle.parameters()])
     before = weights(state.model)
-    found, norm = train.train_step(state, windows, TrainConfig(**keys), CPU, 0)
+    found, norm, _ = train.train_step(state, windows, TrainConfig(**keys), CPU, 0)
     assert found.item() == pytest.approx(loss.item(), abs=1e-5)
     assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-4)
     change = (weights(state.model) - before).double()
@@ -141,7 +141,7 @@ def test_overfits_one_batch_to_near_zero(small, optimizer):
     windows.rows = lambda first, count: (np.arange(count) * cfg.block_size, np.full(count, -1))
     state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
     for step in range(cfg.max_iters):
-        loss, _ = train.train_step(state, windows, cfg, CPU, step)
+        loss, _, _ = train.train_step(state, windows, cfg, CPU, step)
     assert loss.item() < 0.05
 
 
@@ -165,7 +165,7 @@ def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small
     train.train_step(state, windows, cfg, machine, 1)
     handle.remove()
     assert torch.equal(weights(state.model), before) and state.scaler.get_scale() == scale / 2
-    _, norm = train.train_step(state, windows, cfg, machine, 2)
+    _, norm, _ = train.train_step(state, windows, cfg, machine, 2)
     assert norm.isfinite() and not torch.equal(weights(state.model), before)
 
 
@@ -230,7 +230,7 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
         state = train.build_state(cfg, machine, train.new_model(cfg, 61))
         assert (state.forward is not state.model) == (how == "true")
         steps = [train.train_step(state, windows, cfg, machine, step) for step in range(6)]
-        found.append([(loss.item(), norm.item()) for loss, norm in steps])
+        found.append([(loss.item(), norm.item()) for loss, norm, _ in steps])
     np.testing.assert_allclose(found[1], found[0], rtol=precision)
 
 
@@ -304,7 +304,7 @@ def test_evaluation_shared_by_ranks_sums_to_the_whole(small_config, books, monke
 def test_a_run_learns_and_leaves_what_it_promises(small):
     found = run(small, max_iters=40, eval_interval=20, log_interval=10)
     out = Path(small["out_dir"])
-    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", ".lock"}
     trained = [record for record in found if record["kind"] == "train"]
     evaluated = [record for record in found if record["kind"] == "eval"]
     assert [record["iter"] for record in trained] == [1, 10, 20, 30, 40]

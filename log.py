@@ -1,0 +1,184 @@
+"""What a run tells while it trains: status lines, metrics.jsonl, and TensorBoard and Weights & Biases if asked for.
+
+Nothing here may stop the training: not a full disk, not a network that is gone, not a terminal that was closed.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import configurator
+from configurator import Machine
+from model import GPT, linear
+
+PATIENCE_S = 10.0  # how long the end of a run waits for a logger
+Write = Callable[[dict[str, float], int], None]  # (numbers, step)
+
+
+def tensorboard_sink(out_dir: str) -> tuple[Write, Callable[[], None]]:
+    """Functions that write numbers at a step to TensorBoard, and that close it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(out_dir)
+
+    def write(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            board.add_scalar(key, value, step)
+
+    return write, board.close
+
+
+def wandb_sink(out_dir: str, mode: str, project: str, name: str, config: dict) -> tuple[Write, Callable[[], None]]:
+    """Functions that write numbers at a step to Weights & Biases, and that close it."""
+    import wandb
+
+    run = wandb.init(project=project, name=name or Path(out_dir).name, dir=out_dir, mode=mode, config=config)
+    return lambda numbers, step: run.log(numbers | {"iter": step}), run.finish
+
+
+class Sink:
+    """A logger in a thread of its own: training neither waits for it nor fails with it. The first failure ends it."""
+
+    def __init__(self, name: str, open_sink: Callable[[], tuple[Write, Callable[[], None]]]):
+        self.name, self.waiting = name, queue.Queue(maxsize=1000)
+        self.thread = threading.Thread(target=self._run, args=(open_sink,), daemon=True)
+        self.thread.start()
+
+    def _run(self, open_sink: Callable[[], tuple[Write, Callable[[], None]]]) -> None:
+        try:
+            write, close = open_sink()
+            while record := self.waiting.get():
+                write(*record)
+            close()
+        except Exception as e:  # whatever it is
+            configurator.warn(f"{self.name} failed and is left out from here on: {e}")
+
+    def put(self, numbers: dict[str, float], step: int) -> None:
+        """Hand numbers over; those of a logger that is a thousand records behind are dropped."""
+        if self.thread.is_alive() and not self.waiting.full():
+            self.waiting.put_nowait((numbers, step))
+
+    def close(self) -> None:
+        """Give the logger time to write what waits."""
+        if self.thread.is_alive() and not self.waiting.full():
+            self.waiting.put_nowait(None)
+        self.thread.join(PATIENCE_S)
+        if self.thread.is_alive():
+            configurator.warn(f"{self.name} has not answered for {PATIENCE_S:.0f} s and is left behind")
+
+
+class Log:
+    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but one."""
+
+    def __init__(self, out: Path, step: int, machine: Machine, sinks: list[Sink]):
+        self.active, self.path, self.sinks, self.said = machine.is_main, out / "metrics.jsonl", sinks, True
+        if self.active:
+            self._forget_after(step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the records of steps that will be made again, and a last one that is not whole; a new run: all."""
+        kept, part = [], self.path.with_suffix(".part")
+        for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []:
+            try:
+                kept += [line] if json.loads(line)["iter"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                configurator.warn(f"{self.path}: dropped a line that is no record")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar; when no one reads it any more, go on without."""
+        if self.active and self.said:
+            try:
+                tqdm.write(line)
+            except OSError:  # a closed pipe or terminal
+                self.said = False
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, a line of JSON, and give its numbers to the other loggers."""
+        if not self.active:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            configurator.warn(f"{self.path}: a record is lost: {e.strerror}")
+        where = record["split"] if record["kind"] == "eval" else "train"
+        flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
+        numbers = {f"{where}/{key}": value for key, value in flat.items() if isinstance(value, int | float)}
+        for sink in self.sinks:
+            sink.put(numbers, record["iter"])
+
+    def close(self) -> None:
+        """Close the other loggers."""
+        for sink in self.sinks:
+            sink.close()
+
+
+class Meter:
+    """Times the steps between two status lines, evaluation and saving left out."""
+
+    def __init__(self, machine: Machine, model: GPT, tokens_per_step: int):
+        self.machine, self.tokens_per_step = machine, tokens_per_step
+        self.flops_per_step = model.flops_per_token() * tokens_per_step
+        self.peak_flops = machine.matmul_flops(linear) * machine.world_size
+        self.compile_s: float | None = None
+        self.steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new lap."""
+        self.machine.synchronize()
+        self.steps, self.since = 0, time.perf_counter()
+
+    def lap(self, step: int, seconds: float, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> dict[str, Any]:
+        """The record of the steps since the last lap, of which `step` is the last; seconds: of training before them."""
+        mean_loss = self.machine.all_reduce(loss).item() / self.machine.world_size  # waits for the device
+        elapsed_s = time.perf_counter() - self.since
+        if self.compile_s is None:  # the first lap is one step, which compiles
+            self.compile_s = elapsed_s
+        dt_s = elapsed_s / self.steps
+        record = {
+            "kind": "train",
+            "iter": step,
+            "loss": mean_loss,
+            "lr": lr,
+            "grad_norm": norm.item(),
+            "dt_ms": 1000 * dt_s,
+            "tok_per_sec": self.tokens_per_step / dt_s,
+            "mfu": self.flops_per_step / dt_s / self.peak_flops,
+            "tokens": step * self.tokens_per_step,
+            "seconds": seconds + elapsed_s,
+            "compile_s": self.compile_s,
+            "peak_mem_mb": self.machine.peak_mem_mb(),
+        }
+        self.restart()
+        return record
+
+
+def status(record: dict[str, Any], steps: int) -> str:
+    """A training record in one line; steps: of the whole run."""
+    eta_s = record["dt_ms"] / 1000 * (steps - record["iter"])
+    return (
+        f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+        f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
+    )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
+    return (
+        f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
+        f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
+    )

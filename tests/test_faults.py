@@ -1,0 +1,446 @@
+"""What a run does when it is killed, signalled, starved of disk or fed what is not a number; see tests/README.md."""
+
+import ast
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import log
+import train
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine
+from train import TrainConfig
+
+CPU = Machine(torch.device("cpu"), torch.float32)
+REPO = Path(__file__).parents[1]
+
+
+def records(out_dir: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Call `act()` in the middle of a step."""
+    train_step = train.train_step
+
+    def acting(state, windows, cfg, machine, number):
+        if number == step:
+            act()
+        return train_step(state, windows, cfg, machine, number)
+
+    monkeypatch.setattr(train, "train_step", acting)
+
+
+def in_a_child(work) -> int:
+    """Run `work()` in a forked process; returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+# --- 1: kill -9
+
+
+@pytest.fixture
+def save_step():
+    """Saves a small run as it stands at a step."""
+    cfg = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, device="cpu", dtype="float32")
+    state = train.build_state(cfg, CPU, train.new_model(cfg, 50))
+    meta = {"tokenizer": {}, "text_sha256": ""}
+    return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta)
+
+
+def save_for_ever(save_step, out: Path, announce: int) -> None:
+    """What a run does at each evaluation, again and again; tells on a pipe which steps are saved."""
+    for step in range(1, 100_000):
+        save_step(out, step)
+        os.write(announce, step.to_bytes(4, "little"))
+
+
+def newest(out: Path) -> int:
+    """The step from which `auto` goes on; 0 when there is nothing to go on from."""
+    start, _, _ = train.load_start(TrainConfig(out_dir=str(out), init_from="auto"))
+    return start["iter_num"] if start else 0
+
+
+def kill_while_saving(save_step, out: Path, after_s: float) -> tuple[int, int]:
+    """The last step announced before a kill -9, and the step that is there after it."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            save_for_ever(save_step, out, write)
+        os._exit(1)
+    os.close(write)
+    first = os.read(read, 4)  # it has begun
+    time.sleep(after_s)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with open(read, "rb") as pipe:
+        said = first + pipe.read()
+    return int.from_bytes(said[-4:], "little"), newest(out)
+
+
+def kill_often(save_step, folder: Path, times: int) -> None:
+    rng = random.Random(0)
+    for i in range(times):
+        out = folder / str(i)
+        out.mkdir()
+        announced, found = kill_while_saving(save_step, out, rng.random() * 0.05)
+        assert found >= announced > 0
+        checkpoint.load(out / "best.pt")
+
+
+def test_a_kill_at_any_moment_leaves_the_last_announced_checkpoint(tmp_path, save_step):
+    kill_often(save_step, tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_any_moment(tmp_path, save_step):
+    kill_often(save_step, tmp_path, 100)
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_between_writing_flushing_and_renaming_loses_nothing(tmp_path, save_step, call, nth, before):
+    """The second save of a run, killed before or after each of its calls."""
+    save_step(tmp_path, 1)
+
+    def second_save() -> None:
+        module, name = {"torch": torch, "os": os}[call.split(".")[0]], call.split(".")[1]
+        whole, calls = getattr(module, name), []
+
+        def fatal(*args, **keys):
+            calls.append(1)
+            if before and len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = whole(*args, **keys)
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, fatal)
+        save_step(tmp_path, 2)
+        os._exit(0)
+
+    in_a_child(second_save)
+    assert newest(tmp_path) in (1, 2)
+    checkpoint.load(tmp_path / "best.pt")
+    save_step(tmp_path, 3)  # and the next run saves again
+    assert newest(tmp_path) == 3 and not list(tmp_path.glob("*.part"))
+
+
+# --- 11: signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["step", "evaluation", "save"])
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_to_the_same_bits(
+    small, tmp_path, monkeypatch, number, moment
+):
+    keys = small | {"dropout": 0.1, "max_iters": 9}
+    train.main(TrainConfig(**keys | {"out_dir": str(tmp_path / "whole")}))
+
+    sent = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(1)
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            at_step(patch, 4, send)
+        else:
+            module, name = (train, "evaluate") if moment == "evaluation" else (checkpoint, "save")
+            work = getattr(module, name)
+            patch.setattr(module, name, lambda *args, **more: (send(), work(*args, **more))[1])
+        with pytest.raises(SystemExit) as ended:
+            train.main(TrainConfig(**keys))
+    assert ended.value.code == train.RESUMABLE
+    stopped = checkpoint.load(Path(keys["out_dir"]) / "ckpt.pt")["iter_num"]
+    assert stopped == (5 if moment == "step" else 4)  # heard at the end of the step that follows
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # as before the run
+    train.main(TrainConfig(**keys | {"init_from": "auto"}))
+    whole = {r["iter"]: r["loss"] for r in records(tmp_path / "whole") if r["kind"] == "train"}
+    parts = {r["iter"]: r["loss"] for r in records(keys["out_dir"]) if r["kind"] == "train"}
+    assert whole == parts
+    ends = [checkpoint.load(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "out")]
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
+
+
+def test_usr1_saves_and_the_run_goes_on(small, monkeypatch):
+    saved, save = [], train.save
+    monkeypatch.setattr(
+        train,
+        "save",
+        lambda out, state, progress, *rest: (saved.append(progress.iter_num), save(out, state, progress, *rest)),
+    )
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    train.main(TrainConfig(**small | {"eval_interval": 6}))
+    assert saved == [4, 6]
+
+
+def test_a_second_interrupt_ends_at_once(small, monkeypatch):
+    at_step(monkeypatch, 2, lambda: (os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(TrainConfig(**small))
+
+
+def test_a_process_that_is_told_to_end_says_that_it_can_go_on(small):
+    args = [f"--{key}={value}" for key, value in (small | {"max_iters": 100_000, "eval_interval": 100_000}).items()]
+    process = subprocess.Popen([sys.executable, "-u", "train.py", *args], stdout=subprocess.PIPE, text=True, cwd=REPO)
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out = process.stdout.read()
+    assert process.wait(60) == train.RESUMABLE and "--init_from=auto goes on from step" in out
+    assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] >= 3
+
+
+# --- 15: what is not a number
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_updates_nothing_and_is_named(small, monkeypatch, optimizer, what, value):
+    cfg = TrainConfig(**small | {"optimizer": optimizer, "eval_interval": 2})
+    forward, seen = train.GPT.forward, []
+
+    def poisoned(self, idx, targets=None, **keys):
+        logits, loss = forward(self, idx, targets, **keys)
+        if self.training:
+            seen.append(1)
+            if len(seen) == 4:
+                before.update({name: p.detach().clone() for name, p in self.named_parameters()})
+                models.append(self)
+                if what == "loss":
+                    loss = loss * value
+                else:
+                    loss.register_hook(lambda grad: grad * value)
+        return logits, loss
+
+    before, models = {}, []
+    monkeypatch.setattr(train.GPT, "forward", poisoned)
+    with pytest.raises(train.DivergedError) as told:
+        train.main(cfg)
+    assert f"step 3: the {what} is not finite" in str(told.value) and "rows 24 to 31, tokens [" in str(told.value)
+    assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
+    assert checkpoint.load(Path(cfg.out_dir) / "ckpt.pt")["iter_num"] == 2
+
+
+# --- 16 and 17: the disk
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """No file of this process can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, monkeypatch, capsys):
+    save, steps = train.save, []
+
+    def cramped(out, state, progress, *rest):
+        steps.append(progress.iter_num)
+        with largest_file(20_000) if progress.iter_num == 4 else contextlib.nullcontext():
+            save(out, state, progress, *rest)
+        assert progress.iter_num != 4
+
+    monkeypatch.setattr(train, "save", cramped)
+    loaded = []
+    at_step(monkeypatch, 5, lambda: loaded.append(newest(Path(small["out_dir"]))))
+    train.main(TrainConfig(**small | {"eval_interval": 2}))
+    assert steps == [2, 4, 6] and loaded == [2] and newest(Path(small["out_dir"])) == 6
+    assert "step 4 could not be saved" in (said := capsys.readouterr().out) and "File too large" in said
+    assert not list(Path(small["out_dir"]).glob("*.part"))
+
+
+def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save", full)
+    with pytest.raises(ConfigError, match=r"step 6 could not be saved .*: No space left on device"):
+        train.main(TrainConfig(**small))
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(small, monkeypatch):
+    usage = train.shutil.disk_usage(small["dataset"])
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    at_step(monkeypatch, 0, lambda: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=r"out_dir: .* has 0 MB free, the checkpoints take 1 MB more"):
+        train.main(TrainConfig(**small))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_of_someone_else_is_refused(small, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o755)
+
+    def as_nobody() -> None:
+        os.setuid(65534)
+        try:
+            train.prepare_out_dir(tmp_path / "out")
+        except ConfigError as e:
+            os._exit(7 if "Permission denied" in str(e) or "can't be written" in str(e) else 1)
+
+    assert os.waitstatus_to_exitcode(in_a_child(as_nobody)) == 7
+
+
+# --- 24 and 25: what stands around a run
+
+
+def test_a_logger_that_blocks_does_not_hold_up_training(small, monkeypatch, capsys):
+    never = threading.Event()
+
+    class Run:
+        def log(self, numbers):
+            never.wait()
+
+        def finish(self):
+            pass
+
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(log, "PATIENCE_S", 0.1)
+    train.main(TrainConfig(**small | {"wandb": "online"}))
+    assert records(small["out_dir"])[-1]["iter"] == 6
+    assert capsys.readouterr().err.count("wandb has not answered") == 1
+    never.set()
+
+
+def test_a_run_goes_on_when_no_one_reads_what_it_prints(small):
+    args = [f"--{key}={value}" for key, value in (small | {"max_iters": 60, "eval_interval": 60}).items()]
+    process = subprocess.Popen([sys.executable, "-u", "train.py", *args], stdout=subprocess.PIPE, cwd=REPO)
+    while not process.stdout.readline().startswith(b"step"):
+        pass
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0
+    assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 60
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_to_a_second_until_the_first_is_gone(small, monkeypatch):
+    seen = []
+
+    def second() -> None:
+        with pytest.raises(ConfigError, match="another run is writing") as told:
+            train.main(TrainConfig(**small))
+        seen.append(told)
+
+    at_step(monkeypatch, 2, second)
+    train.main(TrainConfig(**small))
+    assert len(seen) == 1
+    in_a_child(lambda: (train.prepare_out_dir(Path(small["out_dir"])), os.kill(os.getpid(), signal.SIGKILL)))
+    train.main(TrainConfig(**small | {"init_from": "auto"}))
+
+
+def test_a_torn_or_foreign_line_of_metrics_is_dropped_when_a_run_goes_on(small, capsys):
+    train.main(TrainConfig(**small | {"max_iters": 3, "lr_decay_iters": 6}))
+    path = Path(small["out_dir"]) / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "train", "it')
+    train.main(TrainConfig(**small | {"init_from": "auto"}))
+    assert [r["iter"] for r in records(small["out_dir"]) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert "is no record" in capsys.readouterr().err
+
+
+def sources() -> list[tuple[Path, ast.AST]]:
+    """Every script of the repository, parsed; tests left out."""
+    paths = [*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("bench/*.py")]
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def test_no_code_is_run_from_data_and_no_clock_can_jump():
+    """18 and 25: neither eval, exec nor an unpickler that finds classes, and only clocks that never go back."""
+    forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "time.time"}
+    for path, tree in sources():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name == "yaml.load":
+                assert any("BaseLoader" in ast.unparse(keyword.value) for keyword in call.keywords), path
+            elif name == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords), path
+            else:
+                assert name not in forbidden, f"{path}:{call.lineno}: {name}"
+
+
+def test_a_hundred_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path):
+    """19, without the hash that would refuse them all: bytes changed, cut out, doubled."""
+    train.main(TrainConfig(**small | {"n_layer": 1, "n_embd": 8, "max_iters": 3}))
+    whole, rng = (Path(small["out_dir"]) / "best.pt").read_bytes(), random.Random(0)
+    mutate(whole, rng, tmp_path / "m.pt", 100)
+
+
+@pytest.mark.slow
+def test_a_thousand_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path):
+    train.main(TrainConfig(**small | {"n_layer": 1, "n_embd": 8, "max_iters": 3}))
+    whole, rng = (Path(small["out_dir"]) / "best.pt").read_bytes(), random.Random(1)
+    mutate(whole, rng, tmp_path / "m.pt", 1000)
+
+
+def mutate(whole: bytes, rng: random.Random, path: Path, times: int) -> None:
+    body = whole[: -checkpoint.COMMENT_BYTES]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(times):
+        damaged = bytearray(body)
+        for _ in range(rng.choice([1, 3, 30])):
+            at = rng.randrange(len(damaged))
+            kind = rng.randrange(3)
+            if kind == 0:
+                damaged[at] = rng.randrange(256)
+            elif kind == 1:
+                del damaged[at : at + rng.randrange(1, 100)]
+            else:
+                damaged[at:at] = damaged[at : at + rng.randrange(1, 100)]
+        path.write_bytes(damaged + (b"\0" * checkpoint.COMMENT_BYTES))
+        start = time.perf_counter()
+        try:
+            checkpoint.load_model(path, torch.device("cpu"), torch.float32)
+        except CheckpointError as e:
+            assert str(path) in str(e) and len(str(e).splitlines()) == 1 and len(str(e)) < 500
+        assert time.perf_counter() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_window_is_read_in_the_same_order_whatever_the_ranks(small):
+    """9: two ranks, then one, then two; an uneven share is refused."""
+    cfg, rows = TrainConfig(**small | {"gradient_accumulation_steps": 2}), []
+    for step, world_size in enumerate([2, 2, 1, 1, 2]):
+        for rank in range(world_size):
+            machine = Machine(CPU.device, CPU.dtype, rank, world_size)
+            first, count = train.rows_of(step, rank, cfg, machine)
+            rows += range(first, first + count)
+    assert rows == list(range(5 * 16))
+    with pytest.raises(ConfigError, match="can't be shared equally by 3 ranks"):
+        train.rows_of(0, 0, cfg, Machine(CPU.device, CPU.dtype, 0, 3))
+
+
+def test_a_machine_is_told_how_long_to_wait():
+    with pytest.raises(ConfigError, match="timeout_s: found 0"):
+        configurator.load(TrainConfig, ["--timeout_s=0"])
