@@ -19,7 +19,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +30,10 @@ import yaml
 
 class ConfigError(ValueError):
     """What the user asked for can't be done; the message says which key or file, what was found and what to do."""
+
+
+class RankError(RuntimeError):
+    """Another of torchrun's ranks is gone or hangs."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,6 +221,19 @@ class Machine:
         """Wait until the device has done all that was asked of it, so that a clock read next is honest."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
+    @contextlib.contextmanager
+    def expecting_others(self, timeout_s: float) -> Iterator[None]:
+        """A context in which ranks work together; raises RankError when another is gone or has not answered."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                raise RankError(
+                    f"rank {self.rank}: another rank is gone or has not answered for {timeout_s:g} s "
+                    f"({str(e).splitlines()[0][:120]}); --init_from=auto goes on from what was saved"
+                ) from None
+            raise
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all ranks, where `tensor` is."""

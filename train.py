@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, bounds
+from configurator import ConfigError, Machine, RankError, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
@@ -420,11 +420,12 @@ class DivergedError(ArithmeticError):
 class Signals:
     """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
 
-    They are heard at the end of a step, and all ranks agree which; a second SIGINT ends the process at once.
+    They are heard at the end of a step, and all ranks agree which. A second SIGINT ends the process at once; so does an
+    alarm, `timeout_s` after it was told to end: a step that has not ended by then is stuck.
     """
 
-    def __init__(self, machine: Machine):
-        self.machine, self.end, self.save = machine, False, False
+    def __init__(self, machine: Machine, timeout_s: float):
+        self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
 
     def __enter__(self) -> "Signals":
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
@@ -433,14 +434,18 @@ class Signals:
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.end:
             raise KeyboardInterrupt
-        self.end |= number != signal.SIGUSR1
-        self.save |= number == signal.SIGUSR1
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.end = True
+            signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
 
     def agreed(self) -> tuple[bool, bool]:
         """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
@@ -501,7 +506,7 @@ def main(cfg: TrainConfig) -> None:
     trouble = torch.tensor([-1, 0], device=machine.device)  # the first step that was not finite; whether it was here
     end, unsaved = False, ""
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
-    with Signals(machine) as signals:
+    with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while (
             progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience) and not end
         ):
@@ -592,4 +597,4 @@ def close(machine: Machine) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, TrainConfig, DataError, CheckpointError, DivergedError)
+    configurator.launch(main, TrainConfig, DataError, CheckpointError, DivergedError, RankError)
