@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -270,6 +271,46 @@ class Machine:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         return best
+
+
+class Signals:
+    """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
+
+    They are heard at the end of a step, and all ranks agree which. A second SIGINT ends the process at once; so does an
+    alarm, `timeout_s` after it was told to end: a step that has not ended by then is stuck.
+    """
+
+    def __init__(self, machine: Machine, timeout_s: float):
+        self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
+
+    def __enter__(self) -> "Signals":
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
+        handlers[signal.SIGHUP] = signal.SIG_IGN
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.end:
+            raise KeyboardInterrupt
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.end = True
+            signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
+
+    def agreed(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
+        heard, self.save = (self.end, self.save), False
+        if self.machine.world_size == 1:
+            return heard
+        votes = torch.tensor(heard, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)  # on the CPU: the device need not stop for it
+        return bool(votes[0]), bool(votes[1])
 
 
 def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:

@@ -123,14 +123,16 @@ def _write_bin(path: Path, parts: list[tuple[corpus.Document, str]], tok: Tokeni
     end = [tok.specials[END]] if END in tok.specials else []
     ids, spans, start = [], [], 0
     for doc, text in tqdm(parts, desc=f"encoding {path.stem}", unit=" works", delay=1, disable=None, leave=False):
-        piece = np.array(tok.encode(text) + end, dtype="<u2")
-        ids.append(piece)
-        spans.append({"name": doc.name, "style": doc.style, "start": start, "stop": start + len(piece)})
-        start += len(piece)
+        first = start
+        for piece in (*tokenizer.encode_in_slabs(tok, text), np.array(end, dtype="<u2")):
+            ids.append(piece)
+            start += len(piece)
+        spans.append({"name": doc.name, "style": doc.style, "start": first, "stop": start})
     _write(path, b"".join(piece.tobytes() for piece in ids))
     texts = [text for _, text in parts]
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-    return {"tokens": start, "characters": characters, "bytes": size, "documents": spans}
+    largest = max((int(piece.max()) for piece in ids if len(piece)), default=0)
+    return {"tokens": start, "largest": largest, "characters": characters, "bytes": size, "documents": spans}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,7 +10,6 @@ import fcntl
 import functools
 import math
 import shutil
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, RankError, bounds
+from configurator import ConfigError, Machine, RankError, Signals, bounds
 from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
@@ -155,12 +154,17 @@ def dropout_seed(*place: int) -> int:
 
 @dataclass
 class State:
-    """What a step works on. `forward` is `model`, compiled and wrapped as the run wants it."""
+    """What a step works on. `forward` is `model`, compiled and wrapped as the run wants it.
+
+    trouble: (2,) int64 on the device, the first step whose loss or gradient was not finite on any rank (-1: none so
+    far) and whether this rank's loss was not.
+    """
 
     model: GPT
     forward: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
+    trouble: torch.Tensor
     graphed_update: Graphed | None = None
 
 
@@ -181,7 +185,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     if machine.world_size > 1:
         forward = DistributedDataParallel(forward)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
-    state = State(model, forward, optimizers, scaler)
+    state = State(model, forward, optimizers, scaler, torch.tensor([-1, 0], device=machine.device))
     if compiled and machine.device.type == "cuda" and machine.world_size == 1:
         state.graphed_update = Graphed(functools.partial(update, state, cfg, machine))
     return state
@@ -195,18 +199,19 @@ def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[i
 
 def train_step(
     state: State, windows: TrainWindows, cfg: TrainConfig, machine: Machine, step: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One optimizer step on global batch `step`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
 
-    Returns this rank's mean loss (nats/token), the gradient norm, and 1 if either is not finite on any rank, else 0:
-    then nothing was updated. All are scalars on the device: reading them waits for it.
+    Both are scalars on the device: reading them waits for it. If either is not finite on any rank, nothing is updated
+    and state.trouble says so.
     """
     inputs, targets = windows.batch(*rows_of(step, machine.rank, cfg, machine), machine.device)
     torch.manual_seed(dropout_seed(cfg.seed, step, machine.rank))
+    number = torch.full((), step, device=machine.device)
     if state.graphed_update:
         rate = torch.full((), lr_at(step, cfg), device=machine.device)  # a number would be recorded as it is now
-        return state.graphed_update(inputs, targets, rate)
-    return update(state, cfg, machine, inputs, targets, lr_at(step, cfg))
+        return state.graphed_update(inputs, targets, number, rate)
+    return update(state, cfg, machine, inputs, targets, number, lr_at(step, cfg))
 
 
 def update(
@@ -215,11 +220,13 @@ def update(
     machine: Machine,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    step: torch.Tensor,
     rate: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and optimizers on a rank's rows (rows, T), without waiting for the device; as train_step.
 
-    rate: the share of its peak that each learning rate has. Gradients are synchronised once, in the last micro-batch.
+    step: its number, int64 scalar. rate: the share of its peak that each learning rate has. Gradients are synchronised
+    once, in the last micro-batch.
     """
     state.forward.train()
     for optimizer in state.optimizers:
@@ -242,19 +249,30 @@ def update(
         for flag in flags:
             flag.copy_(overflow)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
-    finite = total.isfinite()
-    if not state.scaler.is_enabled():  # whose gradients overflow now and then; it lowers its scale and goes on
-        finite = finite & norm.isfinite()
-    bad = 1 - finite.float()
-    if machine.world_size > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    bad = look_for_trouble(state, machine, step, total, norm)
     for optimizer in state.optimizers:
         if not state.scaler.is_enabled():
             optimizer.found_inf = bad  # read on the device: nothing waits
         state.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    return total, norm, bad
+    return total, norm
+
+
+def look_for_trouble(
+    state: State, machine: Machine, step: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    """1.0 if a rank's loss or the gradient norm is not finite, else 0.0; notes the first such step in state.trouble.
+
+    All stays on the device. With float16 the loss alone counts: gradients overflow now and then; the scaler sees to it.
+    """
+    finite = loss.isfinite() if state.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+    bad = (~finite).float()
+    if machine.world_size > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    here = torch.stack([step, ~loss.isfinite()])
+    state.trouble.copy_(torch.where((state.trouble[0] < 0) & (bad > 0), here, state.trouble))
+    return bad
 
 
 @torch.no_grad()
@@ -417,46 +435,6 @@ class DivergedError(ArithmeticError):
     """A loss or gradient that is not finite; the message names the step, the ranks and their rows."""
 
 
-class Signals:
-    """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
-
-    They are heard at the end of a step, and all ranks agree which. A second SIGINT ends the process at once; so does an
-    alarm, `timeout_s` after it was told to end: a step that has not ended by then is stuck.
-    """
-
-    def __init__(self, machine: Machine, timeout_s: float):
-        self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
-
-    def __enter__(self) -> "Signals":
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
-        handlers[signal.SIGHUP] = signal.SIG_IGN
-        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.end:
-            raise KeyboardInterrupt
-        if number == signal.SIGUSR1:
-            self.save = True
-        else:
-            self.end = True
-            signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
-
-    def agreed(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
-        heard, self.save = (self.end, self.save), False
-        if self.machine.world_size == 1:
-            return heard
-        votes = torch.tensor(heard, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)  # on the CPU: the device need not stop for it
-        return bool(votes[0]), bool(votes[1])
-
-
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
     # --- machine
@@ -503,24 +481,21 @@ def main(cfg: TrainConfig) -> None:
 
     # --- loop
     meter = Meter(machine, model, rows_per_step * cfg.block_size)
-    trouble = torch.tensor([-1, 0], device=machine.device)  # the first step that was not finite; whether it was here
     end, unsaved = False, ""
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while (
             progress.iter_num < cfg.max_iters and not (cfg.patience and progress.bad_evals >= cfg.patience) and not end
         ):
-            loss, norm, bad = train_step(state, windows, cfg, machine, progress.iter_num)
-            here = torch.stack([torch.full_like(trouble[0], progress.iter_num), ~loss.isfinite()])
-            trouble = torch.where((trouble[0] < 0) & (bad > 0), here, trouble)
+            loss, norm = train_step(state, windows, cfg, machine, progress.iter_num)
             progress.iter_num += 1
             meter.steps += 1
             bar.update()
             end, save_now = signals.agreed()
             evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
             logs = evaluates or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
-            if (logs or end or save_now or machine.device.type == "cpu") and trouble[0] >= 0:
-                raise DivergedError(describe_trouble(trouble.tolist(), windows, cfg, machine, out))
+            if (logs or end or save_now or machine.device.type == "cpu") and state.trouble[0] >= 0:
+                raise DivergedError(describe_trouble(state, windows, cfg, machine, out))
             if logs or end:
                 lr = cfg.learning_rate * lr_at(progress.iter_num - 1, cfg)
                 record = meter.lap(progress.iter_num, progress.seconds, loss, norm, lr)
@@ -572,9 +547,9 @@ def try_to_save(out: Path, state: State, progress: Progress, is_best: bool, cfg:
     return ""
 
 
-def describe_trouble(trouble: list[int], windows: TrainWindows, cfg: TrainConfig, machine: Machine, out: Path) -> str:
+def describe_trouble(state: State, windows: TrainWindows, cfg: TrainConfig, machine: Machine, out: Path) -> str:
     """What to tell when a step was not finite: its number, the ranks whose loss was not, and the rows they read."""
-    step, here = trouble
+    step, here = state.trouble.tolist()
     votes = torch.zeros(machine.world_size)
     votes[machine.rank] = here
     ranks = [rank for rank, vote in enumerate(machine.all_reduce(votes).tolist()) if vote]

@@ -39,12 +39,13 @@ class LearnConfig(train.TrainConfig):
     peer: str = ""  # a checkout of nanoGPT
     peer_args: str = ""  # its train.py's own arguments, config file and all, as on a command line
     peer_rate: tuple[str, ...] = ()  # a learning rate to try at its first seed; of several the best is kept
+    peer_seeds: int = 0  # runs of nanoGPT, where it takes too long for as many as ours (0: as many)
     peer_evals: int = 10  # evaluations of its run, evenly spaced
     out: str = ""  # name of the result (learn_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return super().problems() + bounds(self, "seeds peer_evals", 1)
+        return super().problems() + bounds(self, "seeds peer_evals", 1) + bounds(self, "peer_seeds", 0, self.seeds)
 
 
 def run_ours(cfg: LearnConfig, seed: int) -> Curve:
@@ -132,15 +133,15 @@ def main(cfg: LearnConfig) -> None:
             tried = {f"{r:g}": best(curve)["loss"] for r, curve in runs.items()}
             rate = min(runs, key=lambda r: best(runs[r])["loss"])
             theirs.append(runs[rate])
-        elif cfg.peer:
+        elif cfg.peer and seed < (cfg.peer_seeds or cfg.seeds):
             theirs.append(run_peer(cfg, machine, folder, seed, rate))
         ours.append(run_ours(cfg, cfg.seed + seed))
-        print(f"seed {seed}: ours {best(ours[-1])}" + (f", nanoGPT {best(theirs[-1])}" if theirs else ""), flush=True)
+        print(f"seed {seed}: ours {best(ours[-1])}, nanoGPT {[best(curve) for curve in theirs]}", flush=True)
     result = origin("learn", machine) | {"config": config_name(), "corpus": folder.name}
     result |= {"ours": summary(ours), "peer": None}
     if theirs:
         result["peer"] = summary(theirs) | {"args": cfg.peer_args, "rates": tried, "rate": rate}
-        goals = [best(curve) for curve in theirs]
+        goals = [best(theirs[i % len(theirs)]) for i in range(len(ours))]
         result["goal"] = {
             "loss": [goal["loss"] for goal in goals],
             "peer_seconds": [goal["seconds"] for goal in goals],

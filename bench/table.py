@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, learn, sample_speed, scaling, train_speed
+from bench import common, demo, learn, sample_speed, scaling, torture, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
@@ -24,6 +24,7 @@ SECTIONS = {  # a result's kind -> its heading, and the function that shows all 
         scaling.table,
     ),
     "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
+    "torture": ("**Torture.** A run that is killed, stopped and damaged, beside an unbroken one.", torture.table),
 }
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 

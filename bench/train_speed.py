@@ -134,7 +134,7 @@ def lap(
     machine.synchronize()
     start = time.perf_counter()
     for step in steps:
-        loss, _, _ = train.train_step(state, windows, cfg, machine, step)
+        loss, _ = train.train_step(state, windows, cfg, machine, step)
     machine.synchronize()
     return 1000 * (time.perf_counter() - start) / len(steps), loss.item()
 

@@ -18,6 +18,9 @@ import torch
 from data import DataError
 
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
+SCANNED_BYTES = (
+    2**28
+)  # of bins up to this size every token is looked at; of larger ones meta.json's largest is believed
 
 
 def read_meta(folder: Path) -> dict:
@@ -79,13 +82,13 @@ def open_split(folder: Path, name: str, meta: dict, block_size: int, device: tor
             "add text or lower block_size"
         )
     tokens: torch.Tensor | np.memmap = np.memmap(path, dtype="<u2", mode="r")
+    believed = size > SCANNED_BYTES and "largest" in entry
+    if (largest := entry["largest"] if believed else int(tokens.max())) >= meta["vocab_size"]:
+        place = "somewhere" if believed else f"byte {2 * int(np.argmax(tokens))}"
+        raise DataError(
+            f"{path}: {place} holds token {largest}, the vocabulary has {meta['vocab_size']}; run prepare.py --force"
+        )
     if size <= ON_DEVICE_BYTES:
-        if (largest := int(tokens.max())) >= meta["vocab_size"]:
-            place = 2 * int(np.argmax(tokens))
-            raise DataError(
-                f"{path}: byte {place} holds token {largest}, the vocabulary has {meta['vocab_size']}; "
-                "run prepare.py --force"
-            )
         tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # uint16's bits: few operations take uint16
     docs = entry["documents"]
     return Split(

@@ -5,7 +5,7 @@ Ids run: pieces of text first, special tokens last. Specials exist only as ids: 
 
 import codecs
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import rustbpe
@@ -19,6 +19,7 @@ UNKNOWN = "<|unk|>"
 # How text is cut before merging, as GPT-2 does: contractions, then words, numbers and punctuation, each with the space
 # before it, then other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SLAB_CHARS = 4_000_000
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
 
 
@@ -133,6 +134,18 @@ class CharTokenizer:
 
 
 Tokenizer = BPETokenizer | CharTokenizer
+
+
+def encode_in_slabs(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:
+    """The ids of a long text, some megabytes of it at a time: (n,) uint16 each, together what `encode` gives."""
+    slab, size = [], 0
+    for piece in _pieces(text):
+        slab.append(piece)
+        size += len(piece)
+        if size >= SLAB_CHARS:
+            yield np.array(tokenizer.encode("".join(slab)), dtype="<u2")
+            slab, size = [], 0
+    yield np.array(tokenizer.encode("".join(slab)), dtype="<u2")
 
 
 def from_json(saved: dict) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Batches: pure functions of a row's number; every window once an epoch; every target once an evaluation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +276,42 @@ def test_a_token_that_is_not_in_the_vocabulary_is_named_with_its_place(tmp_path)
     tokens[77] = VOCAB - 1
     tokens.tofile(tmp_path / "train.bin")
     open_split(tmp_path, "train", meta, T, CPU)
+
+
+def test_of_a_large_bin_the_recorded_maximum_is_believed_and_nothing_is_scanned(tmp_path, monkeypatch):
+    meta = write_split(tmp_path, DOCS)
+    monkeypatch.setattr(batches, "SCANNED_BYTES", 100)
+    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 100)
+    tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    tokens[77] = VOCAB
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match="byte 154"):  # prepared before the maximum was recorded
+        open_split(tmp_path, "train", meta, T, CPU)
+    meta["splits"]["train"]["largest"] = VOCAB - 1
+    assert isinstance(open_split(tmp_path, "train", meta, T, CPU).tokens, np.memmap)
+    meta["splits"]["train"]["largest"] = VOCAB
+    with pytest.raises(DataError, match=rf"train\.bin: somewhere holds token {VOCAB}"):
+        open_split(tmp_path, "train", meta, T, CPU)
+
+
+def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
+    n = 2_000_000
+    np.random.default_rng(0).integers(0, VOCAB, n, dtype="<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / "small").mkdir()
+    meta = write_split(tmp_path / "small", DOCS)
+    meta["splits"]["train"] = {"tokens": n, "documents": [{"name": "a", "style": "alice", "start": 0, "stop": n}]}
+    windows = TrainWindows(open_split(tmp_path, "train", meta, T, CPU), T, 1, 0.5)
+
+    def own_mb() -> float:  # pages of the file itself belong to the system
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) / 1024
+
+    for step in range(10_000):
+        windows.batch(4 * step, 4, CPU)
+        if step == 1000:
+            before = own_mb()
+    assert own_mb() - before < 10
 
 
 WHOLE = {

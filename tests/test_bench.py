@@ -13,7 +13,7 @@ import torch
 import configurator
 import prepare
 import train
-from bench import common, demo, learn, plot, sample_speed, scaling, table, train_speed
+from bench import common, demo, learn, plot, sample_speed, scaling, table, torture, train_speed
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data import tokenizer
@@ -228,18 +228,20 @@ def test_train_speed_beside_a_peer(run, results, peer, monkeypatch):
 
 
 def test_learn_beside_a_peer(run, results, peer, monkeypatch):
-    args = [f"{run}/tiny.yaml", *TINY, "--max_iters=6", "--eval_interval=2", "--seeds=2", f"--peer={peer}"]
+    args = [f"{run}/tiny.yaml", *TINY, "--max_iters=6", "--eval_interval=2", "--seeds=3", f"--peer={peer}"]
     args += ["--peer_args=--max_iters=20", "--peer_evals=4", "--peer_rate=1e-3", "--peer_rate=2e-3"]
+    args += ["--peer_seeds=2"]
     result, name = start(monkeypatch, learn, learn.LearnConfig, *args)
     assert name.startswith("learn_tiny_")
     ours, theirs = result["ours"]["curves"], result["peer"]["curves"]
-    assert [[p["iter"] for p in curve] for curve in ours] == [[2, 4, 6]] * 2
+    assert [[p["iter"] for p in curve] for curve in ours] == [[2, 4, 6]] * 3
     assert [[p["iter"] for p in curve] for curve in theirs] == [[5, 10, 15, 20]] * 2
     assert [p["seconds"] for p in theirs[0]] == pytest.approx([0.05, 0.1, 0.15, 0.2])  # its evaluations left out
     assert [p["tokens"] for p in theirs[0]] == [5 * 128, 10 * 128, 15 * 128, 20 * 128]
     assert theirs[0][0]["loss"] != theirs[1][0]["loss"] and ours[0][0]["loss"] != ours[1][0]["loss"]  # another seed
     assert result["peer"]["rates"].keys() == {"0.001", "0.002"} and result["peer"]["rate"] in (0.001, 0.002)
     assert all(a <= b["seconds"] for a, b in zip(result["goal"]["seconds"], [curve[-1] for curve in ours], strict=True))
+    assert result["goal"]["loss"][0] == result["goal"]["loss"][2] == min(point["loss"] for point in theirs[0])
     assert "nanoGPT" in learn.table([result]) and result["corpus"] == "data"
     plot.main(plot.PlotConfig())
     picture = (results / "learn.svg").read_bytes()
@@ -295,6 +297,16 @@ def test_sample_speed(run, results, peer, monkeypatch):
         assert case["ratio"]["nanoGPT"]["max"] < 1000 and case["gb_per_s"] > 0
     assert 0 < result["val_loss"]["float32"] < 5
     assert "nanoGPT" in sample_speed.table([result]) and "the same by everyone" in sample_speed.remarks(result)[0]
+
+
+@pytest.mark.slow
+def test_torture(run, results, monkeypatch):
+    args = [f"--dataset={run / 'data'}", "--minutes=0.4", "--seed=3"]
+    result, name = start(monkeypatch, torture, torture.TortureConfig, *args)
+    assert name.startswith("torture_") and result["steps"] > 0 and result["losses compared"] >= result["steps"]
+    assert result["lost steps"] == result["losses that differ"] == result["codes that are wrong"] == 0
+    assert sum(result[fault] for fault in torture.FAULTS) == result["resumes"] > 0
+    assert 0 < result["watch_ms"] < result["step_ms"] and "Lost steps" in torture.table([result])
 
 
 def test_demo(run, results, monkeypatch, capsys):

@@ -222,6 +222,17 @@ def test_long_text_is_cut_where_words_are_cut(bpe, monkeypatch):
     assert bpe.encode(lines) == whole(bpe).encode_ordinary(lines)
 
 
+@pytest.mark.parametrize("name", ["bpe", "char"])
+def test_a_text_in_slabs_has_the_ids_it_has_whole(request, monkeypatch, name):
+    tok = request.getfixturevalue(name)
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 50)
+    monkeypatch.setattr(tokenizer, "SLAB_CHARS", 120)
+    for text in ("", "a", "the cat sat\non the mat, it's said.\n" * 40, "x" * 1000):
+        slabs = list(tokenizer.encode_in_slabs(tok, text))
+        assert np.concatenate(slabs).tolist() == tok.encode(text)
+        assert all(slab.dtype == np.dtype("<u2") for slab in slabs) and (len(slabs) > 3) == (len(text) > 500)
+
+
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_cutting_text_loses_nothing(bpe, monkeypatch, size):
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", size)

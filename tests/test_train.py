@@ -110,7 +110,7 @@ def test_accumulating_micro_batches_equals_one_batch(small):
         keys = small | {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "grad_clip": 0.0}
         state = sgd_state(keys)
         before = weights(state.model)
-        loss, norm, _ = train.train_step(state, windows_of(keys), TrainConfig(**keys | {"warmup_iters": 0}), CPU, 3)
+        loss, norm = train.train_step(state, windows_of(keys), TrainConfig(**keys | {"warmup_iters": 0}), CPU, 3)
         results.append((loss, norm, weights(state.model) - before))
     for loss, norm, change in results[1:]:
         torch.testing.assert_close(loss, results[0][0])
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_mean_loss_and_clipped_to_the_norm(small):
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in oracle.parameters()])
     before = weights(state.model)
-    found, norm, _ = train.train_step(state, windows, TrainConfig(**keys), CPU, 0)
+    found, norm = train.train_step(state, windows, TrainConfig(**keys), CPU, 0)
     assert found.item() == pytest.approx(loss.item(), abs=1e-5)
     assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-4)
     change = (weights(state.model) - before).double()
@@ -141,7 +141,7 @@ def test_overfits_one_batch_to_near_zero(small, optimizer):
     windows.rows = lambda first, count: (np.arange(count) * cfg.block_size, np.full(count, -1))
     state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
     for step in range(cfg.max_iters):
-        loss, _, _ = train.train_step(state, windows, cfg, CPU, step)
+        loss, _ = train.train_step(state, windows, cfg, CPU, step)
     assert loss.item() < 0.05
 
 
@@ -165,7 +165,7 @@ def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small
     train.train_step(state, windows, cfg, machine, 1)
     handle.remove()
     assert torch.equal(weights(state.model), before) and state.scaler.get_scale() == scale / 2
-    _, norm, _ = train.train_step(state, windows, cfg, machine, 2)
+    _, norm = train.train_step(state, windows, cfg, machine, 2)
     assert norm.isfinite() and not torch.equal(weights(state.model), before)
 
 
@@ -230,7 +230,7 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
         state = train.build_state(cfg, machine, train.new_model(cfg, 61))
         assert (state.forward is not state.model) == (how == "true")
         steps = [train.train_step(state, windows, cfg, machine, step) for step in range(6)]
-        found.append([(loss.item(), norm.item()) for loss, norm, _ in steps])
+        found.append([(loss.item(), norm.item()) for loss, norm in steps])
     np.testing.assert_allclose(found[1], found[0], rtol=precision)
 
 
@@ -319,7 +319,9 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
     assert checkpoint.load(out / "ckpt.prev.pt")["iter_num"] == 20
 
 
-@pytest.mark.parametrize("optimizer, dtype", [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")])
+@pytest.mark.parametrize(
+    "optimizer, dtype", [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32"), ("muon", "bfloat16")]
+)
 def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, dtype):
     keys = small | {"optimizer": optimizer, "dtype": dtype, "dropout": 0.2, "gradient_accumulation_steps": 2}
     keys |= {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 10, "eval_iters": 2}  # 16 rows x 40: over an epoch

@@ -1,0 +1,187 @@
+"""Kill, stop and damage a training run again and again, resume it each time, and compare it with an unbroken one.
+
+python -m bench.torture --minutes=10
+
+Also measures what the protections cost at the reference size: share of a step, and how long a save holds it up.
+"""
+
+import json
+import random
+import signal
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import configurator
+import train
+from bench.common import markdown, origin, train_command, write_result
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine, bounds
+from data import DataError
+from data.batches import TrainWindows, open_split, read_meta
+
+FAULTS = ("kill", "terminate", "flip a bit", "cut")
+
+
+@dataclass(frozen=True)
+class TortureConfig:
+    """The keys of bench.torture."""
+
+    minutes: float = 10.0  # of torture, before the unbroken run
+    dataset: str = "robopoet"  # what the small model is trained on
+    seed: int = 1  # of the faults and their moments
+    out: str = ""  # name of the result (torture_DEVICE unless given)
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        return bounds(self, "minutes", 0.01)
+
+
+def shape(cfg: TortureConfig, out: Path) -> train.TrainConfig:
+    """A run that saves every 5 of its steps of some 20 ms, with dropout and two micro-batches, for ever."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 4}
+    rhythm = {"gradient_accumulation_steps": 2, "eval_interval": 5, "eval_iters": 1, "log_interval": 1}
+    forever = {"max_iters": 10**6, "decay_lr": False, "learning_rate": 2e-3, "dropout": 0.1, "init_from": "auto"}
+    keys = sizes | rhythm | forever | {"dataset": cfg.dataset, "out_dir": str(out), "device": "cpu"}
+    return train.TrainConfig(**keys)
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The loss of each step in metrics.jsonl; a last line that is not whole is left out."""
+    found = {}
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["kind"] == "train":
+            found[record["iter"]] = record["loss"]
+    return found
+
+
+def run_until(command: list[str], after_s: float, number: signal.Signals) -> tuple[int, int]:
+    """Start a run, send it a signal some seconds later; the last step that it said it saved, and its exit code."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    timer, saved = threading.Timer(after_s, process.send_signal, [number]), 0
+    timer.start()
+    for line in process.stdout or ():
+        if line.startswith("saved ") and line.endswith("\n"):
+            saved = int(line.split()[-1])
+    return saved, process.wait()
+
+
+def damage(path: Path, fault: str, rng: random.Random) -> None:
+    """Flip a bit of a file, or cut its end off."""
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    if fault == "cut":
+        del content[place:]
+    else:
+        content[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
+    """Milliseconds of a step at the reference size, of what watches over it, and of a save."""
+    keys = configurator.load(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
+    meta = read_meta(train.find_dataset(cfg.dataset))
+    split = open_split(train.find_dataset(cfg.dataset), "train", meta, keys.block_size, machine.device)
+    windows = TrainWindows(split, keys.block_size, keys.seed, keys.tag_prob)
+    state = train.build_state(keys, machine, train.new_model(keys, meta["vocab_size"]))
+    signals, one = configurator.Signals(machine, keys.timeout_s), torch.ones(())
+
+    def watch() -> None:
+        train.look_for_trouble(state, machine, torch.zeros((), dtype=torch.int64), one, one)
+        signals.agreed()
+        assert state.trouble[0] < 0
+
+    def median_ms(work: Callable[[int], Any], times: int) -> float:
+        found = []
+        for i in range(times + 1):  # the first warms up
+            start = time.perf_counter()
+            work(i)
+            found.append(1000 * (time.perf_counter() - start))
+        return statistics.median(found[1:])
+
+    progress = train.Progress(iter_num=1)
+    return {
+        "step_ms": median_ms(lambda i: train.train_step(state, windows, keys, machine, i), 5),
+        "watch_ms": median_ms(lambda i: watch(), 1000),
+        "save_ms": median_ms(lambda i: train.save(out, state, progress, False, keys, meta), 5),
+        "save_best_ms": median_ms(lambda i: train.save(out, state, progress, True, keys, meta), 5),
+    }
+
+
+def main(cfg: TortureConfig) -> None:
+    """Torture a run for so many minutes, then make the same steps unbroken, and report."""
+    machine, rng = configurator.find_machine("cpu", "auto"), random.Random(cfg.seed)
+    counts = dict.fromkeys([*FAULTS, "resumes", "checkpoints verified", "losses compared"], 0)
+    wrong = {"lost steps": 0, "losses that differ": 0, "codes that are wrong": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tortured"
+        keys = shape(cfg, out)
+        command, seen, announced = train_command(keys, init_from="auto"), {}, 0
+        end = time.monotonic() + 60 * cfg.minutes
+        while time.monotonic() < end:
+            fault = rng.choice(FAULTS)
+            number = signal.SIGTERM if fault == "terminate" else signal.SIGKILL
+            saved, code = run_until(command, rng.uniform(2, 8), number)
+            counts[fault] += 1
+            wrong["codes that are wrong"] += code not in (-number, train.RESUMABLE)
+            announced = max(announced, saved)
+            start, _, _ = train.load_start(keys)
+            step = start["iter_num"] if start else 0
+            counts["checkpoints verified"] += start is not None
+            wrong["lost steps"] += max(announced - step, 0)
+            if fault in ("flip a bit", "cut") and (out / "ckpt.prev.pt").exists():
+                damage(out / "ckpt.pt", fault, rng)
+                start, path, _ = train.load_start(keys)
+                announced = start["iter_num"] if start else 0
+                wrong["lost steps"] += path.name != "ckpt.prev.pt" or announced < step - keys.eval_interval
+            found = losses(out) if (out / "metrics.jsonl").exists() else {}
+            for at, loss in found.items():
+                counts["losses compared"] += at in seen
+                wrong["losses that differ"] += seen.setdefault(at, loss) != loss
+            counts["resumes"] += 1
+        if not seen:
+            raise ConfigError("minutes: too short, no step was made")
+        whole = Path(folder) / "whole"
+        steps = {"out_dir": whole, "max_iters": max(seen), "init_from": "scratch", "eval_interval": 10**6}
+        subprocess.run(train_command(keys, **steps), stdout=subprocess.DEVNULL, check=True)
+        for at, loss in losses(whole).items():
+            counts["losses compared"] += at in seen
+            wrong["losses that differ"] += seen.get(at, loss) != loss
+        out = Path(folder) / "cost"
+        out.mkdir()
+        costs = cost(cfg, machine, out)
+    result = origin("torture", machine) | {"minutes": cfg.minutes, "steps": max(seen), **counts, **wrong, **costs}
+    print(table([result]))
+    write_result(result, cfg.out or "torture_DEVICE")
+    if any(wrong.values()):
+        raise ConfigError(f"the run did not survive: {wrong}")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown table that shows these results."""
+    header = ["Minutes", "Steps", "Kills", "SIGTERM", "Bits flipped", "Files cut", "Resumes", "Checkpoints verified"]
+    header += ["Losses compared", "that differ", "Lost steps"]
+    keys = ["steps", "kill", "terminate", "flip a bit", "cut", "resumes", "checkpoints verified", "losses compared"]
+    header += ["Watching, of a step", "A save, with best.pt"]
+    keys += ["losses that differ", "lost steps"]
+    rows = []
+    for r in results:
+        costs = [f"{r['watch_ms'] / r['step_ms']:.3%}", f"{r['save_ms']:.0f} ms, {r['save_best_ms']:.0f} ms"]
+        rows.append([f"{r['minutes']:g}", *(f"{r[key]:,}" for key in keys), *costs])
+    return markdown(header, rows)
+
+
+if __name__ == "__main__":
+    configurator.launch(main, TortureConfig, DataError, CheckpointError)
