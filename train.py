@@ -85,6 +85,11 @@ class TrainConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
     timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all ranks and micro-batches."""
+        return self.gradient_accumulation_steps * self.batch_size
+
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
@@ -113,7 +118,7 @@ def find_dataset(name: str) -> Path:
 
 def micro_batches(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
     """How many micro-batches a step has on each rank, and their rows; raises ConfigError if the ranks can't share."""
-    rows = cfg.gradient_accumulation_steps * cfg.batch_size
+    rows = cfg.rows_per_step
     if rows % machine.world_size:
         raise ConfigError(
             f"batch_size: {cfg.gradient_accumulation_steps} x {cfg.batch_size} = {rows} rows a step can't be shared "
@@ -194,7 +199,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
 def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
     """The first of the rows that a rank has in a step, and how many they are."""
     count, rows = micro_batches(cfg, machine)
-    return step * cfg.gradient_accumulation_steps * cfg.batch_size + rank * count * rows, count * rows
+    return step * cfg.rows_per_step + rank * count * rows, count * rows
 
 
 def train_step(
@@ -464,9 +469,8 @@ def main(cfg: TrainConfig) -> None:
 
     # --- schedule and optimizer
     windows = TrainWindows(train, cfg.block_size, cfg.seed, cfg.tag_prob)
-    rows_per_step = cfg.gradient_accumulation_steps * cfg.batch_size
     if cfg.epochs:
-        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / rows_per_step))
+        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / cfg.rows_per_step))
     if cfg.warmup_iters > (last := cfg.lr_decay_iters or cfg.max_iters):
         raise ConfigError(f"warmup_iters: found {cfg.warmup_iters}, must be at most {last}, the last step of the decay")
     state = build_state(cfg, machine, model)
@@ -480,7 +484,7 @@ def main(cfg: TrainConfig) -> None:
     del start
 
     # --- loop
-    meter = Meter(machine, model, rows_per_step * cfg.block_size)
+    meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size)
     end, unsaved = False, ""
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):

@@ -206,7 +206,7 @@ def main(cfg: SampleSpeedConfig) -> None:
         "read_gb_per_s": read_gb_per_s(machine.device),
         "weights_mb": model.num_params() * poet.machine.dtype.itemsize / 2**20,
         "memory_mb": memory_mb,
-        "cases": [compare(cfg, model.config, writers, *case) for case in cases],
+        "cases": [compare(cfg, machine, model.config, writers, *case) for case in cases],
         "start_s": spread(
             [seconds_of("sample.py", cfg.checkpoint, f"--device={cfg.device}", "--max_new_tokens=1") for _ in range(3)]
         ),
@@ -237,7 +237,12 @@ def val_losses(path: Path, machine: Machine) -> dict[str, float]:
 
 
 def compare(
-    cfg: SampleSpeedConfig, config: GPTConfig, writers: dict[str, Write], passages: int, tokens: int
+    cfg: SampleSpeedConfig,
+    machine: Machine,
+    config: GPTConfig,
+    writers: dict[str, Write],
+    passages: int,
+    tokens: int,
 ) -> dict[str, Any]:
     """Time all in turns, so that a machine that slows down slows everyone; ratios are taken round by round."""
     beyond = tokens > config.block_size
@@ -246,14 +251,13 @@ def compare(
         writers[name](passages, min(tokens, 10))  # warm-up
     rounds = [{name: writers[name](passages, tokens) for name in names} for _ in range(cfg.repeats)]
     keys_and_values = 2 * config.n_layer * config.n_embd * min(tokens / 2, config.block_size * 0.75)
-    itemsize = configurator.find_machine(cfg.device, cfg.dtype).dtype.itemsize
     return {
         "passages": passages,
         "tokens": tokens,
         "speed": {name: spread([passages * tokens / r[name][0] for r in rounds]) for name in names},
         "first_token_ms": {name: spread([1000 * r[name][1] for r in rounds]) for name in names},
         "ratio": {name: spread([r[name][0] / r["RoboPoet"][0] for r in rounds]) for name in names[1:]},
-        "cache_bytes": passages * keys_and_values * itemsize,
+        "cache_bytes": passages * keys_and_values * machine.dtype.itemsize,
     }
 
 

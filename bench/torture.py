@@ -92,8 +92,9 @@ def damage(path: Path, fault: str, rng: random.Random) -> None:
 def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     """Milliseconds of a step at the reference size, of what watches over it, and of a save."""
     keys = configurator.load(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
-    meta = read_meta(train.find_dataset(cfg.dataset))
-    split = open_split(train.find_dataset(cfg.dataset), "train", meta, keys.block_size, machine.device)
+    folder = train.find_dataset(cfg.dataset)
+    meta = read_meta(folder)
+    split = open_split(folder, "train", meta, keys.block_size, machine.device)
     windows = TrainWindows(split, keys.block_size, keys.seed, keys.tag_prob)
     state = train.build_state(keys, machine, train.new_model(keys, meta["vocab_size"]))
     signals, one = configurator.Signals(machine, keys.timeout_s), torch.ones(())
@@ -172,10 +173,8 @@ def main(cfg: TortureConfig) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table that shows these results."""
     header = ["Minutes", "Steps", "Kills", "SIGTERM", "Bits flipped", "Files cut", "Resumes", "Checkpoints verified"]
-    header += ["Losses compared", "that differ", "Lost steps"]
-    keys = ["steps", "kill", "terminate", "flip a bit", "cut", "resumes", "checkpoints verified", "losses compared"]
-    header += ["Watching, of a step", "A save, with best.pt"]
-    keys += ["losses that differ", "lost steps"]
+    header += ["Losses compared", "that differ", "Lost steps", "Watching, of a step", "A save, with best.pt"]
+    keys = ["steps", *FAULTS, "resumes", "checkpoints verified", "losses compared", "losses that differ", "lost steps"]
     rows = []
     for r in results:
         costs = [f"{r['watch_ms'] / r['step_ms']:.3%}", f"{r['save_ms']:.0f} ms, {r['save_best_ms']:.0f} ms"]

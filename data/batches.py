@@ -18,9 +18,7 @@ import torch
 from data import DataError
 
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
-SCANNED_BYTES = (
-    2**28
-)  # of bins up to this size every token is looked at; of larger ones meta.json's largest is believed
+SCANNED_BYTES = 2**28  # in bins up to this size every token is looked at; larger ones are as meta.json says
 
 
 def read_meta(folder: Path) -> dict:
