@@ -44,8 +44,8 @@ class RankError(RuntimeError):
 def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
     """Build `cls` from its defaults, then the YAML files in `argv` in order, then its `--key=value` and `--key value`.
 
-    positional: the key that takes a bare argument which is not a YAML file. Raises ConfigError with every problem
-    found, one a line; `--help` prints the keys and exits.
+    positional: the key that takes a bare argument which is not a YAML file, or several if it is repeatable. Raises
+    ConfigError with every problem found, one a line; `--help` prints the keys and exits.
     """
     hints = get_type_hints(cls)
     if "-h" in argv or "--help" in argv:
@@ -72,6 +72,8 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
                 flags[key] = value
         elif arg.endswith((".yaml", ".yml")):
             found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
+        elif get_origin(hints.get(positional)) is tuple and not arg.startswith("-"):
+            flags.setdefault(positional, []).append(arg)
         elif positional and positional not in flags and (arg == "-" or not arg.startswith("-")):
             flags[positional] = arg
         else:
@@ -353,12 +355,25 @@ def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: floa
             backend = "cpu:gloo,cuda:nccl"
         elif backend == "auto":
             backend = "gloo"
-        device_id = chosen if chosen.type == "cuda" else None
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), device_id=device_id)
+        _join(backend, rank, world_size, timeout_s, chosen if chosen.type == "cuda" else None)
     return Machine(chosen, getattr(torch, dtype), rank, world_size, launched)
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def _join(backend: str, rank: int, world_size: int, timeout_s: float, device_id: torch.device | None) -> None:
+    """Join the process group, at a place of the store that no earlier start has written to.
+
+    torchrun keeps its store when it restarts the ranks, and in it the addresses of those that are dead.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the restarts of several agents need not have the same number
+        store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+    )
 
 
 def _keep_freed_memory() -> None:
@@ -380,8 +395,9 @@ def _fastest_dtype(device: torch.device) -> str:
 
 
 def warn(message: str) -> None:
-    """Say on stderr what went otherwise than asked."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Say on stderr what went otherwise than asked, if anyone still reads it."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def why_no_compile() -> str | None:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 import torch
@@ -74,6 +74,8 @@ def test_the_last_of_two_equal_flags_wins():
 def test_positional_argument_goes_to_its_key():
     assert load(Toy, ["poem", "--steps=2"], "name") == Toy(name="poem", steps=2)
     assert "poem" in error(Toy, "poem")
+    assert load(Toy, ["a", "--steps=2", "b"], "many") == Toy(many=("a", "b"), steps=2)
+    assert "b" in error(Toy, "a", "b", positional="name")
 
 
 # --- what a value may be
@@ -288,6 +290,19 @@ TYPED = [(cls, key) for cls, key in KEYS if get_type_hints(cls)[key] not in (str
 def test_rubbish_is_refused_by_every_typed_key(write, cls, key):
     assert f"--{key}" in error(cls, f"--{key}=@@rubbish@@")
     assert f"a.yaml: {key}" in error(cls, write(f"{key}: '@@rubbish@@'"))
+
+
+@pytest.mark.parametrize("cls, key", KEYS, ids=[f"{cls.__name__}.{key}" for cls, key in KEYS])
+def test_every_key_misspelt_is_told_how_it_is_spelt(write, cls, key):
+    assert f"did you mean {key}?" in error(cls, f"--{key}_=1")
+    assert f"did you mean {key}?" in error(cls, write(f"{key}_: 1"))
+
+
+@pytest.mark.parametrize("cls, key", KEYS, ids=[f"{cls.__name__}.{key}" for cls, key in KEYS])
+def test_every_key_without_a_value_is_named(write, cls, key):
+    kind = get_type_hints(cls)[key]
+    if kind is not bool and "true" not in get_args(kind):  # these are true by their name alone
+        assert f"--{key}" in error(cls, f"--{key}")
 
 
 @pytest.mark.parametrize(

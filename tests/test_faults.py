@@ -345,6 +345,31 @@ def test_a_run_goes_on_when_no_one_reads_what_it_prints(small):
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 60
 
 
+def test_a_run_goes_on_when_its_terminal_closes(small):
+    args = [f"--{key}={value}" for key, value in (small | {"max_iters": 60, "eval_interval": 60}).items()]
+    ours, its = os.openpty()
+    process = subprocess.Popen([sys.executable, "train.py", *args], stdin=its, stdout=its, stderr=its, cwd=REPO)
+    os.close(its)
+    shown = b""
+    while b"step      1" not in shown:
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0
+    assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 60
+
+
+def test_a_warning_that_no_one_can_read_stops_nothing(monkeypatch):
+    ours, its = os.openpty()
+    os.close(ours)
+    with open(its, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        configurator.warn("the disk is full")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            closed.close()
+
+
 def test_a_folder_that_a_run_writes_to_is_refused_to_a_second_until_the_first_is_gone(small, monkeypatch):
     seen = []
 

@@ -51,13 +51,13 @@ configurator.launch(train.main, train.TrainConfig, DataError, CheckpointError, t
 """
 
 
-def torchrun(keys: dict, *script: str) -> subprocess.CompletedProcess:
+def torchrun(keys: dict, *script: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Run a script on two ranks; what came of it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [*(script or ("train.py",)), *(f"--{key}={value}" for key, value in keys.items())]
+    command += [*options, *(script or ("train.py",)), *(f"--{key}={value}" for key, value in keys.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -100,6 +100,16 @@ def test_when_a_rank_is_killed_the_others_end_soon(small, faulty, tmp_path):
     done = torchrun(small | {"max_iters": 100_000, "eval_interval": 2}, *faulty("kill", 4))
     assert done.returncode != 0 and seconds_since(tmp_path / "happened") < 15
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 4
+
+
+def test_a_restarted_job_goes_on_by_itself_as_if_nothing_had_happened(small, faulty, tmp_path):
+    keys = small | {"max_iters": 8, "eval_interval": 2, "dropout": 0.1, "init_from": "auto"}
+    done = torchrun(keys, *faulty("kill", 5), options=("--max_restarts=1",))
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = torchrun(keys | {"out_dir": tmp_path / "whole"})
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert losses(Path(small["out_dir"])) == losses(tmp_path / "whole")
+    assert torch.equal(weights(Path(small["out_dir"]) / "ckpt.pt"), weights(tmp_path / "whole" / "ckpt.pt"))
 
 
 def test_when_a_rank_hangs_the_job_ends_with_the_timeout(small, faulty, tmp_path):
