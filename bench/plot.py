@@ -1,6 +1,7 @@
-"""Draw val loss against seconds of training, as bench.learn and bench.demo kept it: bench/results/learn.svg.
+"""Draw val loss: of runs of train.py, or of what bench.learn and bench.demo kept, which is the README's picture.
 
-python -m bench.plot
+python -m bench.plot out/a out/b --out=runs     # against tokens and against seconds: runs.png, runs.svg
+python -m bench.plot                            # bench/results/learn.svg
 """
 
 import itertools
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 
 import configurator
 from bench import common
+from bench.learn import read_curve
 from configurator import ConfigError
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
@@ -25,20 +27,44 @@ COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
 class PlotConfig:
     """The keys of bench.plot."""
 
-    out: str = ""  # the picture (bench/results/learn.svg unless given)
+    runs: tuple[str, ...] = ()  # out_dirs of train.py
+    out: str = "runs"  # the picture of these runs, without its ending
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return []
+        return [
+            f"runs: {run} holds no metrics.jsonl" for run in self.runs if not (Path(run) / "metrics.jsonl").exists()
+        ]
 
 
 def main(cfg: PlotConfig) -> None:
-    """Draw a panel for each result that holds curves; raises ConfigError when there is none."""
+    """Draw what is asked for; the same figures give the same file."""
+    matplotlib.rcParams["svg.hashsalt"] = "robopoet"
+    if cfg.runs:
+        draw_runs(cfg)
+    else:
+        draw_results()
+
+
+def draw_runs(cfg: PlotConfig) -> None:
+    """Two panels, loss against tokens and against seconds, with a line for each run."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for run in cfg.runs:
+        curve = read_curve(Path(run))
+        for panel, key in zip(panels, ("tokens", "seconds"), strict=True):
+            panel.plot([p[key] for p in curve], [p["loss"] for p in curve], marker=".", label=Path(run).name)
+            panel.set(xlabel=f"{key} of training", ylabel="val loss, nats per token")
+            panel.grid(True, alpha=0.2)
+            panel.legend()
+    finish(figure, [Path(f"{cfg.out}.png"), Path(f"{cfg.out}.svg")])
+
+
+def draw_results() -> None:
+    """A panel for each result that holds curves; raises ConfigError when there is none."""
     paths = sorted([*common.RESULTS.glob("learn_*.json"), *common.RESULTS.glob("demo_*.json")])
     if not paths:
         raise ConfigError("bench/results: holds no learn_*.json, demo_*.json; run `python -m bench.learn` first")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    matplotlib.rcParams["svg.hashsalt"] = "robopoet"  # the same results give the same file
     across = min(len(results), 3)
     down = -(-len(results) // across)
     figure, panels = plt.subplots(down, across, figsize=(5.5 * across, 4 * down), squeeze=False)
@@ -47,11 +73,16 @@ def main(cfg: PlotConfig) -> None:
             draw(panel, result)
         else:
             panel.remove()
+    finish(figure, [common.RESULTS / "learn.svg"])
+
+
+def finish(figure: plt.Figure, paths: list[Path]) -> None:
+    """Write the picture to `paths`."""
     figure.tight_layout()
-    out = Path(cfg.out) if cfg.out else common.RESULTS / "learn.svg"
-    figure.savefig(out, metadata={"Date": None})
+    for path in paths:
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
-    print(f"written: {out.name}")
+    print(f"written: {', '.join(map(str, paths))}")
 
 
 def draw(panel: plt.Axes, result: dict[str, Any]) -> None:
@@ -73,4 +104,4 @@ def draw(panel: plt.Axes, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, PlotConfig)
+    configurator.launch(main, PlotConfig, positional="runs")

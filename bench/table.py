@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, learn, sample_speed, scaling, torture, train_speed
+from bench import common, demo, learn, ranks, sample_speed, scaling, torture, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
@@ -22,6 +22,10 @@ SECTIONS = {  # a result's kind -> its heading, and the function that shows all 
     "scaling": (
         "**Scaling.** Four times the batch; four times the text, read from disk. Ratios of laps in turns.",
         scaling.table,
+    ),
+    "ranks": (
+        "**Ranks.** The same batch on one core, and shared out among ranks with a core each; medians of runs in turns.",
+        ranks.table,
     ),
     "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
     "torture": ("**Torture.** A run that is killed, stopped and damaged, beside an unbroken one.", torture.table),

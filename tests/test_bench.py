@@ -13,7 +13,7 @@ import torch
 import configurator
 import prepare
 import train
-from bench import common, demo, learn, plot, sample_speed, scaling, table, torture, train_speed
+from bench import common, demo, learn, plot, ranks, sample_speed, scaling, table, torture, train_speed
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data import tokenizer
@@ -199,6 +199,17 @@ def test_scaling(run, results, monkeypatch):
     assert "**Scaling.**" in table.tables() and result["command"] in table.tables()
 
 
+@pytest.mark.slow
+def test_ranks(run, results, monkeypatch):
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=6"]
+    result, name = start(monkeypatch, ranks, ranks.RanksConfig, *args)
+    assert name.startswith("ranks_tiny_") and result["tokens_per_step"] == 4 * 16
+    one, two = result["tok_per_sec"]["1"], result["tok_per_sec"]["2"]
+    assert ordered(one) and ordered(two) and result["all_reduce_ms"] > 0
+    assert result["speedup"]["max"] <= two["max"] / one["min"] * 1.0001
+    assert "**Ranks.**" in table.tables() and result["command"] in table.tables()
+
+
 def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_path):
     scaling.tile(run / "data", tmp_path)
     cfg = configurator.load(scaling.ScalingConfig, [f"{run}/tiny.yaml", *TINY, "--tag_prob=1"])
@@ -248,6 +259,17 @@ def test_learn_beside_a_peer(run, results, peer, monkeypatch):
     assert b"<svg" in picture
     plot.main(plot.PlotConfig())
     assert (results / "learn.svg").read_bytes() == picture
+
+
+def test_runs_of_train_are_drawn_against_tokens_and_seconds(run, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        train.main(configurator.load(train.TrainConfig, [f"{run}/tiny.yaml", *TINY, f"--out_dir={tmp_path / name}"]))
+    argv = [str(tmp_path / "a"), str(tmp_path / "b"), f"--out={tmp_path}/both"]
+    plot.main(configurator.load(plot.PlotConfig, argv, "runs"))
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "both.svg").read_bytes()
+    with pytest.raises(configurator.ConfigError, match=r"runs: .*none holds no metrics\.jsonl"):
+        configurator.load(plot.PlotConfig, [str(tmp_path / "none")], "runs")
 
 
 def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
