@@ -6,6 +6,7 @@ Nothing here may stop the training: not a full disk, not a network that is gone,
 import json
 import os
 import queue
+import secrets
 import sys
 import threading
 import time
@@ -21,28 +22,45 @@ from configurator import Machine
 from model import GPT, linear
 
 PATIENCE_S = 10.0  # how long the end of a run waits for a logger
-Write = Callable[[dict[str, float], int], None]  # (numbers, step)
+Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
 
 
-def tensorboard_sink(out_dir: str) -> tuple[Write, Callable[[], None]]:
-    """Functions that write numbers at a step to TensorBoard, and that close it."""
+def tensorboard_sink(out_dir: str, config: dict) -> tuple[Write, Callable[[], None]]:
+    """Functions that write numbers and texts at a step to TensorBoard, and that close it."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(out_dir)
+    board, last = SummaryWriter(out_dir), {}
 
-    def write(numbers: dict[str, float], step: int) -> None:
-        for key, value in numbers.items():
-            board.add_scalar(key, value, step)
+    def write(values: dict[str, float | str], step: int) -> None:
+        for key, value in values.items():
+            if isinstance(value, str):
+                board.add_text(key, "    " + value.replace("\n", "\n    "), step)  # Markdown: as it stands
+            else:
+                board.add_scalar(key, value, step)
+        last.update({f"hparam/{key}": values[key] for key in ("train/loss", "val/loss", "val/bpb") if key in values})
 
-    return write, board.close
+    def close() -> None:
+        board.add_hparams(config, last, run_name=".")
+        board.close()
+
+    return write, close
 
 
-def wandb_sink(out_dir: str, mode: str, project: str, name: str, config: dict) -> tuple[Write, Callable[[], None]]:
-    """Functions that write numbers at a step to Weights & Biases, and that close it."""
+def wandb_sink(
+    out_dir: str, mode: str, project: str, name: str, config: dict, goes_on: bool
+) -> tuple[Write, Callable[[], None]]:
+    """Functions that write numbers and texts at a step to Weights & Biases, and that close it.
+
+    goes_on: under the id that the run in out_dir began with.
+    """
     import wandb
 
-    run = wandb.init(project=project, name=name or Path(out_dir).name, dir=out_dir, mode=mode, config=config)
-    return lambda numbers, step: run.log(numbers | {"iter": step}), run.finish
+    path = Path(out_dir) / "wandb_id"
+    id = path.read_text(encoding="utf-8") if goes_on and path.exists() else secrets.token_hex(4)
+    path.write_text(id, encoding="utf-8")
+    name = name or Path(out_dir).name
+    run = wandb.init(project=project, name=name, dir=out_dir, mode=mode, config=config, id=id, resume="allow")
+    return lambda values, step: run.log(values | {"iter": step}), run.finish
 
 
 class Sink:
@@ -62,10 +80,10 @@ class Sink:
         except Exception as e:  # whatever it is
             configurator.warn(f"{self.name} failed and is left out from here on: {e}")
 
-    def put(self, numbers: dict[str, float], step: int) -> None:
-        """Hand numbers over; those of a logger that is a thousand records behind are dropped."""
+    def put(self, values: dict[str, float | str], step: int) -> None:
+        """Hand a record over; those of a logger that is a thousand behind are dropped."""
         if self.thread.is_alive() and not self.waiting.full():
-            self.waiting.put_nowait((numbers, step))
+            self.waiting.put_nowait((values, step))
 
     def close(self) -> None:
         """Give the logger time to write what waits."""
@@ -105,7 +123,7 @@ class Log:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, a line of JSON, and give its numbers to the other loggers."""
+        """Append one record, a line of JSON, and give its numbers and text to the other loggers."""
         if not self.active:
             return
         try:
@@ -115,9 +133,9 @@ class Log:
             configurator.warn(f"{self.path}: a record is lost: {e.strerror}")
         where = record["split"] if record["kind"] == "eval" else "train"
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
-        numbers = {f"{where}/{key}": value for key, value in flat.items() if isinstance(value, int | float)}
+        values = {f"{where}/{key}": flat[key] for key in flat if key == "text" or isinstance(flat[key], int | float)}
         for sink in self.sinks:
-            sink.put(numbers, record["iter"])
+            sink.put(values, record["iter"])
 
     def close(self) -> None:
         """Close the other loggers."""

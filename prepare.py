@@ -7,17 +7,21 @@ python prepare.py --input='my/*.txt' --out=data/mine
 import hashlib
 import json
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
+import checkpoint
 import configurator
+from checkpoint import CheckpointError
+from configurator import ConfigError
 from data import DataError, corpus, tokenizer
-from data.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
+from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 
+KINDS = ("bpe", "char", "gpt2")  # of tokenizers
 FORMAT = 1  # of meta.json and the bins; a higher one makes earlier ones stale
 
 
@@ -28,7 +32,7 @@ class PrepareConfig:
     corpus: str = ""  # folder that holds a corpus.yaml
     input: tuple[str, ...] = ()  # instead of a corpus: your own text files, as paths or globs; repeatable
     out: str = ""  # where the bins go (the corpus's own folder unless given)
-    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # bpe (trained on this text), char, or gpt2 (GPT-2's table)
+    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint, to have its own
     vocab_size: int = 6725  # ids in all, special tokens included (bpe only)
     force: bool = False  # prepare even if nothing has changed
 
@@ -47,7 +51,8 @@ def main(cfg: PrepareConfig) -> None:
     # --- where the texts come from
     manifest = corpus.manifest_of_files(cfg.input) if cfg.input else corpus.read_manifest(Path(cfg.corpus))
     out = Path(cfg.out or cfg.corpus)
-    fingerprint = _fingerprint(cfg, manifest)
+    given = None if cfg.tokenizer in KINDS else _read_tokenizer(Path(cfg.tokenizer))
+    fingerprint = _fingerprint(cfg, manifest, given)
     if not cfg.force and _is_prepared(out, fingerprint):
         print(f"{out} is prepared already (--force does it again)")
         return
@@ -69,7 +74,9 @@ def main(cfg: PrepareConfig) -> None:
     styles = list(dict.fromkeys(doc.style for doc in docs)) if manifest.tags else []
     specials = ([END] if len(docs) > 1 or styles else []) + [tokenizer.style_token(style) for style in styles]
     tok: Tokenizer
-    if cfg.tokenizer == "bpe":
+    if given:
+        tok = _extended(given, specials, docs)
+    elif cfg.tokenizer == "bpe":
         tok = BPETokenizer.train((text for _, text in splits["train"]), cfg.vocab_size, specials)
     elif cfg.tokenizer == "char":
         tok = CharTokenizer.train((doc.text for doc in docs), specials)
@@ -90,16 +97,41 @@ def main(cfg: PrepareConfig) -> None:
         "tokenizer": tok.to_json(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)  # from here until the new one stands, the folder is not prepared
+    for name in ("meta.json", "meta.pkl"):  # from here until the new one stands, the folder is not prepared
+        (out / name).unlink(missing_ok=True)
     for name, parts in splits.items():
         meta["splits"][name] = _write_bin(out / f"{name}.bin", parts, tok)
+    if isinstance(tok, CharTokenizer):  # where nanoGPT's scripts look for the characters
+        stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
+        itos = {id: char for char, id in stoi.items()}
+        _write(out / "meta.pkl", pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi}))
     _write(out / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
     _report(out, docs, meta)
 
 
-def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest) -> str:
-    """A hash of all that the result depends on: options, manifest, the user's files."""
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint; raises ConfigError when there is none."""
+    try:
+        return checkpoint.tokenizer_of(checkpoint.load(path), path)
+    except CheckpointError as e:
+        raise ConfigError(f"tokenizer: must be {', '.join(KINDS)} or a checkpoint; {e}") from None
+
+
+def _extended(given: Tokenizer, specials: list[str], docs: list[corpus.Document]) -> Tokenizer:
+    """A tokenizer with these specials behind its own; raises DataError when it doesn't know a character."""
+    saved = given.to_json()
+    saved["specials"] += [name for name in specials if name not in given.specials]
+    tok = tokenizer.from_json(saved)
+    if UNKNOWN not in tok.specials and (unknown := tok.unknown("".join(sorted(set().union(*(d.text for d in docs)))))):
+        raise DataError(f"tokenizer: does not know {', '.join(map(repr, unknown))}; remove them from the text")
+    return tok
+
+
+def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None) -> str:
+    """A hash of all that the result depends on: options, a tokenizer that was given, manifest, the user's files."""
     digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {manifest}".encode())
+    if given:
+        digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
         if source.file:
             for path, content in corpus.raw_texts(source, manifest.folder):

@@ -26,7 +26,7 @@ import configurator
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, RankError, Signals, bounds
 from data import DataError, tokenizer
-from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
+from data.batches import Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from model import GPT, GPTConfig, Graphed
 from optimizer import configure_optimizers
@@ -38,7 +38,7 @@ class TrainConfig:
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
-    init_from: str = "scratch"  # scratch, resume, auto (resume if there is something to), or a checkpoint to start from
+    init_from: str = "scratch"  # scratch, resume, auto (resume if there is something to), a checkpoint, or gpt2
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
     seed: int = 1337  # of initialisation, order of windows, and dropout
@@ -109,11 +109,6 @@ class TrainConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the parts; bench times these very functions
-
-
-def find_dataset(name: str) -> Path:
-    """The folder of bins called `name`: a path, or a folder under data/."""
-    return Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
 
 
 def micro_batches(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
@@ -318,6 +313,21 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     }
 
 
+def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
+    """A hundred tokens that go on from a line end, for the loggers; its randomness is its own, not training's."""
+    random = torch.Generator(machine.device).manual_seed(0)
+
+    def choose(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        probs = (logits[:, : len(tok.tokens)].float() / 0.8).softmax(-1)  # no special token
+        return torch.multinomial(probs, 1, generator=random)[:, 0]
+
+    model.eval()
+    ids = [
+        id.item() for id in model.generate(torch.tensor([tok.encode("\n") or [0]], device=machine.device), 100, choose)
+    ]
+    return tok.decode_bytes(ids).decode(errors="replace")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # starting, going on, saving
 
@@ -353,8 +363,11 @@ def fit_config(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfi
     """`cfg` with the checkpoint's shape; raises CheckpointError if data or, on resuming, model or optimizer differ."""
     shape = {key: start["model_args"][key] for key in checkpoint.NANOGPT_ARGS if key not in ("vocab_size", "dropout")}
     problems = []
-    if start.get("tokenizer") != meta["tokenizer"]:
-        problems.append("its tokenizer is not the dataset's; name the dataset it was trained on, or prepare that again")
+    theirs, ours = checkpoint.tokenizer_of(start, path).to_json(), dict(meta["tokenizer"])
+    if not resumes:  # a new run may have special tokens that the checkpoint has not
+        ours["specials"] = ours["specials"][: len(theirs["specials"])]
+    if theirs != ours:
+        problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
     if resumes:
         if start.get("text_sha256") != meta["text_sha256"]:
             problems.append(
@@ -390,6 +403,7 @@ def save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainC
         "config": dataclasses.asdict(cfg),
         "tokenizer": meta["tokenizer"],
         "text_sha256": meta["text_sha256"],
+        "licences": meta.get("licences", []),
     }
     if is_best:
         checkpoint.save(out / "best.pt", content)
@@ -456,8 +470,13 @@ def main(cfg: TrainConfig) -> None:
         cfg = fit_config(start, start_path, resumes, cfg, meta)
     val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
     train = None if cfg.eval_only else open_split(folder, "train", meta, cfg.block_size, machine.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
-    model = checkpoint.build_model(start, start_path, cfg.dropout) if start else new_model(cfg, meta["vocab_size"])
+    tok = tokenizer.from_json(meta["tokenizer"])
+    token_bytes = tokenizer.token_bytes(tok)
+    torch.manual_seed(cfg.seed)
+    if start:
+        model = checkpoint.build_model(start, start_path, cfg.dropout, meta["vocab_size"])
+    else:
+        model = new_model(cfg, meta["vocab_size"])
     size = f"ranks: {machine.world_size}, parameters: {model.num_params():,}"
     if train is None:
         result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
@@ -477,7 +496,7 @@ def main(cfg: TrainConfig) -> None:
 
     # --- resume
     progress = restore(start, start_path, state) if resumes else Progress()
-    log = Log(out, progress.iter_num, machine, open_sinks(cfg, machine))
+    log = Log(out, progress.iter_num, machine, open_sinks(cfg, machine, resumes))
     log.say(f"{machine.device}, {str(machine.dtype)[6:]}, {size}")
     if resumes:
         log.say(f"going on from {start_path}, step {progress.iter_num}")
@@ -509,7 +528,8 @@ def main(cfg: TrainConfig) -> None:
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, cfg, machine)
-                log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
+                text = {"text": write_sample(model, tok, machine)} if log.sinks else {}
+                log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result, **text})
                 log.say(f"step {progress.iter_num:>6}  val {describe(result)}")
                 is_best = result["loss"] < progress.best_val_loss
                 progress.best_val_loss = min(result["loss"], progress.best_val_loss)
@@ -531,13 +551,13 @@ def main(cfg: TrainConfig) -> None:
     log.say(f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training: {out / 'best.pt'}")
 
 
-def open_sinks(cfg: TrainConfig, machine: Machine) -> list[Sink]:
+def open_sinks(cfg: TrainConfig, machine: Machine, resumes: bool) -> list[Sink]:
     """The loggers that `cfg` asks for, on the rank that has them."""
-    sinks = []
+    sinks, keys = [], dataclasses.asdict(cfg)
     if cfg.tensorboard and machine.is_main:
-        sinks.append(Sink("TensorBoard", functools.partial(tensorboard_sink, cfg.out_dir)))
+        sinks.append(Sink("TensorBoard", functools.partial(tensorboard_sink, cfg.out_dir, keys)))
     if cfg.wandb != "off" and machine.is_main:
-        arguments = cfg.out_dir, cfg.wandb, cfg.wandb_project, cfg.wandb_run_name, dataclasses.asdict(cfg)
+        arguments = cfg.out_dir, cfg.wandb, cfg.wandb_project, cfg.wandb_run_name, keys, resumes
         sinks.append(Sink("wandb", functools.partial(wandb_sink, *arguments)))
     return sinks
 

@@ -21,6 +21,11 @@ ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones 
 SCANNED_BYTES = 2**28  # in bins up to this size every token is looked at; larger ones are as meta.json says
 
 
+def find_dataset(name: str) -> Path:
+    """The folder of bins called `name`: a path, or a folder under data/."""
+    return Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
+
+
 def read_meta(folder: Path) -> dict:
     """Read `folder/meta.json`, which prepare.py wrote; raises DataError when there is none or it is damaged."""
     path = folder / "meta.json"

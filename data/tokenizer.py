@@ -1,11 +1,14 @@
-"""Tokenizers: byte-level BPE of our own training, GPT-2's, or single characters; each is plain JSON when saved.
+"""Tokenizers: byte-level BPE of our own training, GPT-2's, or single characters; each is plain JSON when saved, ours or
+Hugging Face's.
 
 Ids run: pieces of text first, special tokens last. Specials exist only as ids: text that spells one is ordinary text.
 """
 
 import codecs
+import math
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import rustbpe
@@ -157,6 +160,87 @@ def from_json(saved: dict) -> Tokenizer:
         return BPETokenizer(tokens, saved["specials"], saved["pattern"])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise DataError(f"tokenizer: is damaged ({type(e).__name__}: {e}); run prepare.py again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's tokenizer.json
+
+_visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's files show as they are
+_others = iter(range(256, 512))
+CHAR_OF_BYTE = {byte: chr(byte if byte in _visible else next(_others)) for byte in range(256)}
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+def to_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What stands in a tokenizer.json that gives the same ids; characters are its "words"."""
+    if isinstance(tokenizer, BPETokenizer):
+        names = ["".join(map(CHAR_OF_BYTE.__getitem__, token)) for token in tokenizer.tokens]
+        model = {"type": "BPE", "vocab": {name: id for id, name in enumerate(names)}, "merges": _merges(tokenizer)}
+        cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        pre_tokenizer, decoder = {"type": "Sequence", "pretokenizers": [cut, level]}, level
+    else:
+        vocab = {char: id for id, char in enumerate(tokenizer.chars)} | tokenizer.specials
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN}
+        cut = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+        pre_tokenizer, decoder = cut, {"type": "Fuse"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **flags} for name, id in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _merges(tokenizer: BPETokenizer) -> list[list[str]]:
+    """The two tokens that each token of several bytes is merged from, in order."""
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    merges = []
+    for token in tokenizer.tokens:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(["".join(map(CHAR_OF_BYTE.__getitem__, part)) for part in parts])
+    return merges
+
+
+def from_huggingface(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes.
+
+    Raises DataError unless it is to_huggingface's or like GPT-2's: bytes, then merges in the order of their ids, then
+    special tokens.
+    """
+    try:
+        model, specials = saved["model"], sorted(saved["added_tokens"], key=lambda token: token["id"])
+        names = [token["content"] for token in specials]
+        vocab = sorted((id, name) for name, id in model["vocab"].items() if name not in names)
+        pieces = [name for _, name in vocab]
+        if [id for id, _ in vocab] + [token["id"] for token in specials] != list(range(len(pieces) + len(names))):
+            raise ValueError("its special tokens are not the last")
+        if model["type"] == "WordLevel" and all(len(piece) == 1 for piece in pieces):
+            return CharTokenizer("".join(pieces), names)
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        single = [piece for piece in pieces if len(piece) == 1]
+        if model["type"] != "BPE" or pieces != single + [a + b for a, b in merges]:
+            raise ValueError("its ids are not in the order of its merges")
+        steps = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
+        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+        if {step["type"] for step in steps} - {"Split", "ByteLevel"} or len(patterns) > 1 or saved.get("normalizer"):
+            raise ValueError("it cuts text in another way")
+        if any(step.get("add_prefix_space") for step in steps):
+            raise ValueError("it puts a space before every text")
+        tokens = [bytes(map(BYTE_OF_CHAR.__getitem__, piece)) for piece in pieces]
+        return BPETokenizer(tokens, names, patterns[0] if patterns else PATTERN)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"tokenizer.json: is not one like GPT-2's ({type(e).__name__}: {e})") from None
 
 
 def style_token(style: str) -> str:

@@ -60,7 +60,8 @@ BPE, CHAR = ("--tokenizer=bpe", "--vocab_size=300"), ("--tokenizer=char",)
 @pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
 def test_bins_hold_the_books_and_meta_says_where(books, argv):
     out = run_on(books, *argv)
-    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    names = ["meta.json", *(["meta.pkl"] if argv == CHAR else []), "test.bin", "train.bin", "val.bin"]
+    assert sorted(path.name for path in out.iterdir()) == names
     meta, bins = read(out)
     tok = tokenizer.from_json(meta["tokenizer"])
     end = tok.specials[END]
@@ -282,17 +283,38 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
         ("blank.txt", b" \r\n\x1a", r"blank\.txt"),
         ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: byte 3 "),
         ("utf16.txt", "Alice".encode("utf-16"), r"utf16\.txt: byte 0 "),
-        ("folder.txt", None, r"folder\.txt: is not a file"),
+        ("folder.txt", os.mkdir, r"folder\.txt: is not a file"),
+        ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a file"),
     ],
 )
 def test_a_book_that_can_not_be_read_is_named_and_nothing_is_written(books, name, content, said):
-    if content is None:
-        (books / name).mkdir()
+    if callable(content):
+        content(books / name)
     else:
         (books / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         run_on(books, *CHAR)
     assert not (books.parent / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
+def test_a_hundred_megabytes_on_one_line_take_at_most_ten_times_as_much_memory(tmp_path, argv):
+    text = " ".join(random.Random(0).choices(WORDS, k=1_000_000)).encode()
+    with open(tmp_path / "line.txt", "wb") as f:
+        while f.tell() < 100_000_000:
+            f.write(text)
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    command = f"import resource, sys, configurator, prepare; before = {peak}; "
+    command += f"prepare.main(configurator.load(prepare.PrepareConfig, sys.argv[1:])); print({peak} - before)"
+    argv = (f"--input={tmp_path}/line.txt", f"--out={tmp_path}/out", *argv)
+    done = subprocess.run([sys.executable, "-c", command, *argv], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert int(done.stdout.splitlines()[-1]) < 1_000_000  # kB
+    meta, bins = read(tmp_path / "out")
+    tok = tokenizer.from_json(meta["tokenizer"])
+    size = sum(len(tok.decode_bytes(ids.tolist())) for ids in bins.values())
+    assert size == (tmp_path / "line.txt").stat().st_size + 1  # the line end that it lacked
 
 
 def test_too_little_text_for_the_vocabulary_names_the_most_it_carries(books):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import configurator
@@ -429,7 +430,29 @@ def test_tensorboard_and_wandb_get_the_same_numbers(small, monkeypatch):
     assert len(seen[1:-1]) == len(found)
     assert [numbers["train/loss"] for numbers in seen[1:-1] if "train/loss" in numbers] == losses(found)
     assert {"val/loss", "val/ppl", "val/bpb", "val/loss/alpha", "val/loss/beta"} <= set().union(*seen[1:-1])
-    assert any(path.name.startswith("events.out.tfevents") for path in Path(small["out_dir"]).iterdir())
+    texts = [numbers["val/text"] for numbers in seen[1:-1] if "val/text" in numbers]
+    assert len(texts) == 2 and all(len(text) > 50 for text in texts)
+    board = EventAccumulator(small["out_dir"]).Reload()
+    assert set(board.Tags()["scalars"]) >= {"train/loss", "train/mfu", "train/peak_mem_mb", "val/ppl", "val/loss/beta"}
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(found))
+    assert "val/text/text_summary" in board.Tags()["tensors"]
+
+
+def test_a_run_that_goes_on_keeps_its_id_at_wandb(small, monkeypatch):
+    seen = []
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: seen.append(options) or type("Run", (), {"log": print, "finish": print})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(small, wandb="offline", max_iters=3)
+    run(small, wandb="offline", init_from="auto")
+    run(small, wandb="offline")
+    ids = [options["id"] for options in seen]
+    assert ids[0] == ids[1] != ids[2] and all(options["resume"] == "allow" for options in seen)
+
+
+def test_the_sample_for_the_loggers_leaves_training_as_it_is(small, tmp_path):
+    with_sample = run(small, tensorboard=True, dropout=0.1)
+    assert losses(with_sample) == losses(run(small, dropout=0.1, out_dir=str(tmp_path / "plain")))
 
 
 def test_a_failing_logger_never_stops_training(small, monkeypatch, capsys):
