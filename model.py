@@ -430,12 +430,12 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tag: int | None = None
+        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tags: torch.Tensor | None = None
     ) -> Generator[torch.Tensor, torch.Tensor | None, None]:
         """Continue `idx`, yielding the next id of each row (B,) int64 as it is chosen; the first step fills a KV cache.
 
-        idx: (B, n) int64, n >= 1. tag: an id that stands first in every window, as in training. Whoever is done with
-        some rows may send() those to go on with, (n,) int64: the others cost nothing any more.
+        idx: (B, n) int64, n >= 1. tags: (B,) int64, ids that stand first in every window, as in training. Whoever is
+        done with some rows may send() those to go on with, (n,) int64: the others cost nothing any more.
         """
         B, n = idx.shape
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
@@ -445,13 +445,13 @@ class GPT(nn.Module):
         for end in range(n, n + max_new_tokens):
             if (new_start := self.window_start(end)) != start:
                 start = new_start
-                logits = self(self._window(text[:, start:end], tag), cache=cache)[0][:, 0]
+                logits = self(self._window(text[:, start:end], tags), cache=cache)[0][:, 0]
             else:
                 logits = decode(text[:, end - 1])
             text[:, end] = choose(logits, text[:, :end])
             rows = yield text[:, end]
             if rows is not None:
-                text = text[rows]
+                text, tags = text[rows], None if tags is None else tags[rows]
                 cache.keep(rows)
                 decode = self._decoder(cache)
 
@@ -461,7 +461,5 @@ class GPT(nn.Module):
         return Graphed(decode) if cache.keys.device.type == "cuda" else decode
 
     @staticmethod
-    def _window(window: torch.Tensor, tag: int | None) -> torch.Tensor:
-        if tag is None:
-            return window
-        return torch.cat([torch.full_like(window[:, :1], tag), window[:, 1:]], dim=1)
+    def _window(window: torch.Tensor, tags: torch.Tensor | None) -> torch.Tensor:
+        return window if tags is None else torch.cat([tags[:, None], window[:, 1:]], dim=1)

@@ -85,7 +85,8 @@ def ours(poet: Poet, prompt: str) -> Write:
     def write(passages: int, tokens: int) -> tuple[float, float]:
         poet.machine.synchronize()
         start = time.perf_counter()
-        stream = poet.stream(prompt, passages, max_new_tokens=tokens, top_p=1.0, **SAMPLING)
+        settings = {"max_new_tokens": tokens, "until": "tokens", "top_p": 1.0}
+        stream = poet.stream(poet.begin(prompt, passages, **settings, **SAMPLING))
         next(stream)
         first_s = time.perf_counter() - start  # the ids are on the host by then
         collections.deque(stream, maxlen=0)

@@ -296,7 +296,8 @@ def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, row
     if as_on_cuda:
         record_lengths(monkeypatch)
     for choose in (lambda: greedy, lambda: seeded(5)):
-        cached = torch.stack(list(model.generate(prompt, 60, choose(), tag)))
+        tags = None if tag is None else torch.full((rows,), tag)
+        cached = torch.stack(list(model.generate(prompt, 60, choose(), tags)))
         naive = torch.stack(list(write_naively(model, prompt, 60, choose(), tag)))
         assert torch.equal(cached, naive)
         assert len(set(cached[:, 0].tolist())) > 3  # the test would be idle if it wrote one word for ever
@@ -334,14 +335,14 @@ def test_window_slides_in_half_blocks_and_always_holds_the_end():
     assert starts == sorted(starts)
 
 
-def test_the_tag_stands_first_in_every_window():
+def test_each_rows_tag_stands_first_in_every_window():
     model, windows = make(), []
     handle = model.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
-    list(model.generate(ids(2, 10), 40, greedy, tag=60))
+    list(model.generate(ids(2, 10), 40, greedy, torch.tensor([60, 59])))
     handle.remove()
     fills = [window for window in windows if window.shape[1] > 1]
     assert len(fills) == 1 + math.ceil((10 + 39 - 16) / 8)
-    assert all((window[:, 0] == 60).all() for window in fills)
+    assert all(window[:, 0].tolist() == [60, 59] for window in fills)
 
 
 def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
@@ -358,8 +359,9 @@ def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, 
     model, prompt, kept = make(), ids(4, 6), torch.tensor([3, 1])
     if as_on_cuda:
         record_lengths(monkeypatch)
-    whole = torch.stack(list(model.generate(prompt, 30, greedy)))
-    writing, found = model.generate(prompt, 30, greedy), []
+    tags = torch.tensor([60, 59, 58, 57])
+    whole = torch.stack(list(model.generate(prompt, 30, greedy, tags)))
+    writing, found = model.generate(prompt, 30, greedy, tags), []
     for step in range(30):
         found.append(writing.send(kept if step == 7 else None))
     assert [len(chosen) for chosen in found] == [4] * 7 + [2] * 23

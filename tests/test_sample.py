@@ -1,19 +1,23 @@
-import collections
 import io
+import json
 import math
+import os
+import pty
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import configurator
 import sample
 from configurator import ConfigError
-from data.tokenizer import END, BPETokenizer, CharTokenizer
+from data.tokenizer import END, CharTokenizer
 from model import GPT, GPTConfig
-from sample import Passage, Poet, Settings
+from passage import Settings
+from sample import Poet, SampleConfig
 
 ALPHABET = "\n !abcdefghijklmnopqrstuvwxyz"
 SPECIALS = [END, "<|alice|>", "<|bard|>"]
@@ -38,73 +42,6 @@ def poet(path):
     return Poet(str(path), device="cpu", dtype="float64")
 
 
-# --- choosing a token
-
-
-def test_repetition_penalty_is_ctrls():
-    logits, text = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[0, 1, 0]])
-    assert sample.penalize_repetition(logits, text, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
-
-
-@pytest.mark.parametrize("k", [1, 3, 50])
-def test_top_k_keeps_the_k_largest(k):
-    logits = torch.randn(4, 20)
-    kept = sample.keep_top_k(logits, k)
-    for row, row_kept in zip(logits.tolist(), kept.tolist(), strict=True):
-        best = sorted(row, reverse=True)[:k]
-        assert [x if x in best else -math.inf for x in row] == row_kept
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
-def test_top_p_keeps_the_smallest_likely_set(p):
-    logits = torch.randn(4, 20, dtype=torch.float64)
-    kept = sample.keep_top_p(logits, p)
-    for row, row_kept in zip(logits.softmax(-1).tolist(), kept.tolist(), strict=True):
-        total, expected = 0.0, set()
-        for i in sorted(range(20), key=lambda i: -row[i]):
-            expected.add(i)
-            total += row[i]
-            if total >= p:
-                break
-        assert {i for i in range(20) if row_kept[i] > -math.inf} == expected
-
-
-def test_draw_inverts_the_cumulative_distribution():
-    probs = torch.tensor([[1 / 8, 2 / 8, 0.0, 5 / 8]]).expand(800, 4)
-    uniforms = (torch.arange(800).double() + 0.5) / 800
-    assert collections.Counter(sample.draw(probs, uniforms).tolist()) == {0: 100, 1: 200, 3: 500}
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sample.draw(probs[:2], ends).tolist() == [0, 3]
-    assert sample.draw(torch.tensor([[0.0, 1.0]] * 2), ends).tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("k, p", [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 0.999)])
-def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
-    logits = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    left = sample.keep_top_p(sample.keep_top_k(logits, k or 20), p) > -math.inf
-    for id in range(20):
-        ids = torch.full((30,), id)
-        assert torch.equal(sample.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
-
-
-@pytest.mark.parametrize("k, p", [(0, 1.0), (0, 0.9), (0, 0.1), (3, 1.0), (1, 1.0), (6, 0.6)])
-def test_chosen_tokens_have_the_filtered_distribution(k, p):
-    n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    settings = Settings(temperature=0.7, top_k=k, top_p=p)
-    choose = sample.Chooser(settings, torch.tensor([5]), range(n))
-    counts = torch.bincount(choose(logits.expand(n, -1), torch.zeros(n, 1, dtype=torch.long)), minlength=12)
-    expected = logits[0] / 0.7
-    expected[5] = -math.inf
-    for i, order in enumerate(expected.argsort(descending=True).tolist()):
-        if k and i >= k:
-            expected[order] = -math.inf
-    probs, total = expected.softmax(-1), 0.0
-    for order in probs.argsort(descending=True).tolist():
-        total, probs[order] = total + probs[order].item(), probs[order] if total < p else 0.0
-    probs /= probs.sum()
-    assert (abs(counts / n - probs) <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
-
-
 def test_written_tokens_follow_the_models_distribution(poet):
     prompt = "the q"
     idx = torch.tensor([poet.tokenizer.encode(prompt)])
@@ -113,7 +50,7 @@ def test_written_tokens_follow_the_models_distribution(poet):
         logits[special] = -math.inf if special != poet.tokenizer.specials[END] else logits[special]
     expected = (logits / 0.7).softmax(-1)
     n = 4000
-    pieces = next(iter(poet.stream(prompt, n, temperature=0.7, top_p=1.0)))
+    pieces = next(iter(poet.stream(poet.begin(prompt, n, temperature=0.7, top_p=1.0))))
     for id, char in enumerate(ALPHABET):
         share = pieces.count(char) / n
         assert abs(share - expected[id]) < 4.5 * math.sqrt(expected[id] * (1 - expected[id]) / n) + 1e-9
@@ -127,7 +64,7 @@ def test_temperature_zero_is_greedy(poet):
     if poet.tokenizer.specials[END] in ids:
         ids = ids[: ids.index(poet.tokenizer.specials[END])]
     expected = poet.tokenizer.decode_bytes(ids).decode()
-    assert poet.write("ab", temperature=0, max_new_tokens=12) == [expected]
+    assert poet.write("ab", temperature=0, max_new_tokens=12, until="tokens") == [expected]
 
 
 # --- passages
@@ -137,8 +74,8 @@ def test_a_passage_is_the_same_alone_and_beside_others(poet):
     together = poet.write("o romeo", n=4, max_new_tokens=40)
     assert len(set(together)) == 4
     for i, text in enumerate(together):
-        alone = "o romeo" + "".join(piece for (piece,) in poet.stream("o romeo", 1, first=i, max_new_tokens=40))
-        assert alone == text
+        alone = poet.begin("o romeo", 1, first=i, max_new_tokens=40)
+        assert "o romeo" + "".join(piece for (piece,) in poet.stream(alone)) == text
     assert poet.write("o romeo", seed=1, max_new_tokens=40) != poet.write("o romeo", seed=2, max_new_tokens=40)
     assert poet.write("o romeo", n=4, max_new_tokens=40) == together
 
@@ -146,10 +83,10 @@ def test_a_passage_is_the_same_alone_and_beside_others(poet):
 def test_a_passage_that_is_done_is_no_longer_computed(poet, monkeypatch):
     rows, decode = [], poet.model.decode
     monkeypatch.setattr(poet.model, "decode", lambda ids, **keys: rows.append(len(ids)) or decode(ids, **keys))
-    alone = poet.write("o romeo", n=6, max_new_tokens=60)
+    alone = poet.write("o romeo", n=6, max_new_tokens=60, until="tokens")
     letter = max(ALPHABET, key=lambda c: len({text.find(c, 7) for text in alone}))  # ends them in different places
     rows.clear()
-    ended = poet.write("o romeo", n=6, max_new_tokens=60, stop=(letter,))
+    ended = poet.write("o romeo", n=6, max_new_tokens=60, stop=(letter,), until="tokens")
     assert ended == [text[:7] + text[7:].split(letter)[0] for text in alone]
     assert rows[0] == 6 and len(set(rows)) > 2 and rows == sorted(rows, reverse=True)
 
@@ -164,44 +101,38 @@ def test_the_style_changes_the_text_and_stands_first(poet):
     assert all(window[0, 0] == tag for window in windows) and len(windows) > 3
 
 
-def test_only_the_end_token_of_the_specials_is_ever_written(path, poet):
-    choose = sample.Chooser(Settings(temperature=0), poet.forbidden, range(1))
-    text = torch.zeros(1, 1, dtype=torch.long)
-    for name, id in poet.tokenizer.specials.items():
-        logits = torch.zeros(1, poet.tokenizer.vocab_size, dtype=torch.float64)
-        logits[0, id] = 50.0
-        assert (int(choose(logits, text)) == id) == (name == END)
+def test_a_blend_is_the_weighted_mean_of_its_styles_log_probabilities(poet):
+    shares = {poet.tokenizer.specials["<|bard|>"]: 0.75, poet.tokenizer.specials["<|alice|>"]: 0.25}
+    assert poet.blend_of("bard:3, alice") == shares and poet.blend_of("") == {}
+    end, prompt = poet.tokenizer.specials[END], poet.tokenizer.encode("once upon")
+    ids, texts = list(prompt), {}
+    while len(ids) < len(prompt) + 30 and ids[-1] != end:
+        mean = 0
+        for tag, share in shares.items():
+            window = [tag, *ids]
+            start = poet.model.window_start(len(window))
+            logits = poet.model(torch.tensor([[tag, *window[start + 1 :]]]))[0][0, -1]
+            logits[poet.forbidden] = -math.inf
+            mean = mean + share * logits.log_softmax(-1)
+        ids.append(int(mean.argmax()))
+    for n in (1, 3):
+        texts = poet.write("once upon", n, style="bard:3,alice", max_new_tokens=30, temperature=0, until="tokens")
+        assert texts == [poet.tokenizer.decode_bytes(ids).decode()] * n
+    assert texts[0] not in poet.write("once upon", style="bard", max_new_tokens=30, temperature=0, until="tokens")
+    several = poet.write("a", 4, style="bard:0.5,alice:0.5", max_new_tokens=60)  # rows end one by one
+    for i, text in enumerate(several):
+        alone = poet.begin("a", 1, i, style="bard:0.5,alice:0.5", max_new_tokens=60)
+        assert "a" + "".join(piece for (piece,) in poet.stream(alone)) == text
 
 
-@pytest.mark.parametrize("stops", [("ab",), ("aab", "b!"), ("zzz",), ("\n\n",)])
-def test_streaming_ends_before_a_stop_and_never_shows_a_part_of_it(stops):
-    tokenizer = BPETokenizer([bytes([b]) for b in range(256)] + [b"aa", b"\n\n", b"xab!"], [END])
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        ids = rng.choice([*b"ab!xz\n", 256, 257, 258], size=12).tolist()
-        whole = tokenizer.decode_bytes(ids).decode()
-        cuts = [whole.find(stop) for stop in stops if stop in whole]
-        expected = whole[: min(cuts)] if cuts else whole
-        passage, shown = Passage(tokenizer, stops), ""
-        for id in ids:
-            shown += passage.push(id)
-            assert expected.startswith(shown)
-        assert shown + passage.finish() == expected == passage.text
-
-
-def test_streamed_pieces_are_whole_characters():
-    tokenizer = BPETokenizer([bytes([b]) for b in range(256)], [END])
-    text = "né 你好 🌹!"
-    passage = Passage(tokenizer, ())
-    pieces = [passage.push(id) for id in tokenizer.encode(text)]
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    assert passage.push(tokenizer.specials[END]) == "" and passage.done
-    cut = Passage(tokenizer, ())
-    assert cut.push("é".encode()[0]) == "" and cut.finish() == "\ufffd"
+@pytest.mark.parametrize("style", ["bard:x", "bard:0", "bard:-1", "bard:inf", "alice,bob", "bard,", ","])
+def test_a_wrong_blend_is_named(poet, style):
+    with pytest.raises(ConfigError, match="style: found"):
+        poet.begin(style=style)
 
 
 def test_writing_goes_on_past_the_block_and_stops_at_max_new_tokens(poet):
-    pieces = list(poet.stream("a", 1, max_new_tokens=100, seed=5))
+    pieces = list(poet.stream(poet.begin("a", max_new_tokens=100, seed=5)))
     assert len(pieces) <= 101
     (text,) = poet.write("a" * 50, max_new_tokens=30)
     assert len(text) <= 80
@@ -216,7 +147,7 @@ def test_wrong_settings_are_named(poet):
     with pytest.raises(ConfigError, match=r"style: found 'bob', must be one of the model's: alice, bard"):
         poet.write(style="bob")
     with pytest.raises(ConfigError, match="top_p"):
-        poet.stream(top_p=0)
+        poet.begin(top_p=0)
 
 
 def test_unknown_characters_are_named(poet):
@@ -236,7 +167,52 @@ def test_prompt_comes_from_text_file_or_stdin(tmp_path, monkeypatch):
         sample.read_prompt(f"FILE:{tmp_path}/bad.txt")
 
 
-# --- the prompt of its own
+# --- saved passages
+
+
+def saved(path, file, *keys) -> list[dict]:
+    sample.main(configurator.load(SampleConfig, [f"--checkpoint={path}", f"--save={file}", "--device=cpu", *keys]))
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_saved_passages_are_written_again_to_the_byte(path, tmp_path, capsys):
+    file = tmp_path / "passages.jsonl"
+    saved(path, file, "--prompt=o romeo", "--num_samples=3", "--max_new_tokens=40", "--style=bard:0.6,alice:0.4")
+    records = saved(
+        path, file, "--seed=5", "--stop=!", "--stop=qq", "--top_p=0.8", "--no_repeat_ngram=4", "--dtype=float64"
+    )
+    assert [r["number"] for r in records] == [0, 1, 2, 0] and len({r["text"] for r in records}) == 4
+    assert all(len(r["ids"]) == len(r["logprobs"]) and max(r["logprobs"]) < 0 for r in records)
+    model, tok, _ = checkpoint.load_model(path, torch.device("cpu"), torch.float64)
+    ids = records[3]["ids"][:10]
+    logits = model(torch.tensor([tok.encode("\n") + ids]), torch.tensor([[0] * 11]))[0][0, :-1]
+    logits[:, [id for name, id in tok.specials.items() if name != END]] = -math.inf
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert records[3]["logprobs"][:10] == pytest.approx(expected.tolist(), abs=1e-5)
+    capsys.readouterr()
+    sample.main(configurator.load(SampleConfig, [f"--replay={file}"]))
+    out = capsys.readouterr().out
+    assert "4 passages, each as it was" in out and all(r["prompt"] + r["text"] in out for r in records)
+
+
+def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
+    file = tmp_path / "passages.jsonl"
+    (record,) = saved(path, file, "--max_new_tokens=20")
+    for changes, said in (
+        ({"text": record["text"] + "x"}, "line 1 comes out otherwise"),
+        ({"ids": record["ids"][1:]}, "line 1 comes out otherwise"),
+        ({"sha256": "0"}, "line 1 was written by another"),
+    ):
+        file.write_text(json.dumps(record | changes))
+        with pytest.raises(ConfigError, match=said):
+            sample.replay(file)
+    for line in ("{", "[1]", json.dumps({"text": ""})):
+        file.write_text(line)
+        with pytest.raises(ConfigError, match="line 1 is not a saved passage"):
+            sample.replay(file)
+
+
+# --- the session
 
 
 def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # noqa: B008
@@ -251,7 +227,7 @@ def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # 
         return line
 
     monkeypatch.setattr("builtins.input", answer)
-    sample.interact(poet, settings)
+    sample.Session(poet, settings).run()
 
 
 def test_interactive_commands_change_settings_and_survive_mistakes(poet, monkeypatch, capsys):
@@ -279,7 +255,7 @@ def test_ctrl_c_stops_the_passage_not_the_session(poet, monkeypatch, capsys):
 
     def stream(*args, **settings):
         calls.append(args)
-        yield ["some"]
+        yield [""]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(poet, "stream", stream)
@@ -291,6 +267,64 @@ def test_each_interactive_passage_is_new_until_the_seed_is_set(poet, monkeypatch
     interact(poet, monkeypatch, ["once", "once", "/seed 1337", "once"], Settings(max_new_tokens=30))
     first, second, third = (text.split("\n>")[0] for text in capsys.readouterr().out.split("once")[1:])
     assert first.strip() == third.strip() != second.strip()
+
+
+def test_a_passage_is_taken_up_again(poet, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "kept.jsonl"
+    script = [
+        "/more",
+        "/save x",
+        "once",
+        "/more",
+        "/again",
+        f"/save {file}",
+        "/save",
+        "/save /nowhere/x",
+        "/until speech",
+    ]
+    interact(poet, monkeypatch, [*script, "/settings"], Settings(max_new_tokens=20, until="tokens"))
+    out = capsys.readouterr().out
+    assert "/more: there is no passage yet" in out and "/save: name a file" in out and "until: 'speech'" in out
+    assert "/nowhere/x" in out
+    first = poet.write("once", max_new_tokens=20, until="tokens")[0]
+    more = poet.begin(first, 1, 1, max_new_tokens=20, until="tokens")
+    list(poet.stream(more))
+    assert first + "\n" + more[0].text in out
+    (record,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert record["prompt"] == first and record["number"] == 2 and record["text"] != more[0].text
+    sample.replay(file)
+
+
+def test_a_session_over_a_pipe(path):
+    command = [sys.executable, "sample.py", str(path), "--interactive", "--max_new_tokens=10"]
+    done = subprocess.run(command, input="once\n/more\n/quit\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "> once" in done.stdout and done.stdout.count("> ") == 3 and done.stderr == ""
+
+
+def test_a_session_in_a_terminal(path):
+    command = [sys.executable, "sample.py", str(path), "--interactive", "--max_new_tokens=10", "--device=cpu"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command)
+    shown = b""
+
+    def until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(terminal, 1000)
+        shown = shown.split(text, 1)[1]
+
+    until(b"> ")
+    os.write(terminal, b"once\r")
+    until(b"once\r\n")
+    until(b"once")
+    until(b"\r\n> ")
+    os.write(terminal, b"/settings\r")
+    until(b"max_new_tokens: 10")
+    until(b"> ")
+    os.write(terminal, b"/quit\r")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
 
 
 def test_command_line_writes_and_reports(path):

@@ -1,0 +1,137 @@
+"""The choice of the next token: penalties, temperature, filters, and a draw from what they leave.
+
+Logits and probabilities are (B, V), a text so far is (B, n) int64.
+"""
+
+import numpy as np
+import torch
+
+from passage import Settings
+
+
+def penalize_repetition(logits: torch.Tensor, text: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divide the positive logits of tokens in `text` by `penalty`, multiply the negative (Keskar et al. 2019, CTRL)."""
+    seen = logits.gather(1, text)
+    return logits.scatter(1, text, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def forbid_repeats(logits: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
+    """Leave no token with which n tokens in a row would come a second time (Paulus et al. 2017, arXiv:1705.04304)."""
+    if text.shape[1] < n:
+        return logits
+    grams = text.unfold(1, n, 1)  # (B, places, n)
+    same = (grams[..., :-1] == text[:, None, text.shape[1] - n + 1 :]).all(-1)
+    rows, places = same.nonzero(as_tuple=True)
+    left = logits.index_put((rows, grams[rows, places, -1]), logits.new_tensor(-torch.inf))
+    return torch.where(left.amax(-1, keepdim=True) > -torch.inf, left, logits)  # something must be written
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Leave the k largest logits of each row, the rest -inf (Fan et al. 2018, arXiv:1805.04833)."""
+    smallest = logits.topk(min(k, logits.shape[1])).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Leave each row's likeliest tokens until their probability reaches p (Holtzman et al. 2020, arXiv:1904.09751)."""
+    ordered, places = logits.sort(descending=True)
+    probs = ordered.softmax(-1)
+    ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= p, -torch.inf)
+    return torch.empty_like(logits).scatter_(1, places, ordered)
+
+
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Leave tokens at least p times as probable as their row's likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    probs = logits.softmax(-1)
+    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -torch.inf)
+
+
+def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: int, p: float, min_p: float) -> torch.Tensor:
+    """Whether keep_top_k, if k, then keep_top_p, if p < 1, and keep_min_p would leave each row's token, (B,) bool.
+
+    probs: (B, V). ids: (B,) int64. Asks how many tokens are likelier than it, and what they add up to: no sorting.
+    """
+    own = probs.gather(1, ids[:, None])
+    likelier = probs > own
+    kept = likelier.sum(-1) < (k or probs.shape[1])
+    if p < 1:
+        kept &= (probs * likelier).sum(-1) < (p * probs.topk(min(k, probs.shape[1])).values.sum(-1) if k else p)
+    if min_p:
+        kept &= own[:, 0] >= min_p * probs.amax(-1)
+    return kept
+
+
+def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of log-probabilities: (B * S, V), the S rows of a text one after another, and (S,) -> (B, V)."""
+    return (logits.log_softmax(-1).unflatten(0, (-1, len(weights))) * weights[:, None]).sum(1)
+
+
+def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One token a row, (B,) int64: the inverse of the cumulative distribution at `uniforms` (B,) float64 in [0, 1)."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+class Chooser:
+    """Picks each row's next token by `settings`, never one of `forbidden` (ids, int64).
+
+    Row i draws from a random stream of its own, made from (seed, passages[i]), so that a passage is the same whatever
+    is written beside it. weights: of the styles in which each text is read, (S,); S rows of logits make one of choices.
+    logprobs: (B,) of the tokens chosen last, under the model alone, if `keeps_logprobs`.
+    """
+
+    def __init__(
+        self, settings: Settings, forbidden: torch.Tensor, passages: range, weights: list[float], keeps_logprobs: bool
+    ):
+        self.settings, self.forbidden, self.keeps_logprobs = settings, forbidden, keeps_logprobs
+        self.weights = torch.tensor(weights, device=forbidden.device)
+        self.streams = [np.random.default_rng((settings.seed, passage)) for passage in passages]
+        self.logprobs: torch.Tensor | None = None
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these passages alone."""
+        self.streams = [self.streams[row] for row in rows]
+
+    def uniforms(self, rows: list[int]) -> torch.Tensor:
+        """The next number of each of these rows' streams, float64 in [0, 1)."""
+        numbers = [self.streams[row].random() for row in rows]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.forbidden.device)
+
+    def __call__(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Logits (B * S, V) and the text so far (B * S, n) int64 -> ids (B * S,) int64, S alike in a row."""
+        styles = len(self.weights)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, self.forbidden, -torch.inf)
+        if styles > 1:
+            logits, text = blend(logits, self.weights), text[::styles]
+        ids = self.choose(logits, text)
+        if self.keeps_logprobs:
+            self.logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        return ids.repeat_interleave(styles) if styles > 1 else ids
+
+    def choose(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) and the text so far (B, n) int64 -> ids (B,) int64."""
+        s = self.settings
+        if s.repetition_penalty != 1:
+            logits = penalize_repetition(logits, text, s.repetition_penalty)
+        if s.no_repeat_ngram:
+            logits = forbid_repeats(logits, text, s.no_repeat_ngram)
+        if s.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / s.temperature
+        probs = logits.softmax(-1)
+        ids = draw(probs, self.uniforms(list(range(len(probs)))))
+        if not s.top_k and s.top_p == 1 and not s.min_p:
+            return ids
+        # A token drawn from all and thrown back unless the filters leave it has the distribution that they leave, and
+        # to ask whether they do takes a tenth of their sorting. Most are left; after three throws they are applied.
+        rows = (~is_kept(probs, ids, s.top_k, s.top_p, s.min_p)).nonzero()[:, 0]
+        for _ in range(2):
+            if not len(rows):
+                return ids
+            again = draw(probs[rows], self.uniforms(rows.tolist()))
+            ids[rows] = again
+            rows = rows[~is_kept(probs[rows], again, s.top_k, s.top_p, s.min_p)]
+        if len(rows):
+            left = keep_top_p(keep_top_k(logits[rows], s.top_k or logits.shape[1]), s.top_p)
+            ids[rows] = draw(keep_min_p(left, s.min_p).softmax(-1), self.uniforms(rows.tolist()))
+        return ids

@@ -1,0 +1,136 @@
+"""Choosing a token: each rule against transformers' own, the draw against its distribution."""
+
+import collections
+import math
+
+import pytest
+import torch
+import transformers
+
+import choose
+from choose import Chooser
+from data.tokenizer import END
+from passage import Settings
+
+
+def test_repetition_penalty_is_ctrls():
+    logits, text = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[0, 1, 0]])
+    assert choose.penalize_repetition(logits, text, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_k_keeps_the_k_largest(k):
+    logits = torch.randn(4, 20)
+    kept = choose.keep_top_k(logits, k)
+    for row, row_kept in zip(logits.tolist(), kept.tolist(), strict=True):
+        best = sorted(row, reverse=True)[:k]
+        assert [x if x in best else -math.inf for x in row] == row_kept
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_likely_set(p):
+    logits = torch.randn(4, 20, dtype=torch.float64)
+    kept = choose.keep_top_p(logits, p)
+    for row, row_kept in zip(logits.softmax(-1).tolist(), kept.tolist(), strict=True):
+        total, expected = 0.0, set()
+        for i in sorted(range(20), key=lambda i: -row[i]):
+            expected.add(i)
+            total += row[i]
+            if total >= p:
+                break
+        assert {i for i in range(20) if row_kept[i] > -math.inf} == expected
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    probs = torch.tensor([[1 / 8, 2 / 8, 0.0, 5 / 8]]).expand(800, 4)
+    uniforms = (torch.arange(800).double() + 0.5) / 800
+    assert collections.Counter(choose.draw(probs, uniforms).tolist()) == {0: 100, 1: 200, 3: 500}
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert choose.draw(probs[:2], ends).tolist() == [0, 3]
+    assert choose.draw(torch.tensor([[0.0, 1.0]] * 2), ends).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("k, p", [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 0.999)])
+def test_a_token_is_kept_just_when_the_filters_leave_it(k, p, min_p):
+    logits = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left = choose.keep_min_p(choose.keep_top_p(choose.keep_top_k(logits, k or 20), p), min_p) > -math.inf
+    for id in range(20):
+        ids = torch.full((30,), id)
+        assert torch.equal(choose.is_kept(logits.softmax(-1), ids, k, p, min_p), left[:, id])
+
+
+def test_each_rule_is_that_of_transformers():
+    torch.manual_seed(0)
+    logits, text = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
+    for ours, theirs in (
+        (choose.penalize_repetition(logits, text, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
+        (choose.forbid_repeats(logits, text, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
+        (choose.forbid_repeats(logits, text, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
+        (choose.forbid_repeats(logits, text, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
+        (choose.keep_top_k(logits, 7), transformers.TopKLogitsWarper(7)),
+        (choose.keep_top_p(logits, 0.8), transformers.TopPLogitsWarper(0.8)),
+        (choose.keep_min_p(logits, 0.05), transformers.MinPLogitsWarper(0.05)),
+    ):
+        expected = theirs(text, logits)
+        assert torch.equal(ours, expected) and not torch.equal(ours, logits), type(theirs).__name__
+
+
+def test_where_every_token_would_repeat_something_is_written_all_the_same():
+    logits, text = torch.randn(2, 3), torch.tensor([[0, 1, 2], [0, 1, 1]])
+    left = choose.forbid_repeats(logits, text, 1)
+    assert torch.equal(left[0], logits[0]) and left[1].isinf().tolist() == [True, True, False]
+    assert torch.equal(choose.forbid_repeats(logits, text[:, :1], 2), logits)  # shorter than what may not repeat
+
+
+def test_a_blend_is_the_weighted_mean_of_log_probabilities():
+    logits, shares = torch.randn(6, 9, dtype=torch.float64), [0.7, 0.3]
+    blended = choose.blend(logits, torch.tensor(shares, dtype=torch.float64)).softmax(-1)
+    for i in range(3):
+        probs = logits[2 * i].softmax(-1) ** 0.7 * logits[2 * i + 1].softmax(-1) ** 0.3
+        torch.testing.assert_close(blended[i], probs / probs.sum())
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.25, 0.75]])
+def test_log_probabilities_are_the_models_whatever_the_filters(shares):
+    logits = torch.randn(3 * len(shares), 9, dtype=torch.float64)
+    settings = Settings(temperature=0.3, top_k=2, repetition_penalty=1.5, no_repeat_ngram=1)
+    chooser = Chooser(settings, torch.tensor([8]), range(3), shares, True)
+    ids = chooser(logits, torch.zeros(len(logits), 4, dtype=torch.long)).view(3, -1)
+    assert (ids == ids[:, :1]).all()
+    for i in range(3):
+        kept = logits[len(shares) * i : len(shares) * (i + 1)].clone()
+        kept[:, 8] = -math.inf
+        mean = sum(share * row.log_softmax(-1) for share, row in zip(shares, kept, strict=True))
+        torch.testing.assert_close(chooser.logprobs[i], mean.log_softmax(-1)[ids[i, 0]], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "k, p, min_p",
+    [(0, 1.0, 0), (0, 0.9, 0), (0, 0.1, 0), (3, 1.0, 0), (1, 1.0, 0), (6, 0.6, 0), (0, 1.0, 0.3), (5, 0.9, 0.2)],
+)
+def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
+    n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    settings = Settings(temperature=0.7, top_k=k, top_p=p, min_p=min_p)
+    chooser = Chooser(settings, torch.tensor([5]), range(n), [1.0], False)
+    counts = torch.bincount(chooser(logits.expand(n, -1), torch.zeros(n, 1, dtype=torch.long)), minlength=12)
+    expected = logits[0] / 0.7
+    expected[5] = -math.inf
+    for i, order in enumerate(expected.argsort(descending=True).tolist()):
+        if k and i >= k:
+            expected[order] = -math.inf
+    probs, total = expected.softmax(-1), 0.0
+    for order in probs.argsort(descending=True).tolist():
+        total, probs[order] = total + probs[order].item(), probs[order] if total < p else 0.0
+    probs[probs < min_p * probs.max()] = 0
+    probs /= probs.sum()
+    assert (abs(counts / n - probs) <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
+
+
+def test_only_the_end_token_of_the_specials_is_ever_written():
+    specials = {END: 10, "<|alice|>": 11, "<|unk|>": 12}
+    chooser = Chooser(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], False)
+    for name, id in specials.items():
+        logits = torch.zeros(1, 13, dtype=torch.float64)
+        logits[0, id] = 50.0
+        assert (int(chooser(logits, torch.zeros(1, 1, dtype=torch.long))) == id) == (name == END)

@@ -1,0 +1,326 @@
+"""Weights and tokenizers of other tools, both ways, against those tools' own code."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import decode, make_book
+
+import checkpoint
+import configurator
+import prepare
+import sample
+import train
+from checkpoint import CheckpointError
+from data import tokenizer
+from data.tokenizer import END, BPETokenizer
+from model import GPT, GPTConfig
+from sample import Poet, SampleConfig
+from train import TrainConfig
+
+SHAPES = [{}, {"bias": False}, {"gelu": "tanh"}, {"n_layer": 1, "n_head": 4, "block_size": 24}]
+
+
+def make_checkpoint(path: Path, tok: tokenizer.Tokenizer, **shape) -> Path:
+    """A checkpoint of ours with random weights, biases and gains too."""
+    torch.manual_seed(0)
+    config = GPTConfig(**{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32} | shape, vocab_size=tok.vocab_size)
+    model = GPT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train([make_book(3, 60) + "Été, 東京! 1234 don't  we'll\t\n"], 360, [END, "<|alpha|>"])
+
+
+# --- nanoGPT
+
+
+@pytest.fixture
+def nanogpt(tmp_path, monkeypatch) -> Path:
+    """A character checkpoint as nanoGPT leaves it in a checkout, with its data set's meta.pkl."""
+    chars = "\n ,.abcdefghij"
+    data = tmp_path / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    ids = {char: i for i, char in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "itos": {i: char for char, i in ids.items()}, "stoi": ids}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=len(chars), n_layer=2, n_head=2, n_embd=16))
+    entries = checkpoint.model_entries(model)
+    compiled = {f"_orig_mod.{name}": p for name, p in entries["model"].items()}
+    content = {"model": compiled, "optimizer": {}, "model_args": entries["model_args"], "iter_num": 5}
+    content |= {"best_val_loss": torch.tensor(2.0), "config": {"dataset": "shakespeare_char"}}
+    (tmp_path / "out").mkdir()
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    return tmp_path / "out" / "ckpt.pt"
+
+
+def test_nanogpts_characters_are_found_in_its_checkout_or_beside_the_checkpoint(nanogpt, tmp_path):
+    text = Poet(str(nanogpt), "cpu", "float32").write("abc ", max_new_tokens=20, until="tokens")[0]
+    assert text.startswith("abc ") and len(text) == 24
+    moved = tmp_path / "far" / "away" / "model.pt"
+    moved.parent.mkdir(parents=True)
+    os.rename(nanogpt, moved)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; put nanoGPT's meta\.pkl"):
+        Poet(str(moved), "cpu", "float32")
+    os.rename(tmp_path / "data" / "shakespeare_char" / "meta.pkl", moved.with_name("meta.pkl"))
+    assert Poet(str(moved), "cpu", "float32").write("abc ", max_new_tokens=20, until="tokens")[0] == text
+
+
+def test_a_meta_pkl_runs_nothing(nanogpt, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    for content in (pickle.dumps({"itos": Bomb()}), b"not a pickle", pickle.dumps([1])):
+        (tmp_path / "data" / "shakespeare_char" / "meta.pkl").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"meta\.pkl: is not a meta\.pkl of nanoGPT's"):
+            Poet(str(nanogpt), "cpu", "float32")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, small, capsys):
+    (tmp_path / "abc.txt").write_text("abc, def.\nghij abc.\n" * 100)
+    keys = {"input": (str(tmp_path / "abc.txt"),), "out": str(tmp_path / "bins"), "tokenizer": str(nanogpt)}
+    prepare.main(prepare.PrepareConfig(**keys))
+    train.main(TrainConfig(**small | {"init_from": str(nanogpt), "dataset": str(tmp_path / "bins")}))
+    trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
+    assert trained["model_args"]["block_size"] == 16 and trained["tokenizer"]["chars"] == "\n ,.abcdefghij"
+    (tmp_path / "abc.txt").write_text("abc xyz" * 100)
+    with pytest.raises(prepare.DataError, match="tokenizer: does not know 'x', 'y', 'z'"):
+        prepare.main(prepare.PrepareConfig(**keys))
+
+
+def test_nanogpts_padding_is_never_written(tmp_path, bpe, monkeypatch):
+    """A GPT-2 vocabulary that nanoGPT padded to a multiple of 64."""
+    monkeypatch.setattr(checkpoint, "GPT2_SIZES", (360, 448))
+    monkeypatch.setattr(BPETokenizer, "gpt2", lambda specials: bpe)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=448, n_layer=1, n_head=2, n_embd=16))
+    torch.nn.init.normal_(model.lm_head.weight[360:], std=100)
+    entries = checkpoint.model_entries(model)
+    torch.save({"model": entries["model"], "model_args": entries["model_args"]}, tmp_path / "padded.pt")
+    poet = Poet(str(tmp_path / "padded.pt"), "cpu", "float32")
+    assert poet.tokenizer is not None and len(poet.write("The", temperature=0, max_new_tokens=30)[0]) >= 3
+
+
+def test_prepared_characters_are_a_data_set_of_nanogpts(books):
+    meta = pickle.loads((books / "meta.pkl").read_bytes())
+    ids = np.fromfile(books / "val.bin", dtype=np.uint16)
+    tok = tokenizer.from_json(json.loads((books / "meta.json").read_text())["tokenizer"])
+    assert meta["vocab_size"] == tok.vocab_size == len(meta["itos"]) and max(meta["itos"]) == tok.vocab_size - 1
+    parts = "".join(meta["itos"][i] for i in ids.tolist()).split(END)
+    assert "".join(parts) == decode(tok, ids.tolist())
+    assert [meta["stoi"][char] for char in parts[0]] == ids[: len(parts[0])].tolist()
+
+
+def test_nanogpts_optimizer_goes_on_from_ours(small):
+    """Its AdamW has two groups, matrices and vectors, each in the order of the model's parameters."""
+    train.main(TrainConfig(**small | {"optimizer": "adamw"}))
+    saved = torch.load(Path(small["out_dir"]) / "ckpt.pt", weights_only=True)
+    assert isinstance(saved["iter_num"], int) and isinstance(saved["best_val_loss"], float)
+    model = checkpoint.build_model(saved, Path("ckpt.pt"))
+    params = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in params.values() if p.dim() >= 2]},
+        {"params": [p for p in params.values() if p.dim() < 2]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    optimizer.load_state_dict(saved["optimizer"])
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].shape == p.shape and state["step"] == small["max_iters"]
+    assert len(optimizer.state) == len(params)
+
+
+# --- Hugging Face
+
+
+def export(path: Path, folder: Path) -> tuple:
+    """Export, then load with transformers, in float64: its model and tokenizer."""
+    sample.main(SampleConfig(checkpoint=str(path), export=str(folder), device="cpu", dtype="float32", max_new_tokens=5))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    return theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_exported_model_is_the_same_in_transformers_and_when_it_comes_back(tmp_path, bpe, shape):
+    path = make_checkpoint(tmp_path / "best.pt", bpe, **shape)
+    theirs, their_tok = export(path, tmp_path / "export")
+    ours, tok, _ = checkpoint.load_model(path, torch.device("cpu"), torch.float64)
+    back, back_tok, _ = checkpoint.load_model(tmp_path / "export", torch.device("cpu"), torch.float64)
+    idx = torch.randint(tok.vocab_size, (3, ours.config.block_size))
+    with torch.no_grad():
+        logits = ours(idx, idx)[0]
+        torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(back(idx, idx)[0], logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(theirs.float()(idx).logits, logits.float(), rtol=0, atol=1e-4)
+        theirs.double()
+    assert back_tok.to_json() == tok.to_json()
+    assert theirs.config.eos_token_id == their_tok.eos_token_id == tok.specials[END]
+    prompt = their_tok("The rabbit", return_tensors="pt")
+    new = ours.config.block_size - prompt["input_ids"].shape[1]
+    greedy = theirs.generate(**prompt, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
+    choose = lambda logits, text: logits.argmax(-1)  # noqa: E731
+    written = [ids.item() for ids in ours.generate(prompt["input_ids"], new, choose)]
+    assert greedy[-new:].tolist() == written
+
+
+def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, bpe, books):
+    texts = [make_book(9, 20), "  spaces\n\n\n and\ttabs, it's 1234 we'll don't", "Été 東京 🙂", " ", "\n"]
+    chars = tokenizer.from_json(json.loads((books / "meta.json").read_text())["tokenizer"])
+    val = np.fromfile(books / "val.bin", dtype=np.uint16).tolist()
+    for name, tok, checked in (("bpe", bpe, texts), ("char", chars, [decode(chars, val), make_book(9, 3), "é"])):
+        _, theirs = export(make_checkpoint(tmp_path / f"{name}.pt", tok), tmp_path / name)
+        for text in checked:
+            assert theirs(text)["input_ids"] == tok.encode(text)
+            assert theirs.decode(tok.encode(text), skip_special_tokens=True) == decode(tok, tok.encode(text))
+        for special, id in tok.specials.items():
+            assert theirs(special)["input_ids"] == [id]
+        assert (
+            tokenizer.from_huggingface(json.loads((tmp_path / name / "tokenizer.json").read_text())).to_json()
+            == tok.to_json()
+        )
+
+
+@pytest.mark.slow
+def test_the_exported_reference_tokenizer_gives_the_same_ids_on_the_whole_test_split(tmp_path):
+    prepare.main(prepare.PrepareConfig(corpus="data/robopoet", out=str(tmp_path)))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    tok = tokenizer.from_json(meta["tokenizer"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_huggingface(tok)))
+    theirs, ids = (
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+        np.fromfile(tmp_path / "test.bin", "<u2"),
+    )
+    for span in meta["splits"]["test"]["documents"]:
+        part = ids[span["start"] : span["stop"]].tolist()[:-1]  # without <|endoftext|>
+        assert theirs.encode(decode(tok, part)).ids == part
+
+
+def test_an_export_says_what_the_model_is_and_overwrites_nothing(tmp_path, small, capsys):
+    train.main(TrainConfig(**small))
+    best = Path(small["out_dir"]) / "best.pt"
+    export(best, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "Validation loss: " in card and "- alpha: " in card and "`<|beta|>`" in card
+    with pytest.raises(CheckpointError, match="exists"):
+        export(best, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer():
+    """A byte-level BPE that tokenizers trained, with a special token behind it, as GPT-2 has one."""
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([make_book(1, 60), "Été 東京"], vocab_size=500, show_progress=False)
+    theirs.add_special_tokens([END])
+    return theirs
+
+
+@pytest.mark.parametrize("gelu", ["gelu_new", "gelu"])
+@pytest.mark.parametrize("shard", ["10GB", "40KB"])
+def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(tmp_path, small, their_tokenizer, gelu, shard):
+    vocab_size = their_tokenizer.get_vocab_size()
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "activation_function": gelu}
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=vocab_size, initializer_range=0.2, **shape)
+    )
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    their_tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shard == "40KB")
+
+    text = make_book(5, 80)
+    for name in ("alpha", "beta"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    keys = {"input": (str(tmp_path / "*.txt"),), "out": str(tmp_path / "bins"), "tokenizer": str(tmp_path / "theirs")}
+    prepare.main(prepare.PrepareConfig(**keys))
+    meta = json.loads((tmp_path / "bins" / "meta.json").read_text())
+    assert meta["vocab_size"] == vocab_size + 2 and meta["styles"] == {"alpha": vocab_size, "beta": vocab_size + 1}
+    first = meta["splits"]["train"]["documents"][0]
+    ids = np.fromfile(tmp_path / "bins" / "train.bin", dtype=np.uint16)[first["start"] : first["stop"]].tolist()
+    assert ids[:-1] == their_tokenizer.encode(decode(tokenizer.from_json(meta["tokenizer"]), ids)).ids
+    assert ids[-1] == their_tokenizer.token_to_id(END)
+
+    ours, _, _ = checkpoint.load_model(tmp_path / "theirs", torch.device("cpu"), torch.float64)
+    idx = torch.randint(vocab_size, (2, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs.double().eval()(idx).logits, rtol=0, atol=1e-9)
+    train.main(TrainConfig(**small | {"init_from": str(tmp_path / "theirs"), "dataset": str(tmp_path / "bins")}))
+    trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
+    assert trained["model_args"]["vocab_size"] == vocab_size + 2 and trained["model_args"]["block_size"] == 48
+    assert trained["model_extra"] == {"gelu": "tanh" if gelu == "gelu_new" else "none"}
+    assert Poet(str(Path(small["out_dir"]) / "best.pt"), "cpu", "float32").write("The", style="beta", max_new_tokens=5)
+
+
+def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
+    whole = tmp_path / "whole"
+    export(make_checkpoint(tmp_path / "best.pt", bpe), whole)
+    config, tok = (json.loads((whole / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
+
+    def refused(name: str, content: bytes | dict | None, said: str) -> None:
+        folder = tmp_path / "changed"
+        folder.mkdir()
+        for path in whole.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(CheckpointError, match=said) as told:
+            checkpoint.load_model(folder, torch.device("cpu"), torch.float32)
+        assert len(str(told.value).splitlines()) == 1
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+    refused("config.json", config | {"model_type": "llama"}, "model_type: found 'llama'")
+    refused(
+        "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
+    )
+    refused("config.json", config | {"activation_function": "relu"}, "activation_function: found 'relu'")
+    refused("config.json", b"{", r"config\.json: is not what")
+    refused("config.json", {"model_type": "gpt2"}, r"config\.json: is not what")
+    refused("config.json", config | {"n_layer": 3}, "its weights don't fit")
+    refused("model.safetensors", None, r"model\.safetensors: not found")
+    refused("model.safetensors", (whole / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
+    refused("tokenizer.json", None, "has no tokenizer")
+    refused(
+        "tokenizer.json",
+        tok | {"model": tok["model"] | {"merges": tok["model"]["merges"][::-1]}},
+        "order of its merges",
+    )
+    refused("tokenizer.json", tok | {"added_tokens": [{"id": 0, "content": END}]}, "not the last")
+    refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in another way")
+
+
+def test_a_name_is_asked_of_the_hub_and_its_silence_is_told(tmp_path, bpe, books, monkeypatch):
+    import huggingface_hub
+
+    export(make_checkpoint(tmp_path / "best.pt", bpe), tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **keys: str(tmp_path / name))
+    assert checkpoint.load(Path("hub"))["model_args"]["n_embd"] == 32
+
+    def offline(name, **keys):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        CheckpointError, match=r"gpt2: no such file or folder, and the Hugging Face Hub could not be asked"
+    ):
+        train.main(TrainConfig(init_from="gpt2", device="cpu", out_dir=str(tmp_path / "out"), dataset=str(books)))
+    with pytest.raises(
+        configurator.ConfigError, match="tokenizer: must be bpe, char, gpt2 or a checkpoint; bpee: no such"
+    ):
+        prepare.main(prepare.PrepareConfig(corpus="data/robopoet", tokenizer="bpee"))
