@@ -313,7 +313,9 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         for name, value in (files | {"tokenizer": tokenizer.to_huggingface(tok)}).items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
-        os.chmod(part, 0o755)
+        for path in part.iterdir():
+            path.chmod(0o644)
+        part.chmod(0o755)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -22,7 +22,7 @@ from data import DataError, corpus, tokenizer
 from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 
 KINDS = ("bpe", "char", "gpt2")  # of tokenizers
-FORMAT = 1  # of meta.json and the bins; a higher one makes earlier ones stale
+FORMAT = 2  # of what is written; a higher one makes earlier ones stale
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ def test_an_export_says_what_the_model_is_and_overwrites_nothing(tmp_path, small
     best = Path(small["out_dir"]) / "best.pt"
     export(best, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()} == {0o644}
     assert "Validation loss: " in card and "- alpha: " in card and "`<|beta|>`" in card
     with pytest.raises(CheckpointError, match="exists"):
         export(best, tmp_path / "export")
