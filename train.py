@@ -313,6 +313,32 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     }
 
 
+@torch.no_grad()
+def compare_tags(
+    model: GPT, split: Split, tags: dict[str, int], cfg: TrainConfig, machine: Machine
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """What a wrong tag costs: (style, tag of another) -> nats/token more than under the right one, standard error.
+
+    Means over windows; the standard error is that of the difference, window by window.
+    """
+    names = list(tags)
+    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)  # windows, differences, their squares
+    for wrong, tag in enumerate(tags.values()):
+        other = dataclasses.replace(split, tags=np.full_like(split.tags, tag))
+        shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
+        for right, its in zip(eval_batches(split, *shape), eval_batches(other, *shape), strict=True):
+            with machine.autocast():
+                losses = [model(batch.inputs, batch.targets, reduction="none")[1].sum(1) for batch in (right, its)]
+            more = ((losses[1] - losses[0]) / (right.targets >= 0).sum(1)).cpu().double()
+            style = torch.tensor([names.index(split.styles[document]) for document in right.document])
+            sums[:, :, wrong].index_add_(1, style, torch.stack([torch.ones_like(more), more, more**2]))
+    n, total, square = machine.all_reduce(sums)
+    mean = total / n
+    error = ((square / n - mean**2).clamp(min=0) / n).sqrt()
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j and n[i, j]]
+    return {(names[i], names[j]): (mean[i, j].item(), error[i, j].item()) for i, j in pairs}
+
+
 def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
     """A hundred tokens that go on from a line end, for the loggers; its randomness is its own, not training's."""
     random = torch.Generator(machine.device).manual_seed(0)
@@ -480,8 +506,11 @@ def main(cfg: TrainConfig) -> None:
     size = f"ranks: {machine.world_size}, parameters: {model.num_params():,}"
     if train is None:
         result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
+        costs = compare_tags(model, val, meta["styles"], cfg, machine) if len(meta["styles"]) in range(2, 9) else {}
         if machine.is_main:
             print(f"{machine.device}, {str(machine.dtype)[6:]}, {size}\n{start_path} on {val.path}: {describe(result)}")
+            for (style, other), (more, error) in costs.items():
+                print(f"{style} under {other}'s tag: {more:+.4f} ± {error:.4f} nats/token")
         return close(machine)
     if machine.is_main:
         check_space(out, model)

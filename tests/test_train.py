@@ -409,6 +409,30 @@ def test_eval_only_reports_any_split_and_trains_nothing(small, capsys):
     assert path.read_bytes() == before
 
 
+def test_the_cost_of_a_wrong_tag_is_that_of_a_naive_loop(small, small_config, books):
+    model = train.new_model(small_config, read_meta(books)["vocab_size"]).double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    meta = read_meta(books)
+    split = open_split(books, "val", meta, 32, CPU.device)
+    found = train.compare_tags(model, split, meta["styles"], small_config, CPU)
+    assert found.keys() == {("alpha", "beta"), ("beta", "alpha")}
+    for document, style in enumerate(split.styles):
+        wrong = next(tag for name, tag in meta["styles"].items() if name != style)
+        more = []
+        ids = split.tokens[split.starts[document] : split.stops[document]].long()
+        for start in range(0, len(ids) - 1, 32):
+            window = ids[start : start + 33]
+            losses = []
+            for tag in (meta["styles"][style], wrong):
+                inputs = torch.cat([torch.tensor([tag]), window[1:-1]])
+                logits = model(inputs[None], inputs[None])[0][0]
+                losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+            more.append(losses[1] - losses[0])
+        mean, error = found[style, "beta" if style == "alpha" else "alpha"]
+        assert mean == pytest.approx(np.mean(more)) and error == pytest.approx(np.std(more) / len(more) ** 0.5)
+
+
 # --- loggers
 
 
