@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,13 @@ def make_checkpoint(path: Path, tok: tokenizer.Tokenizer, **shape) -> Path:
 @pytest.fixture(scope="module")
 def bpe() -> BPETokenizer:
     return BPETokenizer.train([make_book(3, 60) + "Été, 東京! 1234 don't  we'll\t\n"], 360, [END, "<|alpha|>"])
+
+
+def test_no_script_imports_what_is_optional():
+    command = "import sys, prepare, train, sample; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    optional = {"transformers", "tokenizers", "huggingface_hub", "matplotlib", "wandb", "tensorboard"}
+    assert done.returncode == 0 and not optional & set(done.stdout.split())
 
 
 # --- nanoGPT
