@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, learn, ranks, sample_speed, scaling, torture, train_speed
+from bench import common, demo, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
@@ -28,6 +28,10 @@ SECTIONS = {  # a result's kind -> its heading, and the function that shows all 
         ranks.table,
     ),
     "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
+    "prepare_speed": (
+        "**Preparing text.** From JSON lines to bins, start to end; and the encoder beside tiktoken's batches.",
+        prepare_speed.table,
+    ),
     "torture": ("**Torture.** A run that is killed, stopped and damaged, beside an unbroken one.", torture.table),
 }
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

@@ -13,7 +13,7 @@ import torch
 import configurator
 import prepare
 import train
-from bench import common, demo, learn, plot, ranks, sample_speed, scaling, table, torture, train_speed
+from bench import common, demo, learn, plot, prepare_speed, ranks, sample_speed, scaling, table, torture, train_speed
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data import tokenizer
@@ -319,6 +319,20 @@ def test_sample_speed(run, results, peer, monkeypatch):
         assert case["ratio"]["nanoGPT"]["max"] < 1000 and case["gb_per_s"] > 0
     assert 0 < result["val_loss"]["float32"] < 5
     assert "nanoGPT" in sample_speed.table([result]) and "the same by everyone" in sample_speed.remarks(result)[0]
+
+
+def test_prepare_speed(run, results, tmp_path, monkeypatch):
+    (tmp_path / "corpus.yaml").write_text(f"sources: [{{style: day, file: {run}/day.txt}}]\n", encoding="utf-8")
+    args = [f"--corpus={tmp_path}", "--document_chars=100", "--megabytes=0.05", "--lap_megabytes=0.02", "--repeats=2"]
+    args += ["--vocab_size=265"]
+    result, name = start(monkeypatch, prepare_speed, prepare_speed.PrepareSpeedConfig, *args)
+    assert name.startswith("prepare_speed_") and 500 <= result["documents"] <= 520
+    assert result["mb_per_s"] == pytest.approx(0.05 / result["seconds"], rel=0.01)
+    assert 50 < result["peak_mem_mb"] < 2000
+    assert ordered(result["tok_per_sec"]) and ordered(result["tiktoken_tok_per_sec"]) and ordered(result["ratio"])
+    assert "tiktoken" in prepare_speed.table([result])
+    with pytest.raises(ConfigError, match=r"prepare\.py failed: .*vocab_size"):
+        prepare_speed.main(prepare_speed.PrepareSpeedConfig(corpus=str(tmp_path), megabytes=0.01, vocab_size=200))
 
 
 @pytest.mark.slow
