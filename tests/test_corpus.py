@@ -182,6 +182,7 @@ SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\
         "\n\nEnd of the Project Gutenberg EBook of A Story\n\n*** END OF THIS PROJECT GUTENBERG EBOOK" + LICENCE,
         "\nEnd of Project Gutenberg's A Story, by Nobody\n" + LICENCE,
         "\n\nEnd of The Project Gutenberg Etext of A Story, by Nobody\n",
+        "\n\nend oF pRoject gutenBerg\n",
         "",
     ],
 )
@@ -614,6 +615,14 @@ def test_many_documents_are_dealt_whole_and_in_proportion():
     of_fewer = deal(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
     assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in dealt[name]} for name in corpus.SPLITS)
     assert deal(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
+
+
+def test_the_deal_of_many_documents_is_as_it_always_was():
+    dealt = deal(make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(300)]), (0.9, 0.05, 0.05), exact=False)
+    val = "16 53 58 104 147 157 180 194 202 203 235 241 264 277 288"
+    assert [doc.name for doc, _ in dealt["val"]] == [f"d{i}" for i in val.split()]
+    test = "25 94 96 107 156 159 222 239 255 269 294"
+    assert [doc.name for doc, _ in dealt["test"]] == [f"d{i}" for i in test.split()]
 
 
 def test_the_corpus_hash_depends_on_names_styles_texts_and_order():
