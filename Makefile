@@ -17,7 +17,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 clean:  ## forget everything that can be made again
-	rm -rf .venv out wandb data/*/raw data/*/*.bin data/*/meta.json data/*/meta.pkl
+	rm -rf .venv out wandb data/*/raw data/*/*.bin data/*/meta.json data/*/meta.pkl data/*/*.npz
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
