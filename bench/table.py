@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed
+from bench import common, demo, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed, writing
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
@@ -31,6 +31,11 @@ SECTIONS = {  # a result's kind -> its heading, and the function that shows all 
     "prepare_speed": (
         "**Preparing text.** From JSON lines to bins, start to end; and the encoder beside tiktoken's batches.",
         prepare_speed.table,
+    ),
+    "writing": (
+        "**Writing.** Bits per byte beside coders that know the train split; passages beside people's, from the test "
+        "split, with means and people's 1st to 99th percentile. Coherent: between these by every measure.",
+        writing.table,
     ),
     "torture": ("**Torture.** A run that is killed, stopped and damaged, beside an unbroken one.", torture.table),
 }

@@ -47,7 +47,9 @@ def bpe() -> BPETokenizer:
 
 def test_no_script_imports_what_is_optional():
     command = "import sys, prepare, train, sample; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     optional = {"transformers", "tokenizers", "huggingface_hub", "matplotlib", "wandb", "tensorboard"}
     assert done.returncode == 0 and not optional & set(done.stdout.split())
 
