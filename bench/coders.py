@@ -32,8 +32,8 @@ def zstd(known: bytes) -> Coder:
     dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
     def bits(text: bytes) -> float:
-        window_log = max((len(known) + len(text)).bit_length(), zstandard.WINDOWLOG_MIN)
-        parameters = zstandard.ZstdCompressionParameters.from_level(22, window_log=window_log, enable_ldm=True)
+        sizes = {"source_size": len(text), "dict_size": len(known)}  # the window follows from these
+        parameters = zstandard.ZstdCompressionParameters.from_level(22, **sizes)
         return 8.0 * len(zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(text))
 
     return bits

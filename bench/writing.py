@@ -39,13 +39,14 @@ class WritingConfig:
     checkpoint: str = "out/demo/best.pt"  # the model
     passages: int = 50  # that it writes in each style
     max_new_tokens: int = 200  # tokens of each, and of each passage of the test split beside them
+    temperature: float = Settings.temperature  # below 1: bolder towards the likely
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights when writing; auto: the fastest
     out: str = ""  # name of the result (writing_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return bounds(self, "passages max_new_tokens", 1)
+        return bounds(self, "passages max_new_tokens", 1) + bounds(self, "temperature", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def bits_per_byte(
     found.append({"coder": f"Kneser-Ney, {best.order} tokens", "bpb": bpb, "bpb_by_style": by_style})
 
     text = known.whole.encode()
-    ppmds = {order: coders.ppmd(text, order) for order in range(3, 8)}
+    ppmds = {order: coders.ppmd(text, order) for order in (4, 6, 8, 10, 12)}
     order = min(ppmds, key=lambda order: ppmds[order](val.whole.encode()))
     named = {f"PPMd, order {order}": ppmds[order], "xz -9e": coders.xz(text), "zstd -22": coders.zstd(text)}
     for name, coder in named.items():
@@ -270,16 +271,15 @@ def main(cfg: WritingConfig) -> None:
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
     vocabulary, names = set(words_of(known.whole)), {name for name, _ in speaker_lines(known.whole)}
     styles = {}
+    settings = dataclasses.asdict(Settings(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature))
     for style in test.styles:
-        settings = Settings(style=style if style in poet.styles else "", max_new_tokens=cfg.max_new_tokens)
-        written = poet.write(n=cfg.passages, **dataclasses.asdict(settings))
+        written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
         speakers = names if is_drama(known.text[style]) else set()
         styles[style] = judge(written, human, vocabulary, speakers, originality)
 
     run = path.parent.name
-    result = origin("writing", poet.machine) | {"run": run, "bpb": bpb, "styles": styles}
-    result |= {"settings": dataclasses.asdict(Settings(max_new_tokens=cfg.max_new_tokens))}
+    result = origin("writing", poet.machine) | {"run": run, "settings": settings, "bpb": bpb, "styles": styles}
     print(table([result]))
     write_result(result, cfg.out or f"writing_{run}_DEVICE")
 
@@ -316,7 +316,8 @@ def table(results: list[dict[str, Any]]) -> str:
             for writer in ("model", "people"):
                 found, show = figures[writer], _mean_of if writer == "model" else _range_of
                 cells = [show(found[name], form) if name in found else "" for name, (_, form) in COLUMNS.items()]
-                passages.append([*first, writer, *cells, f"{figures['coherent'][writer]:.0%}"])
+                named = f"model, temperature {r['settings']['temperature']:g}" if writer == "model" else writer
+                passages.append([*first, named, *cells, f"{figures['coherent'][writer]:.0%}"])
                 first = ["", ""]
     headings = [heading for heading, _ in COLUMNS.values()]
     return "\n\n".join(

@@ -1,5 +1,6 @@
 """What is copied is found, and nothing else; an index of another text is never believed."""
 
+import io
 import json
 import random
 import shutil
@@ -64,7 +65,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES, max_size=8))
 def test_it_finds_what_a_search_of_every_run_finds(index, works, pieces):
     text = " ".join(piece if isinstance(piece, str) else works[piece[0]][piece[1] :][: piece[2]] for piece in pieces)
@@ -130,12 +131,16 @@ def test_a_damaged_index_is_made_again(folder, tmp_path):
     cache = mine / "originality.npz"
     whole = cache.read_bytes()
     rng = random.Random(3)
-    headers = [i for i in range(len(whole)) if whole[i : i + 5] == b"shape"]
-    places = [*range(60), *(rng.randrange(len(whole)) for _ in range(100)), *range(len(whole) - 60, len(whole))]
-    places += [i + j for i in headers for j in range(8, 16) for _ in range(4)]
+    places = [*range(30), *(rng.randrange(len(whole)) for _ in range(50)), *range(len(whole) - 30, len(whole))]
+    flips = [(place, rng.randrange(8)) for place in places]
     damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
-    for place in places:
-        damaged.append(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
+    damaged += [whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :] for place, bit in flips]
+    with np.load(cache) as saved:
+        arrays = dict(saved)
+    arrays["text"] = arrays["text"][:300]  # as a bit in its header has it, which no CRC tells of an array read in part
+    shorter = io.BytesIO()
+    np.savez(shorter, **arrays)
+    damaged.append(shorter.getvalue())
     for content in damaged:
         cache.write_bytes(content)
         assert Originality(mine, sha256_of(mine)).check(passage) == expected
