@@ -16,16 +16,16 @@ import torch
 
 import checkpoint
 import configurator
-import train
 from bench import coders
 from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from checkpoint import CheckpointError
 from configurator import bounds
 from data import DataError, tokenizer
-from data.batches import read_meta
+from data.batches import find_dataset, read_meta
 from data.tokenizer import Tokenizer
 from originality import Originality, read_texts
-from sample import Poet, Settings
+from passage import Settings
+from sample import Poet
 
 HUMAN_PASSAGES = 500  # of each style at most; they overlap where a style's test text is short
 LOOP_WORDS = 50  # within which a sequence that begins three times is a loop
@@ -256,7 +256,7 @@ def main(cfg: WritingConfig) -> None:
     # --- model and texts
     path = Path(cfg.checkpoint)
     saved, poet = checkpoint.load(path), Poet(cfg.checkpoint, cfg.device, cfg.dtype)
-    folder = train.find_dataset(saved["config"]["dataset"])
+    folder = find_dataset(saved["config"]["dataset"])
     originality = Originality(folder, saved["text_sha256"])
     meta = read_meta(folder)
     known, val, test = (Texts(folder, name, meta, poet.tokenizer) for name in ("train", "val", "test"))
@@ -271,7 +271,8 @@ def main(cfg: WritingConfig) -> None:
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
     vocabulary, names = set(words_of(known.whole)), {name for name, _ in speaker_lines(known.whole)}
     styles = {}
-    settings = dataclasses.asdict(Settings(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature))
+    settings = {"max_new_tokens": cfg.max_new_tokens, "until": "tokens", "temperature": cfg.temperature}
+    settings = dataclasses.asdict(Settings(**settings))
     for style in test.styles:
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
