@@ -330,7 +330,7 @@ def compare_tags(
             with machine.autocast():
                 losses = [model(batch.inputs, batch.targets, reduction="none")[1].sum(1) for batch in (right, its)]
             more = ((losses[1] - losses[0]) / (right.targets >= 0).sum(1)).cpu().double()
-            style = torch.tensor([names.index(split.styles[document]) for document in right.document])
+            style = torch.tensor([names.index(split.styles[span]) for span in right.span])
             sums[:, :, wrong].index_add_(1, style, torch.stack([torch.ones_like(more), more, more**2]))
     n, total, square = machine.all_reduce(sums)
     mean = total / n
