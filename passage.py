@@ -32,7 +32,7 @@ class Settings:
     # the choice of a token; applied in this order, but for seed and temperature each is off unless given
     repetition_penalty: float = 1.0  # above 1: tokens already in the text are less likely
     no_repeat_ngram: int = 0  # no n tokens in a row come twice (0: they may)
-    temperature: float = 0.8  # below 1: bolder towards the likely; 0: always the likeliest
+    temperature: float = 0.9  # below 1: bolder towards the likely; 0: always the likeliest
     top_k: int = 0  # choose among the k likeliest (0: all)
     top_p: float = 0.95  # choose among the likeliest that together have this probability (1: all)
     min_p: float = 0.0  # leave out what is less likely than this share of the likeliest (0: nothing)

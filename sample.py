@@ -9,6 +9,7 @@ Poet("out/demo/best.pt").write("O Romeo", n=3)
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -25,7 +26,9 @@ from checkpoint import CheckpointError
 from choose import Chooser
 from configurator import ConfigError, bounds
 from data import DataError
+from data.batches import find_dataset
 from data.tokenizer import END, UNKNOWN, styles
+from originality import Originality
 from passage import Passage, Settings
 
 
@@ -38,6 +41,7 @@ class SampleConfig(Settings):
     prompt: str = ""  # text to go on from, FILE:path, or - for stdin; \n is a line end
     num_samples: int = 1  # passages, written together
     interactive: bool = False  # prompt again and again; /help there
+    check: bool = False  # tell how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file, a line of JSON, with all it takes to write it again
     replay: str = ""  # instead, write the passages of such a file again, and compare
     export: str = ""  # write the model, too, to this new folder, as Hugging Face's transformers read it
@@ -59,8 +63,9 @@ class Poet:
     def __init__(self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "auto"):
         self.machine = configurator.find_machine(device, dtype)
         self.path = Path(checkpoint_path)
-        self.model, self.tokenizer, _ = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
+        self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
         self.model.prepack()
+        self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.styles = styles(self.tokenizer)
         end = self.tokenizer.specials.get(END)
         forbidden = [id for id in self.tokenizer.specials.values() if id != end]
@@ -124,6 +129,13 @@ class Poet:
                     going = going.to(idx.device)
         yield [passage.finish() for passage in passages]
 
+    @functools.cached_property
+    def originality(self) -> Originality:
+        """The text that the model was trained on, to be searched; raises DataError when it is not at hand."""
+        if not self.text_sha256:
+            raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
+        return Originality(find_dataset(self.dataset), self.text_sha256)
+
     def blend_of(self, style: str) -> dict[int, float]:
         """The ids of the styles in `style` and their shares, as shakespeare:0.7,alice:0.3 has two; empty for no style.
 
@@ -171,10 +183,10 @@ def unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def tell(poet: Poet, passages: list[Passage], logprobs: bool = False, after: bool = False) -> None:
+def tell(poet: Poet, passages: list[Passage], logprobs: bool = False, check: bool = False, after: bool = False) -> None:
     """Print what passages that begin() gave become: one as it is written, several when they are whole.
 
-    after: the prompt stands there already.
+    check: and how original each is. after: the prompt stands there already.
     """
     prompt = "" if after else passages[0].prompt
     if not after and (problem := poet.unknown(prompt)):
@@ -188,8 +200,12 @@ def tell(poet: Poet, passages: list[Passage], logprobs: bool = False, after: boo
     else:
         for _ in stream:
             pass
-        for passage in passages:
+    for passage in passages:
+        if len(passages) > 1:
             print(prompt + passage.text)
+        if check:
+            print(f"\n{poet.originality.check(passage.text).describe()}")
+        if len(passages) > 1:
             print("-" * 15)
 
 
@@ -260,7 +276,7 @@ COMMANDS = {
     "/seed": "seed",
 }
 HELP = f"""{" VALUE, ".join(COMMANDS)} VALUE
-/more goes on, /again writes another, /save FILE keeps the last passage, /settings, /quit
+/more goes on, /again writes another, /check tells what is copied, /save FILE keeps the last passage, /settings, /quit
 anything else is a prompt (\\n: line end); Ctrl-C ends a passage"""
 
 
@@ -297,7 +313,7 @@ class Session:
         """Obey one line; raises ConfigError when it can't be done."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
-        if command in ("/more", "/again", "/save") and not self.last:
+        if command in ("/more", "/again", "/check", "/save") and not self.last:
             raise ConfigError(f"{command}: there is no passage yet; type a prompt")
         if not line.startswith("/"):
             self.write(unescape(line))
@@ -310,6 +326,8 @@ class Session:
             self.write(self.last[0].prompt + self.last[0].text, after=True)
         elif command == "/again":
             self.write(self.last[0].prompt)
+        elif command == "/check":
+            print(self.poet.originality.check(self.last[0].text).describe())
         elif command == "/save":
             if not argument:
                 raise ConfigError("/save: name a file, as /save passages.jsonl")
@@ -334,12 +352,14 @@ def main(cfg: SampleConfig) -> None:
         return replay(Path(cfg.replay))
     prompt = read_prompt(cfg.prompt)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+    if cfg.check:
+        _ = poet.originality  # if the training text is not here, that is told first
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**values | {"stop": tuple(map(unescape, cfg.stop))})
     if cfg.interactive:
         return Session(poet, settings).run()
     passages = poet.begin(prompt, cfg.num_samples, **dataclasses.asdict(settings))
-    tell(poet, passages, logprobs=bool(cfg.save))
+    tell(poet, passages, logprobs=bool(cfg.save), check=cfg.check)
     if cfg.save:
         save(Path(cfg.save), poet, passages)
     if cfg.export:

@@ -12,8 +12,11 @@ import torch
 
 import checkpoint
 import configurator
+import originality
 import sample
+import train
 from configurator import ConfigError
+from data import DataError
 from data.tokenizer import END, CharTokenizer
 from model import GPT, GPTConfig
 from passage import Settings
@@ -195,6 +198,24 @@ def test_saved_passages_are_written_again_to_the_byte(path, tmp_path, capsys):
     assert "4 passages, each as it was" in out and all(r["prompt"] + r["text"] in out for r in records)
 
 
+def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, tmp_path, capsys):
+    train.main(train.TrainConfig(**small | {"max_iters": 1, "eval_interval": 1, "warmup_iters": 0}))
+    best = Path(small["out_dir"]) / "best.pt"
+    keys = [f"--checkpoint={best}", "--check", "--device=cpu", "--max_new_tokens=60", "--num_samples=2"]
+    capsys.readouterr()
+    sample.main(configurator.load(SampleConfig, keys))
+    out = capsys.readouterr().out
+    assert out.count("longest copy: ") == out.count("not in the training text: ") == 2
+    poet = Poet(str(best), "cpu", "float32")
+    train_text = originality.read_texts(Path(small["dataset"]), "train")[0]
+    report = poet.originality.check(train_text[:200])
+    assert len(report.longest) > 150 and report.work == "alpha" and report.new[8] == 0
+    checkpoint.save(tmp_path / "other.pt", checkpoint.load(best) | {"text_sha256": "0"})
+    keys[0] = f"--checkpoint={tmp_path}/other.pt"
+    with pytest.raises(DataError, match="the checkpoint was trained on 0"):
+        sample.main(configurator.load(SampleConfig, keys))
+
+
 def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
     file = tmp_path / "passages.jsonl"
     (record,) = saved(path, file, "--max_new_tokens=20")
@@ -274,18 +295,20 @@ def test_a_passage_is_taken_up_again(poet, monkeypatch, capsys, tmp_path):
     script = [
         "/more",
         "/save x",
+        "/check",
         "once",
         "/more",
         "/again",
         f"/save {file}",
         "/save",
         "/save /nowhere/x",
+        "/check",
         "/until speech",
     ]
     interact(poet, monkeypatch, [*script, "/settings"], Settings(max_new_tokens=20, until="tokens"))
     out = capsys.readouterr().out
     assert "/more: there is no passage yet" in out and "/save: name a file" in out and "until: 'speech'" in out
-    assert "/nowhere/x" in out
+    assert "/nowhere/x" in out and "/check: there is no passage yet" in out and "which text it was trained on" in out
     first = poet.write("once", max_new_tokens=20, until="tokens")[0]
     more = poet.begin(first, 1, 1, max_new_tokens=20, until="tokens")
     list(poet.stream(more))
