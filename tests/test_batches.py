@@ -324,7 +324,7 @@ def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monk
     (tmp_path / "small").mkdir()
     meta = write_split(tmp_path / "small", DOCS)
     meta["splits"]["train"] = {"tokens": n, "documents": [{"name": "a", "style": "alice", "start": 0, "stop": n}]}
-    windows = TrainWindows(open_split(tmp_path, "train", meta, T, CPU), T, 1, 0.5)
+    windows = TrainWindows(open_split(tmp_path, "train", meta, 64, CPU), 64, 1, 0.5)
 
     def own_mb() -> float:  # pages of the file itself belong to the system
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
