@@ -9,6 +9,20 @@ import torch
 import torch.nn as nn
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that ranks share out among themselves, put together on each of them, who call together; others as is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor has; its import takes 0.5 s
+
+
+def shared_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """This rank's share of `tensor`, which every rank has whole, if `other` is shared out and of its shape."""
+    if hasattr(other, "full_tensor") and tensor.shape == other.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor
+
+
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """U V' of each matrix U S V', roughly, by five Newton-Schulz steps: (n, rows, columns) -> the same, in `dtype`.
 
@@ -55,7 +69,8 @@ class Muon(torch.optim.Optimizer):
                 if found_inf is not None:  # then nothing may change
                     lr, grads = lr * (1 - found_inf), torch.where(found_inf > 0, torch.stack(moments), grads)
                 torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
-                update = orthogonalize(grads.lerp(torch.stack(moments), group["momentum"]), self.dtype)
+                ahead = grads.lerp(torch.stack(moments), group["momentum"])
+                update = shared_as(orthogonalize(whole(ahead), self.dtype), ahead)  # only whole matrices have a U V'
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(update.to(grads.dtype) * (-lr * math.sqrt(max(1, rows / columns)))))
 

@@ -11,6 +11,8 @@ import functools
 import math
 import shutil
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import checkpoint
@@ -29,7 +32,7 @@ from data import DataError, tokenizer
 from data.batches import Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from model import GPT, GPTConfig, Graphed
-from optimizer import configure_optimizers
+from optimizer import configure_optimizers, shared_as, whole
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class TrainConfig:
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA alone, eager is faster on CPU
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
     timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
+    shard: bool = False  # FSDP2: weights, gradients and optimizer states shared out among ranks
 
     @property
     def rows_per_step(self) -> int:
@@ -157,7 +161,7 @@ class State:
     """What a step works on. `forward` is `model`, compiled and wrapped as the run wants it.
 
     trouble: (2,) int64 on the device, the first step whose loss or gradient was not finite on any rank (-1: none so
-    far) and whether this rank's loss was not.
+    far) and whether this rank's loss was not. sync_next: told before each backward whether ranks average its gradients.
     """
 
     model: GPT
@@ -165,12 +169,23 @@ class State:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     trouble: torch.Tensor
+    sync_next: Callable[[bool], None] = lambda wanted: None
     graphed_update: Graphed | None = None
 
 
 def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
-    """Move `model` to the device, compile and wrap it, and make its optimizers."""
-    model.to(machine.device)
+    """Move `model` to the device, or this rank's share of it, compile and wrap it, and make its optimizers."""
+    sharded = cfg.shard and machine.world_size > 1
+    if sharded:  # each module is moved as it is shared out: no device ever has the whole model
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits: no one writes into them
+        mesh = init_device_mesh(machine.device.type, (machine.world_size,))
+        for module in (*model.transformer.h, model):
+            fully_shard(module, mesh=mesh)
+    else:
+        model.to(machine.device)
     betas = (cfg.beta1, cfg.beta2)
     optimizers = configure_optimizers(
         model, cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas, machine.dtype
@@ -182,10 +197,13 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
         else:
             forward = torch.compile(model)
     compiled = forward is not model
-    if machine.world_size > 1:
-        forward = DistributedDataParallel(forward)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     state = State(model, forward, optimizers, scaler, torch.tensor([-1, 0], device=machine.device))
+    if sharded:
+        state.sync_next = model.set_requires_gradient_sync
+    elif machine.world_size > 1:
+        state.forward = DistributedDataParallel(forward)
+        state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if compiled and machine.device.type == "cuda" and machine.world_size == 1:
         state.graphed_update = Graphed(functools.partial(update, state, cfg, machine))
     return state
@@ -235,8 +253,7 @@ def update(
     count, rows = micro_batches(cfg, machine)
     total = torch.zeros((), device=machine.device)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
-        if machine.world_size > 1:
-            state.forward.require_backward_grad_sync = micro == count - 1
+        state.sync_next(micro == count - 1)
         with machine.autocast():
             loss = state.forward(x, y)[1]  # the logits can go
         state.scaler.scale(loss / count).backward()
@@ -248,7 +265,7 @@ def update(
         overflow = torch.stack(flags).amax()
         for flag in flags:
             flag.copy_(overflow)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf))
     bad = look_for_trouble(state, machine, step, total, norm)
     for optimizer in state.optimizers:
         if not state.scaler.is_enabled():
@@ -289,12 +306,11 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     lengths = torch.from_numpy(token_bytes).to(machine.device)
     # per style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
     sums = torch.zeros(6, len(names), dtype=torch.float64)
-    batches = eval_batches(
-        split, cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
-    )
-    for inputs, targets, span in batches:
+    shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
+    for inputs, targets, span in eval_batches(split, *shape, even=cfg.shard):
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
+        losses, targets = losses[: len(span)], targets[: len(span)]  # less the row that evens batches out
         counted = targets >= 0
         size = (lengths[targets.clamp(min=0)] * counted).sum(1)
         nats, count, size = (part.cpu().double() for part in (losses.sum(1), counted.sum(1), size))
@@ -412,7 +428,9 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
     try:
         for optimizer, saved in zip(state.optimizers, start["optimizer_states"], strict=True):
             asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
+            params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            moments = {i: {k: shared_as(v, params[i]) for k, v in of_p.items()} for i, of_p in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": moments})
             for group, settings in zip(optimizer.param_groups, asked, strict=True):
                 group.update(settings)  # rates and decay are the config's, which may have changed
         state.scaler.load_state_dict(start["scaler"])
@@ -421,8 +439,19 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
         raise CheckpointError(f"{path}: holds no run to go on with ({e}); use --init_from={path}") from None
 
 
-def save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict) -> None:
-    """Write ckpt.pt, keeping the one before as ckpt.prev.pt, and best.pt if this is the best model so far."""
+def save(
+    out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict, machine: Machine
+) -> None:
+    """Write ckpt.pt, keeping the one before as ckpt.prev.pt, and best.pt if this is the best model so far.
+
+    All ranks call it: what they share out is put together, and the main one writes.
+    """
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor | None:
+        if (gathered := whole(tensor)) is tensor:
+            return tensor
+        return gathered.cpu() if machine.is_main else None  # no device has more than one of them at a time
+
     content = {
         **checkpoint.model_entries(state.model),
         **dataclasses.asdict(progress),
@@ -431,9 +460,14 @@ def save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainC
         "text_sha256": meta["text_sha256"],
         "licences": meta.get("licences", []),
     }
+    content["model"] = tree_map_only(torch.Tensor, gather, content["model"])
+    content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]  # the same still, and written once
+    optimizer_states = [tree_map_only(torch.Tensor, gather, optimizer.state_dict()) for optimizer in state.optimizers]
+    if not machine.is_main:
+        return
     if is_best:
         checkpoint.save(out / "best.pt", content)
-    content["optimizer_states"] = [optimizer.state_dict() for optimizer in state.optimizers]
+    content["optimizer_states"] = optimizer_states
     content["optimizer"] = content["optimizer_states"][0]  # AdamW's, where nanoGPT looks for it
     content["scaler"] = state.scaler.state_dict()
     checkpoint.save(out / "ckpt.pt", content, keep=out / "ckpt.prev.pt")
@@ -557,14 +591,15 @@ def main(cfg: TrainConfig) -> None:
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, cfg, machine)
-                text = {"text": write_sample(model, tok, machine)} if log.sinks else {}
+                writes = log.sinks and not (cfg.shard and machine.world_size > 1)  # no rank can alone, with its share
+                text = {"text": write_sample(model, tok, machine)} if writes else {}
                 log.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result, **text})
                 log.say(f"step {progress.iter_num:>6}  val {describe(result)}")
                 is_best = result["loss"] < progress.best_val_loss
                 progress.best_val_loss = min(result["loss"], progress.best_val_loss)
                 progress.bad_evals = 0 if is_best else progress.bad_evals + 1
             if evaluates or end or save_now:
-                unsaved = try_to_save(out, state, progress, is_best, cfg, meta) if machine.is_main else ""
+                unsaved = try_to_save(out, state, progress, is_best, cfg, meta, machine)
                 log.say(unsaved or f"saved {out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
     bar.close()
@@ -591,10 +626,10 @@ def open_sinks(cfg: TrainConfig, machine: Machine, resumes: bool) -> list[Sink]:
     return sinks
 
 
-def try_to_save(out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict) -> str:
+def try_to_save(out: Path, state: State, progress: Progress, *rest: Any) -> str:
     """`save`; returns what went wrong, if the disk did. What was saved before still stands."""
     try:
-        save(out, state, progress, is_best, cfg, meta)
+        save(out, state, progress, *rest)
     except OSError as e:
         return f"step {progress.iter_num} could not be saved to {out}: {e.strerror or e}; the checkpoint before stands"
     return ""

@@ -116,8 +116,8 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     return {
         "step_ms": median_ms(lambda i: train.train_step(state, windows, keys, machine, i), 5),
         "watch_ms": median_ms(lambda i: watch(), 1000),
-        "save_ms": median_ms(lambda i: train.save(out, state, progress, False, keys, meta), 5),
-        "save_best_ms": median_ms(lambda i: train.save(out, state, progress, True, keys, meta), 5),
+        "save_ms": median_ms(lambda i: train.save(out, state, progress, False, keys, meta, machine), 5),
+        "save_best_ms": median_ms(lambda i: train.save(out, state, progress, True, keys, meta, machine), 5),
     }
 
 

@@ -176,10 +176,12 @@ def eval_batches(
     limit: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    even: bool = False,
 ) -> Iterator[EvalBatch]:
     """Walk a split in order in batches of `batch_size` rows, or its first `limit` batches; each rank has every n-th.
 
-    No window crosses a document's end, and every token but each document's first is a target just once.
+    No window crosses a document's end, and every token but each document's first is a target just once. even: all ranks
+    have as many batches, as those need that compute together; the last may then be one row, of no span.
     """
     first, stops, span = split.documents
     lengths = stops - first - 1  # targets
@@ -189,13 +191,15 @@ def eval_batches(
     starts = first[document] + within * block_size
     remaining = lengths[document] - within * block_size
     n_batches = math.ceil(len(starts) / batch_size)
-    for b in range(rank, min(n_batches, limit) if limit else n_batches, world_size):
-        rows = slice(b * batch_size, (b + 1) * batch_size)
+    n_batches = min(n_batches, limit) if limit else n_batches
+    for b in range(rank, n_batches + (-n_batches % world_size if even else 0), world_size):
+        rows = slice(b * batch_size, (b + 1) * batch_size) if b < n_batches else slice(1)
         window = split.gather(starts[rows], block_size + 1, device)
         beyond = torch.arange(block_size) >= torch.from_numpy(remaining[rows])[:, None]
         targets = window[:, 1:].masked_fill(beyond.to(device), -1)
         spans = span[document[rows]]
-        yield EvalBatch(_put_tags(window[:, :-1], split.tags[spans]), targets, spans)
+        inputs = _put_tags(window[:, :-1], split.tags[spans])
+        yield EvalBatch(inputs, targets, spans if b < n_batches else spans[:0])
 
 
 def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:

@@ -237,7 +237,11 @@ def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
     alone = list(eval_batches(split, T, 4, CPU))
     alone = alone[:limit] if limit else alone
     shared = [list(eval_batches(split, T, 4, CPU, limit, rank, world_size)) for rank in range(world_size)]
+    even = [list(eval_batches(split, T, 4, CPU, limit, rank, world_size, even=True)) for rank in range(world_size)]
     assert sum(map(len, shared)) == len(alone)
+    assert {len(of_rank) for of_rank in even} == {len(shared[0])}
+    for its, same in zip(even, shared, strict=True):
+        assert [batch.span.tolist() for batch in its if len(batch.span)] == [batch.span.tolist() for batch in same]
     for i, batch in enumerate(alone):
         other = shared[i % world_size][i // world_size]
         assert torch.equal(batch.inputs, other.inputs)

@@ -63,7 +63,7 @@ def save_step():
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, device="cpu", dtype="float32")
     state = train.build_state(cfg, CPU, train.new_model(cfg, 50))
     meta = {"tokenizer": {}, "text_sha256": ""}
-    return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta)
+    return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta, CPU)
 
 
 def save_for_ever(save_step, out: Path, announce: int) -> None:

@@ -1,7 +1,9 @@
-"""Two ranks on one machine, over gloo: the same bits twice, one rank's losses, and what happens when one falls out."""
+"""Two ranks on one machine, over gloo: the same bits twice, one rank's losses, shares, and when one falls out."""
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +15,9 @@ import torch
 
 import checkpoint
 import train
+from configurator import Machine
+from data import tokenizer
+from data.batches import open_split, read_meta
 from train import TrainConfig
 
 pytestmark = pytest.mark.slow
@@ -26,40 +31,65 @@ from checkpoint import CheckpointError
 from data import DataError
 what, step, flag = sys.argv.pop(1), int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
 train_step, forward = train.train_step, train.GPT.forward
-poison = False
+poison = ""
 
 def faulty(state, windows, cfg, machine, number):
     global poison
-    poison = False
+    poison = ""
     if machine.rank == 1 and number == step and not flag.exists():
         flag.touch()
         if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "kill agent":
+            os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == "hang":
             time.sleep(1000)
         elif what in ("SIGTERM", "SIGUSR1"):
             os.kill(os.getpid(), getattr(signal, what))
-        poison = what == "nan"
+        elif what == "count":
+            states = [value for o in state.optimizers for of_p in o.state.values() for value in of_p.values()]
+            flag.write_text(str(sum(t.to_local().numel() for t in (*state.model.parameters(), *states) if t.dim())))
+        poison = what
     return train_step(state, windows, cfg, machine, number)
 
 def poisoned(self, *args, **keys):
     logits, loss = forward(self, *args, **keys)
-    return logits, loss * float("nan") if poison else loss
+    if poison == "overflow":
+        loss.register_hook(lambda grad: grad * float("inf"))
+    return logits, loss * float("nan") if poison == "nan" else loss
 
 train.train_step, train.GPT.forward = faulty, poisoned
 configurator.launch(train.main, train.TrainConfig, DataError, CheckpointError, train.DivergedError, train.RankError)
 """
 
 
-def torchrun(keys: dict, *script: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Run a script on two ranks; what came of it."""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [*options, *(script or ("train.py",)), *(f"--{key}={value}" for key, value in keys.items())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+        return free.getsockname()[1]
+
+
+def command(keys: dict, *script: str, options: tuple[str, ...]) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, *(script or ("train.py",))]
+    return [*launcher, *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def torchrun(keys: dict, *script: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run a script on two ranks; what came of it."""
+    options = ("--nproc_per_node=2", f"--master_port={free_port()}", *options)
+    launch = command(keys, *script, options=options)
+    return subprocess.run(launch, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def train_on_two(keys: dict, *script: str) -> Path:
+    """Train to the end; the folder it left."""
+    done = torchrun(keys, *script)
+    assert done.returncode == 0, done.stderr
+    return Path(keys["out_dir"])
 
 
 @pytest.fixture
@@ -69,10 +99,10 @@ def faulty(tmp_path):
     return lambda what, step: (str(tmp_path / "faulty.py"), what, str(step), str(tmp_path / "happened"))
 
 
-def losses(out: Path) -> list[float]:
+def losses(out: Path, kind: str = "train") -> list[float]:
     """By step; of a step made twice, the later."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in found if record["kind"] == "train"]
+    return [record["loss"] for record in found if record["kind"] == kind]
 
 
 def weights(path: Path) -> torch.Tensor:
@@ -118,8 +148,9 @@ def test_when_a_rank_hangs_the_job_ends_with_the_timeout(small, faulty, tmp_path
     assert "rank 0: another rank is gone or has not answered for 5 s" in done.stderr
 
 
-def test_a_loss_that_is_not_a_number_on_one_rank_stops_both_and_is_named(small, faulty):
-    done = torchrun(small | {"eval_interval": 2}, *faulty("nan", 3))
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_loss_that_is_not_a_number_on_one_rank_stops_both_and_is_named(small, faulty, shard):
+    done = torchrun(small | {"eval_interval": 2, "shard": shard}, *faulty("nan", 3))
     assert done.returncode != 0
     assert "step 3: the loss is not finite" in done.stderr and "rank 1: rows 28 to 31, tokens [" in done.stderr
     assert "rank 0: rows" not in done.stderr
@@ -132,3 +163,111 @@ def test_all_ranks_agree_on_the_step_at_which_a_signal_to_one_is_heard(small, fa
     assert done.returncode == 0, done.stderr[-2000:]
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == saved
     assert "step 4" in done.stdout
+
+
+# --- two machines
+
+
+def test_a_machine_that_is_killed_comes_back_and_the_run_goes_on_by_itself(small, faulty, tmp_path):
+    keys = small | {"max_iters": 12, "eval_interval": 3, "dropout": 0.1}
+    whole = train_on_two(keys | {"out_dir": tmp_path / "whole"})
+    port = free_port()
+    options = ("--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--local_addr=localhost")
+    options += ("--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}")
+    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = []
+
+    def start(*script: str) -> subprocess.Popen:
+        launch = command(keys | {"init_from": "auto"}, *script, options=options)
+        agents.append(subprocess.Popen(launch, cwd=REPO, env=environment, stderr=log))
+        return agents[-1]
+
+    with open(tmp_path / "log", "wb") as log:
+        try:
+            first = start()
+            while socket.socket().connect_ex(("localhost", port)):  # the rendezvous is the first's
+                time.sleep(0.1)
+            assert start(*faulty("kill agent", 7)).wait(120) == -9
+            back = start()
+            ends = back.wait(180), first.wait(60)
+        finally:
+            for agent in agents:
+                agent.terminate()
+    said = (tmp_path / "log").read_text()
+    assert ends == (0, 0), said[-4000:]
+    assert "rank 0: another rank is gone" in said and "TORCH_DISABLE_SHARE" not in said
+    assert losses(Path(small["out_dir"])) == losses(whole)
+    assert torch.equal(weights(Path(small["out_dir"]) / "ckpt.pt"), weights(whole / "ckpt.pt"))
+
+
+# --- shares: --shard=true
+
+
+@pytest.fixture
+def shares(small) -> dict:
+    """Keys of a run whose matrices two ranks can't halve evenly, with micro-batches and an odd number of batches."""
+    keys = small | {"block_size": 33, "n_embd": 34, "gradient_accumulation_steps": 4, "eval_iters": 3}
+    return keys | {"learning_rate": 1e-3, "max_iters": 30, "lr_decay_iters": 30, "eval_interval": 10}
+
+
+def tensors(path: Path) -> list[torch.Tensor]:
+    """The weights and the optimizers' states in a checkpoint."""
+    content = checkpoint.load(path)
+    assert content["model"].pop("lm_head.weight") is content["model"]["transformer.wte.weight"]
+    leaves = torch.utils._pytree.tree_leaves([content["model"], content["optimizer_states"]])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ranks_with_shares_learn_as_ranks_with_copies_and_hold_half_each(shares, faulty, tmp_path, optimizer):
+    keys = shares | {"optimizer": optimizer, "dropout": 0.1}
+    copies = train_on_two(keys | {"out_dir": tmp_path / "copies"})
+    halves = train_on_two(keys | {"out_dir": tmp_path / "halves", "shard": True}, *faulty("count", 4))
+    assert losses(halves) == pytest.approx(losses(copies), abs=1e-5) and len(losses(halves)) == 30
+    assert losses(halves, "eval") == pytest.approx(losses(copies, "eval"), abs=1e-5)
+    torch.testing.assert_close(weights(halves / "ckpt.pt"), weights(copies / "ckpt.pt"), atol=1e-4, rtol=0)
+    numbers = sum(t.numel() for t in tensors(halves / "ckpt.pt") if t.dim())
+    assert int((tmp_path / "happened").read_text()) == pytest.approx(numbers / 2, rel=0.05)
+
+
+def test_one_rank_evaluates_what_shares_have_learnt(shares):
+    cfg = TrainConfig(**shares)
+    out, folder = train_on_two(shares | {"shard": True}), Path(cfg.dataset)
+    cpu, meta = Machine(torch.device("cpu"), torch.float32), read_meta(folder)
+    split = open_split(folder, "val", meta, cfg.block_size, cpu.device)
+    model, tok, content = checkpoint.load_model(out / "ckpt.pt", cpu.device, cpu.dtype)
+    found = train.evaluate(model, split, tokenizer.token_bytes(tok), cfg, cpu)
+    assert content["iter_num"] == 30 and found["loss"] == pytest.approx(losses(out, "eval")[-1], abs=1e-6)
+
+
+def test_shares_copies_and_one_rank_go_on_from_each_others_checkpoints(shares, tmp_path):
+    whole = train_on_two(shares | {"out_dir": tmp_path / "whole", "shard": True})
+    half = {shard: tmp_path / f"half_{shard}" for shard in (True, False)}
+    for shard, out in half.items():
+        train_on_two(shares | {"out_dir": out, "shard": shard, "max_iters": 20})
+
+    def go_on(name: str, shard_before: bool) -> dict:
+        shutil.copytree(half[shard_before], tmp_path / name)
+        return shares | {"out_dir": str(tmp_path / name), "init_from": "resume"}
+
+    train_on_two(go_on("shares", True) | {"shard": True})
+    assert losses(tmp_path / "shares") == losses(whole)
+    ends = [tensors(out / "ckpt.pt") for out in (whole, tmp_path / "shares")]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    train_on_two(go_on("copies", True))
+    train_on_two(go_on("shares_of_copies", False) | {"shard": True})
+    train.main(TrainConfig(**go_on("one", True) | {"shard": True}))  # alone it changes nothing
+    for name in ("copies", "shares_of_copies", "one"):
+        assert losses(tmp_path / name) == pytest.approx(losses(whole), abs=1e-5) and len(losses(tmp_path / name)) == 30
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_overflow_in_float16_is_stepped_over_with_shares_as_with_copies(shares, faulty, tmp_path, optimizer):
+    keys = shares | {"optimizer": optimizer, "dtype": "float16", "max_iters": 8}
+    ends = []
+    for shard in (False, True):
+        out = train_on_two(keys | {"out_dir": tmp_path / str(shard), "shard": shard}, *faulty("overflow", 3))
+        (tmp_path / "happened").unlink()
+        ends.append((losses(out), checkpoint.load(out / "ckpt.pt")["scaler"]))
+    assert all(map(math.isfinite, ends[1][0])) and ends[1][0] == pytest.approx(ends[0][0], abs=1e-3)
+    assert ends[1][1] == ends[0][1] and ends[1][1]["scale"] == 2.0**15
