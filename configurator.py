@@ -369,8 +369,12 @@ def _join(backend: str, rank: int, world_size: int, timeout_s: float, device_id:
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the restarts of several agents need not have the same number
-        store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    told = os.environ.get
+    if told("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start_{told('TORCHELASTIC_RESTART_COUNT')}", store)
+    elif rank == 0 and told("TORCHELASTIC_USE_AGENT_STORE") == "True" and told("TORCHELASTIC_MAX_RESTARTS") != "0":
+        # several agents need not have restarted equally often
+        warn("environment: a machine that falls out can't come back; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )

@@ -399,6 +399,17 @@ def test_torchruns_environment_must_be_numbers(alone):
         configurator.find_machine("cpu", "float32")
 
 
+@pytest.mark.parametrize("kept", ["True", "False"])
+def test_several_agents_are_warned_of_a_store_that_names_dead_ranks(alone, capsys, kept):
+    names = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": kept}
+    for name, value in names.items():
+        alone.setenv(name, value)
+    alone.setattr(configurator.dist, "rendezvous", lambda *args, **keys: iter([(None, 0, 2)]))
+    alone.setattr(configurator.dist, "init_process_group", lambda *args, **keys: None)
+    configurator._join("gloo", 0, 2, 10.0, None)
+    assert ("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == (kept == "True")
+
+
 @pytest.mark.parametrize("problem", [ConfigError("key: is bad"), FileNotFoundError(2, "No such file", "x")])
 def test_a_users_mistake_ends_in_one_line_and_exit_2(monkeypatch, capsys, problem):
     monkeypatch.setattr("sys.argv", [os.path.join("some", "script.py")])
