@@ -57,9 +57,9 @@ def ends(text: str, unit: str, start: int) -> list[int]:
 class Passage:
     """One row's text as it grows: whole characters only, and nothing that may have to be taken back.
 
-    With until=UNIT it ends with the first whole unit, and comes a line at a time. With until=auto it ends where a
-    reader would: from half of max_new_tokens on, what follows the last whole speech (sentence, where no one speaks) is
-    held back, and left out if no other is finished in time.
+    With until=UNIT it ends with the first whole unit, and comes a line at a time. Without, or if that takes too long, it
+    ends where a reader would: from half of max_new_tokens on, what follows the last whole speech (sentence, where no
+    one speaks) is held back, and left out if no other is finished in time.
     """
 
     def __init__(self, tok: Tokenizer, settings: Settings, prompt: str = "", number: int = 0):
@@ -114,7 +114,7 @@ class Passage:
     def _certain(self) -> int:
         """How many of the characters held will stay, whatever comes."""
         until, halfway = self.settings.until, len(self.ids) > self.settings.max_new_tokens // 2
-        if until == "auto" and halfway:
+        if until != "tokens" and halfway:
             return max(self._ends(self._unit()), default=0)
         if until in ("auto", "tokens"):
             return len(self._held)

@@ -56,6 +56,7 @@ def write(text: str, prompt: str = "", **settings) -> str:
         ("speech", PLAY[PLAY.index("[Enter J") :], "", "Romeo!"),  # a stage direction is no speech
         ("scene", PLAY, "", "hear more?"),
         ("scene", PLAY[:40], "", "this?"),  # not reached: the last sentence that is whole
+        ("scene", PLAY[: PLAY.index("Shall") + 3], "", "Romeo, Romeo!"),  # the last speech
         ("line", "one two thr", "", "two"),
         ("speech", "First Citizen:\nSpeak, speak.\n\nAll:\nNo", "", "speak."),
         ("speech", "one\n\ntwo words", "", "one"),  # no one speaks: the last line
