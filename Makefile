@@ -11,7 +11,7 @@ poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml,
 test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -57,9 +57,9 @@ def ends(text: str, unit: str, start: int) -> list[int]:
 class Passage:
     """One row's text as it grows: whole characters only, and nothing that may have to be taken back.
 
-    With until=UNIT it ends with the first whole unit, and comes a line at a time. Without, or if that takes too long, it
+    With until=UNIT it ends with the first whole unit, and comes a line at a time. Without, or if none comes in time, it
     ends where a reader would: from half of max_new_tokens on, what follows the last whole speech (sentence, where no
-    one speaks) is held back, and left out if no other is finished in time.
+    one speaks) is held back, and left out if no other is finished.
     """
 
     def __init__(self, tok: Tokenizer, settings: Settings, prompt: str = "", number: int = 0):

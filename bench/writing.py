@@ -16,12 +16,13 @@ import torch
 
 import checkpoint
 import configurator
+import train
 from bench import coders
 from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from checkpoint import CheckpointError
 from configurator import bounds
 from data import DataError, tokenizer
-from data.batches import find_dataset, read_meta
+from data.batches import find_dataset, open_split, read_meta
 from data.tokenizer import Tokenizer
 from originality import Originality, read_texts
 from passage import Settings
@@ -265,6 +266,10 @@ def main(cfg: WritingConfig) -> None:
     model = checkpoint.build_model(saved, path).to(poet.machine.device)
     evaluated = evaluate_checkpoint(saved, path, model, "test", poet.machine)
     bpb = bits_per_byte(known, val, test, evaluated, meta["vocab_size"])
+    shape = train.TrainConfig(block_size=model.config.block_size)
+    tagged = open_split(folder, "val", meta, shape.block_size, poet.machine.device)
+    costs = train.compare_tags(model, tagged, meta["styles"], shape, poet.machine).items()
+    wrong_tags = [{"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs]
 
     # --- passages
     first_special = len(poet.tokenizer.tokens)  # none is written, so that every passage has its full length
@@ -281,6 +286,7 @@ def main(cfg: WritingConfig) -> None:
 
     run = path.parent.name
     result = origin("writing", poet.machine) | {"run": run, "settings": settings, "bpb": bpb, "styles": styles}
+    result |= {"wrong_tags": wrong_tags}
     print(table([result]))
     write_result(result, cfg.out or f"writing_{run}_DEVICE")
 
@@ -299,7 +305,7 @@ COLUMNS = {  # a measure -> its heading, and how its figures are shown
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown tables that show these results: bits per byte, then passages."""
+    """The Markdown tables that show these results: bits per byte, passages, and what a wrong style's tag costs."""
     coded = [
         [
             r["run"] * (entry is r["bpb"][0]),
@@ -320,11 +326,22 @@ def table(results: list[dict[str, Any]]) -> str:
                 named = f"model, temperature {r['settings']['temperature']:g}" if writer == "model" else writer
                 passages.append([*first, named, *cells, f"{figures['coherent'][writer]:.0%}"])
                 first = ["", ""]
+    tags = [
+        [
+            r["run"] * (cost is r["wrong_tags"][0]),
+            cost["style"],
+            cost["tag"],
+            f"{cost['nats']:+.3f} ± {cost['error']:.3f}",
+        ]
+        for r in results
+        for cost in r["wrong_tags"]
+    ]
     headings = [heading for heading, _ in COLUMNS.values()]
     return "\n\n".join(
         [
             markdown(["Run", "Coder", "Test bits/byte", "By style"], coded),
             markdown(["Run", "Style", "Writer", *headings, "Coherent"], passages),
+            markdown(["Run", "Val text of", "Under the tag of", "Nats/token more, and standard error"], tags),
         ]
     )
 
