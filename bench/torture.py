@@ -142,7 +142,8 @@ def main(cfg: TortureConfig) -> None:
             step = start["iter_num"] if start else 0
             counts["checkpoints verified"] += start is not None
             wrong["lost steps"] += max(announced - step, 0)
-            if fault in ("flip a bit", "cut") and (out / "ckpt.prev.pt").exists():
+            both = (out / "ckpt.pt").exists() and (out / "ckpt.prev.pt").exists()  # killed between renames: the latter
+            if fault in ("flip a bit", "cut") and both:
                 damage(out / "ckpt.pt", fault, rng)
                 start, path, _ = train.load_start(keys)
                 announced = start["iter_num"] if start else 0
