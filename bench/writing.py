@@ -334,7 +334,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{cost['nats']:+.3f} ± {cost['error']:.3f}",
         ]
         for r in results
-        for cost in r.get("wrong_tags", ())
+        for cost in r["wrong_tags"]
     ]
     headings = [heading for heading, _ in COLUMNS.values()]
     return "\n\n".join(
