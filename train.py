@@ -5,10 +5,12 @@ torchrun --standalone --nproc_per_node=2 train.py config/robopoet.yaml
 python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/demo/best.pt
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import math
+import os
 import shutil
 import time
 import warnings
@@ -559,6 +561,9 @@ def main(cfg: TrainConfig) -> None:
 
     # --- resume
     progress = restore(start, start_path, state) if resumes else Progress()
+    if resumes and machine.is_main and start_path == out / "ckpt.prev.pt":
+        with contextlib.suppress(FileNotFoundError):  # or the next save would keep it in the place of a whole one
+            os.replace(out / "ckpt.pt", out / "ckpt.damaged.pt")
     log = Log(out, progress.iter_num, machine, open_sinks(cfg, machine, resumes))
     log.say(f"{machine.device}, {str(machine.dtype)[6:]}, {size}")
     if resumes:

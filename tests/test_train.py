@@ -387,6 +387,16 @@ def test_auto_starts_then_goes_on_and_falls_back_to_the_file_before(small, capsy
     assert "going on from" in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(small):
+    run(small)
+    out = Path(small["out_dir"])
+    (out / "ckpt.pt").write_bytes(b"damaged")
+    run(small, init_from="auto")  # from step 3 to 6, with one save
+    ends = {path.name: checkpoint.load(path)["iter_num"] for path in (out / "ckpt.pt", out / "ckpt.prev.pt")}
+    assert ends == {"ckpt.pt": 6, "ckpt.prev.pt": 3}
+    assert (out / "ckpt.damaged.pt").read_bytes() == b"damaged"
+
+
 def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, tmp_path):
     run(small)
     path = str(Path(small["out_dir"]) / "best.pt")
