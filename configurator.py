@@ -187,13 +187,19 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
     try:
         main(load(cls, sys.argv[1:], positional))
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except (ConfigError, OSError, *mistakes) as e:
         print(f"{script}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # no one reads it any more: Python's own flush, at the end, would fail too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
