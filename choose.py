@@ -46,18 +46,15 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -torch.inf)
 
 
-def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: int, p: float, min_p: float) -> torch.Tensor:
-    """Whether keep_top_k, if k, then keep_top_p, if p < 1, and keep_min_p would leave each row's token, (B,) bool.
+def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: int, p: float) -> torch.Tensor:
+    """Whether keep_top_k, if k, and then keep_top_p, if p < 1, would leave each row's token, (B,) bool.
 
     probs: (B, V). ids: (B,) int64. Asks how many tokens are likelier than it, and what they add up to: no sorting.
     """
-    own = probs.gather(1, ids[:, None])
-    likelier = probs > own
+    likelier = probs > probs.gather(1, ids[:, None])
     kept = likelier.sum(-1) < (k or probs.shape[1])
     if p < 1:
         kept &= (probs * likelier).sum(-1) < (p * probs.topk(min(k, probs.shape[1])).values.sum(-1) if k else p)
-    if min_p:
-        kept &= own[:, 0] >= min_p * probs.amax(-1)
     return kept
 
 
@@ -119,18 +116,19 @@ class Chooser:
             return logits.argmax(-1)
         logits = logits / s.temperature
         probs = logits.softmax(-1)
-        ids = draw(probs, self.uniforms(list(range(len(probs)))))
-        if not s.top_k and s.top_p == 1 and not s.min_p:
+        drawn = probs if not s.min_p else probs * (probs >= s.min_p * probs.amax(-1, keepdim=True))
+        ids = draw(drawn, self.uniforms(list(range(len(drawn)))))
+        if not s.top_k and s.top_p == 1:
             return ids
-        # A token drawn from all and thrown back unless the filters leave it has the distribution that they leave, and
-        # to ask whether they do takes a tenth of their sorting. Most are left; after three throws they are applied.
-        rows = (~is_kept(probs, ids, s.top_k, s.top_p, s.min_p)).nonzero()[:, 0]
+        # A token drawn from all and thrown back unless top_k and top_p leave it has the distribution that they leave,
+        # and to ask whether they do takes a tenth of their sorting. Most are left; after three throws they are applied.
+        rows = (~is_kept(probs, ids, s.top_k, s.top_p)).nonzero()[:, 0]
         for _ in range(2):
             if not len(rows):
                 return ids
-            again = draw(probs[rows], self.uniforms(rows.tolist()))
+            again = draw(drawn[rows], self.uniforms(rows.tolist()))
             ids[rows] = again
-            rows = rows[~is_kept(probs[rows], again, s.top_k, s.top_p, s.min_p)]
+            rows = rows[~is_kept(probs[rows], again, s.top_k, s.top_p)]
         if len(rows):
             left = keep_top_p(keep_top_k(logits[rows], s.top_k or logits.shape[1]), s.top_p)
             ids[rows] = draw(keep_min_p(left, s.min_p).softmax(-1), self.uniforms(rows.tolist()))

@@ -50,14 +50,13 @@ def test_draw_inverts_the_cumulative_distribution():
     assert choose.draw(torch.tensor([[0.0, 1.0]] * 2), ends).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("k, p", [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 0.999)])
-def test_a_token_is_kept_just_when_the_filters_leave_it(k, p, min_p):
+def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
     logits = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    left = choose.keep_min_p(choose.keep_top_p(choose.keep_top_k(logits, k or 20), p), min_p) > -math.inf
+    left = choose.keep_top_p(choose.keep_top_k(logits, k or 20), p) > -math.inf
     for id in range(20):
         ids = torch.full((30,), id)
-        assert torch.equal(choose.is_kept(logits.softmax(-1), ids, k, p, min_p), left[:, id])
+        assert torch.equal(choose.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
 
 
 def test_each_rule_is_that_of_transformers():
