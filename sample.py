@@ -237,21 +237,18 @@ def replay(path: Path) -> None:
         sha256 = checkpoint.sha256(poet.path)
         for _, together in itertools.groupby(group, lambda r: [r[key] for key in REPLAYED[3:8]]):
             saved = list(together)
-            if saved[0]["sha256"] != sha256:
-                raise ConfigError(
-                    f"{path}: line {saved[0]['line']} was written by another {source}; find that one again"
-                )
             first = saved[0]
+            if first["sha256"] != sha256:
+                raise ConfigError(f"{path}: line {first['line']} was written by another {source}; find that one again")
             settings = first["settings"] | {"stop": tuple(first["settings"]["stop"])}
             passages = poet.begin(first["prompt"], first["together"], first["first"], **settings)
-            tell(poet, passages, logprobs=True)
+            tell(poet, passages)
             for record in saved:
                 found = passages[record["number"] - first["first"]]
                 if (found.text, found.ids) != (record["text"], record["ids"]):
-                    now = f"torch {torch.__version__}"
                     raise ConfigError(
-                        f"{path}: line {record['line']} comes out otherwise with {now}; it was written with "
-                        f"torch {record['torch']}, in {dtype} on {device}"
+                        f"{path}: line {record['line']} comes out otherwise with torch {torch.__version__}; it was "
+                        f"written with torch {record['torch']}, in {dtype} on {device}"
                     )
     print(f"{path}: {len(records)} passages, each as it was")
 

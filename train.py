@@ -340,16 +340,20 @@ def compare_tags(
     Means over windows; the standard error is that of the difference, window by window.
     """
     names = list(tags)
-    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)  # windows, differences, their squares
-    for wrong, tag in enumerate(tags.values()):
-        other = dataclasses.replace(split, tags=np.full_like(split.tags, tag))
-        shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
-        for right, its in zip(eval_batches(split, *shape), eval_batches(other, *shape), strict=True):
-            with machine.autocast():
-                losses = [model(batch.inputs, batch.targets, reduction="none")[1].sum(1) for batch in (right, its)]
-            more = ((losses[1] - losses[0]) / (right.targets >= 0).sum(1)).cpu().double()
-            style = torch.tensor([names.index(split.styles[span]) for span in right.span])
-            sums[:, :, wrong].index_add_(1, style, torch.stack([torch.ones_like(more), more, more**2]))
+    if not names:
+        return {}
+    style_of = torch.tensor([names.index(style) for style in split.styles])
+    # per style and tag: windows, differences of their mean losses, squares of these
+    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
+    tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
+    shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
+    for right, *others in zip(*(eval_batches(each, *shape) for each in (split, *tagged)), strict=True):
+        with machine.autocast():
+            loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
+        more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)
+        more = more.cpu().double()
+        per_row = torch.stack([torch.ones_like(more), more, more**2])
+        sums.index_add_(1, style_of[torch.from_numpy(right.span)], per_row)
     n, total, square = machine.all_reduce(sums)
     mean = total / n
     error = ((square / n - mean**2).clamp(min=0) / n).sqrt()
@@ -366,9 +370,8 @@ def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
         return torch.multinomial(probs, 1, generator=random)[:, 0]
 
     model.eval()
-    ids = [
-        id.item() for id in model.generate(torch.tensor([tok.encode("\n") or [0]], device=machine.device), 100, choose)
-    ]
+    start = torch.tensor([tok.encode("\n") or [0]], device=machine.device)
+    ids = [id.item() for id in model.generate(start, 100, choose)]
     return tok.decode_bytes(ids).decode(errors="replace")
 
 
