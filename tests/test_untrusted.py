@@ -1,0 +1,120 @@
+"""Bounds, types and places: what is read from outside is whole and typed, or one line of one class of error."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+import untrusted
+
+
+class OursError(ValueError):
+    pass
+
+
+@dataclass(frozen=True)
+class Span:
+    start: untrusted.Count
+
+
+@dataclass(frozen=True)
+class Sample:
+    documents: tuple[Span, ...]
+    name: str = ""
+
+
+def test_json_becomes_the_dataclass_and_says_where_it_does_not(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"documents": [{"start": 3}], "name": "x"}')
+    assert untrusted.read_json(path, Sample, OursError, "mend it") == Sample((Span(3),), "x")
+    path.write_text('{"documents": [{"start": -1}]}')
+    with pytest.raises(OursError, match=r"a\.json: .*>= 0.*\$\.documents\[0\]\.start.*; mend it$"):
+        untrusted.read_json(path, Sample, OursError, "mend it")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"documents": 1}',
+        b'{"documents": [{"start": true}]}',
+        b'{"documents": [], "name": "\xff"}',
+        b'{"documents": [], "name": "\\ud800"}',
+        b'{"documents": [], "other": ' + b"[" * 100_000,
+        b'{"documents": [{"start": 1' + b"0" * 5000 + b"}]}",
+    ],
+    ids=range(9),
+)
+def test_no_other_exception_leaves_json(raw):
+    with pytest.raises(OursError, match=r"^here: [^\n]{1,330}; mend it$"):
+        untrusted.decode_json(raw, Sample, "here", OursError, "mend it")
+
+
+def test_a_message_that_quotes_a_long_text_is_cut():
+    assert len(untrusted.describe(ValueError("x" * 10**6))) < 310
+
+
+def test_values_of_yaml_are_text_and_convert_by_their_types(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("rate: 6e-4\nnames: [a, off]\ndeep: {er: 1}\n")
+    assert untrusted.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
+    assert untrusted.convert({"start": "7"}, Span, "here", OursError, "", is_text=True) == Span(7)
+    with pytest.raises(OursError, match=r"here: .*\$\.start"):
+        untrusted.convert({"start": "x"}, Span, "here", OursError, "", is_text=True)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "line 2: has an alias"),
+        ("[" * 30 + "]" * 30, "nests over 20 deep"),
+        ("[" * 100_000 + "]" * 100_000, "nests over 20 deep"),
+        ("a:\n" * 200_000, "holds over 100,000 values"),
+        ("x" * 2_000_000, "has 2,000,000 bytes, must have at most 1,048,576"),
+        ("a: [", "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n? [b]\n: c", "is not YAML"),
+    ],
+    ids=["aliases", "deep", "deeper", "many", "large", "cut", "key"],
+)
+@pytest.mark.parametrize("loader", [untrusted._YamlLoader, yaml.BaseLoader])
+def test_yaml_that_would_blow_up_is_refused(tmp_path, monkeypatch, loader, text, told):
+    monkeypatch.setattr(untrusted, "_YamlLoader", loader)
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(OursError, match=told):
+        untrusted.read_yaml(path, OursError)
+
+
+def test_yaml_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(OursError, match="is not YAML"):
+        untrusted.read_yaml(path, OursError)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (
+        tmp_path / "pipe",
+        Path("/dev/zero"),
+        tmp_path,
+        tmp_path / "none",
+        Path("a\0b"),
+        tmp_path / ("x" * 300),
+    ):
+        with pytest.raises(OursError, match=str(path).replace("\0", "\\x00")[:20]):
+            untrusted.read_bytes(path, OursError)
+    path = tmp_path / "big"
+    path.write_text(json.dumps("x" * 100))
+    with pytest.raises(OursError, match="has 102 bytes, must have at most 50"):
+        untrusted.read_bytes(path, OursError, limit=50)
