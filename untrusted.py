@@ -22,7 +22,7 @@ YAML_BYTES = 2**20
 YAML_EVENTS, YAML_DEPTH = 100_000, 20
 SHOWN_CHARS = 300  # of a message: some quote what was found
 
-_YamlLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no object
+BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no object
 
 
 def check_regular(path: Path, error: type[Exception]) -> int:
@@ -76,13 +76,13 @@ def read_yaml(path: Path, error: type[Exception]) -> Any:
     raw = read_bytes(path, error, YAML_BYTES)
     try:
         text, depth = raw.decode(), 0
-        for count, event in enumerate(yaml.parse(text, Loader=_YamlLoader)):
+        for count, event in enumerate(yaml.parse(text, Loader=BaseLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise error(f"{path}: line {event.start_mark.line + 1}: has an alias, *NAME; write the value out")
             if depth > YAML_DEPTH or count > YAML_EVENTS:
                 raise error(f"{path}: holds over {YAML_EVENTS:,} values or nests over {YAML_DEPTH} deep; shorten it")
-        return yaml.load(text, Loader=_YamlLoader)
+        return yaml.load(text, Loader=BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         raise error(f"{path}: is not YAML: {describe(e)}") from None
 
