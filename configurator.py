@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.distributed as dist
 import yaml
+from torch.utils._triton import has_triton
 
 
 class ConfigError(ValueError):
@@ -191,6 +192,13 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
     except (ConfigError, OSError, *mistakes) as e:
         print(f"{script}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    except torch.OutOfMemoryError:
+        print(
+            f"{script}: the GPU has too little memory; halve batch_size and double gradient_accumulation_steps (the "
+            "numbers stay the same), or write fewer passages at a time",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -215,6 +223,7 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     launched: bool = False  # by torchrun
+    votes: dist.ProcessGroup | None = None  # where ranks agree on the CPU (None: the group that they all are)
 
     @property
     def is_main(self) -> bool:
@@ -225,6 +234,12 @@ class Machine:
         """A context in which matrix products run in `dtype`; parameters stay float32."""
         enabled = self.dtype is not torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext()
+
+    def seed(self, seed: int) -> None:
+        """Seed what a step draws from; torch.manual_seed also formats stack traces for devices that are not there."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(seed)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it, so that a clock read next is honest."""
@@ -317,7 +332,7 @@ class Signals:
         if self.machine.world_size == 1:
             return heard
         votes = torch.tensor(heard, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)  # on the CPU: the device need not stop for it
+        dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU: the device need not stop for it
         return bool(votes[0]), bool(votes[1])
 
 
@@ -356,22 +371,27 @@ def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: floa
         dtype = _fastest_dtype(chosen)
     if chosen.type == "cpu":
         _keep_freed_memory()
+    votes = None
     if launched and not dist.is_initialized():
         if chosen.type == "cuda" and backend != "gloo":
             backend = "cpu:gloo,cuda:nccl"
         elif backend == "auto":
             backend = "gloo"
-        _join(backend, rank, world_size, timeout_s, chosen if chosen.type == "cuda" else None)
-    return Machine(chosen, getattr(torch, dtype), rank, world_size, launched)
+        votes = _join(backend, rank, world_size, timeout_s, chosen if chosen.type == "cuda" else None)
+    return Machine(chosen, getattr(torch, dtype), rank, world_size, launched, votes)
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
-def _join(backend: str, rank: int, world_size: int, timeout_s: float, device_id: torch.device | None) -> None:
-    """Join the process group, at a place of the store that no earlier start has written to.
+def _join(
+    backend: str, rank: int, world_size: int, timeout_s: float, device_id: torch.device | None
+) -> dist.ProcessGroup | None:
+    """Join the process group, at a place of the store that no earlier start has written to; returns Machine.votes.
 
-    torchrun keeps its store when it restarts the ranks, and in it the addresses of those that are dead.
+    torchrun keeps its store when it restarts the ranks, and in it the addresses of those that are dead. On a GPU the
+    votes have a group of their own, with half the timeout: NCCL's watchdog ends the process without a word, and so must
+    not be the first to notice that a rank hangs.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -381,9 +401,11 @@ def _join(backend: str, rank: int, world_size: int, timeout_s: float, device_id:
     elif rank == 0 and told("TORCHELASTIC_USE_AGENT_STORE") == "True" and told("TORCHELASTIC_MAX_RESTARTS") != "0":
         # several agents need not have restarted equally often
         warn("environment: a machine that falls out can't come back; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    longest = timeout if device_id is None else 2 * timeout
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        backend, store=store, rank=rank, world_size=world_size, timeout=longest, device_id=device_id
     )
+    return None if device_id is None else dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _keep_freed_memory() -> None:
@@ -410,10 +432,12 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def why_no_compile() -> str | None:
-    """What torch.compile lacks on this machine (a C++ compiler, Python's headers), or None when it can work."""
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks for `device` on this machine (a compiler, Python's headers), or None if it can work."""
     if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "g++"), "clang++")):
         return "no C++ compiler"
     if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
         return "no Python headers"
+    if device.type == "cuda" and not has_triton():
+        return "no Triton, or a GPU that it does not know (it needs compute capability 7.0)"
     return None

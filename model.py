@@ -256,7 +256,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
         for z, t, w, d in zip(*(tensor.split(64) for tensor in (logits, targets, weight, grad)), strict=True):
             probs = torch.softmax(z, dim=1, dtype=dtype)
             t = t.clamp(min=0)[:, None]
-            loss -= w @ probs.gather(1, t).clamp(min=torch.finfo(dtype).tiny).log()[:, 0]
+            behind = z.amax(1).to(dtype) - z.gather(1, t)[:, 0].to(dtype)  # the likeliest's probability is never 0
+            loss += w @ (behind - probs.amax(1).log())
             probs.scatter_add_(1, t, probs.new_full(t.shape, -1.0))
             torch.mul(probs, w[:, None], out=probs)
             d.copy_(probs)
@@ -269,32 +270,51 @@ class RowwiseCrossEntropy(torch.autograd.Function):
         return (grad if scale.item() == 1 else grad * scale), None
 
 
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Each target's cross-entropy, (N,), 0 where ignored: logits (N, V), targets (N,) int64, -1 to ignore.
+
+    In slices of 64 MB: its float32 copies of all logits would be six times as large as those are in bfloat16.
+    """
+    dtype, rows = torch.promote_types(logits.dtype, torch.float32), max(2**24 // logits.shape[1], 1)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(z.to(dtype), t, ignore_index=-1, reduction="none") for z, t in parts])
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """The one stream on which CUDA graphs are recorded: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
 class Graphed:
     """A function on a CUDA device, its kernels recorded in the fourth call and from there on replayed as a CUDA graph.
 
     At this model's size the host takes longer to launch a step's kernels than the device to run them. The first three
-    calls make what stays: optimizer states, compiled kernels. A result lasts until the next call.
+    calls make what stays: optimizer states, compiled kernels. All read their arguments in the same place, for a
+    compiled function compiles anew where strides differ, which no recording survives. A result lasts until the next
+    call.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         """The function's results for these arguments, whose shapes never change."""
         self.calls += 1
-        if self.calls <= 3:  # on a stream of its own, as recording will be
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.function(*arguments)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if self.calls == 4:
-            self.arguments = [argument.clone() for argument in arguments]
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.function(*self.arguments)
+        if self.calls == 1:
+            self.arguments = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in arguments]
         for mine, argument in zip(self.arguments, arguments, strict=True):
             mine.copy_(argument)
+        if self.calls <= 3:  # on the stream that recording will be on
+            capture_stream().wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(capture_stream()):
+                results = self.function(*self.arguments)
+            torch.cuda.current_stream().wait_stream(capture_stream())
+            return results
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=capture_stream()):
+                self.results = self.function(*self.arguments)
         self.graph.replay()
         return self.results
 
@@ -338,7 +358,8 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token ids, T <= block_size; they fill a cache anew. targets: (B, T) int64, -1 to ignore.
         Returns (B, T, V) logits and the cross-entropy in nats per token (reduction "mean": scalar; "none": (B, T), 0
-        where ignored), or without targets the last token's logits (B, 1, V) and None.
+        where ignored), or without targets the last token's logits (B, 1, V) and None. Logits beside a loss are
+        detached: a compiled backward would be given a gradient of zeros for them, as large as they are.
         """
         T = idx.shape[1]
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[:T])  # (B, T, C)
@@ -350,12 +371,16 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        logits = self._all_logits(x)
-        if reduction == "mean" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-            return logits, RowwiseCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-        scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction=reduction)
-        return logits, losses.view(targets.shape) if reduction == "none" else losses
+        logits, targets = self._all_logits(x), targets.flatten()
+        rows = logits.flatten(0, 1)
+        if reduction == "none":
+            loss = cross_entropies(rows, targets).view(idx.shape)
+        elif logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            loss = RowwiseCrossEntropy.apply(rows, targets)
+        else:
+            scores = rows.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(scores, targets, ignore_index=-1)
+        return logits.detach(), loss
 
     def _all_logits(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V)"""

@@ -83,11 +83,12 @@ def configure_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     dtype: torch.dtype,
+    recorded: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """AdamW alone, or AdamW and Muon; every parameter of the GPT is in one group of one of them.
 
     kind: "adamw" or "muon". Matrices and embeddings decay, vectors don't. Each group keeps its rate as "peak_lr".
-    dtype: of the run's matrix products, which Muon's are too, float16 excepted.
+    dtype: of the run's matrix products, which Muon's are too, float16 excepted. recorded: as part of a CUDA graph.
     """
     hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
     adamw = [p for p in model.parameters() if id(p) not in hidden]
@@ -97,7 +98,7 @@ def configure_optimizers(
     ]
     device = next(model.parameters()).device.type
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, learning_rate, betas, fused=device in ("cpu", "cuda"), capturable=device == "cuda")
+        torch.optim.AdamW(groups, learning_rate, betas, fused=device in ("cpu", "cuda"), capturable=recorded)
     ]
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]

@@ -87,6 +87,7 @@ class TrainConfig:
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA alone, eager is faster on CPU
+    record: bool = False  # replay each step as a CUDA graph: faster, but not yet proven on a GPU; one process alone
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
     timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
     shard: bool = False  # FSDP2: weights, gradients and optimizer states shared out among ranks
@@ -188,17 +189,18 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
             fully_shard(module, mesh=mesh)
     else:
         model.to(machine.device)
+    records = cfg.record and machine.device.type == "cuda" and machine.world_size == 1
+    if cfg.record and not records:
+        configurator.warn("record: needs a CUDA device and one process alone; going on unrecorded")
     betas = (cfg.beta1, cfg.beta2)
-    optimizers = configure_optimizers(
-        model, cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate, cfg.weight_decay, betas, machine.dtype
-    )
+    rates = cfg.learning_rate, cfg.muon_learning_rate
+    optimizers = configure_optimizers(model, cfg.optimizer, *rates, cfg.weight_decay, betas, machine.dtype, records)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        if reason := configurator.why_no_compile():
+        if reason := configurator.why_no_compile(machine.device):
             configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
         else:
             forward = torch.compile(model)
-    compiled = forward is not model
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     state = State(model, forward, optimizers, scaler, torch.tensor([-1, 0], device=machine.device))
     if sharded:
@@ -206,7 +208,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     elif machine.world_size > 1:
         state.forward = DistributedDataParallel(forward)
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
-    if compiled and machine.device.type == "cuda" and machine.world_size == 1:
+    if records:
         state.graphed_update = Graphed(functools.partial(update, state, cfg, machine))
     return state
 
@@ -226,7 +228,7 @@ def train_step(
     and state.trouble says so.
     """
     inputs, targets = windows.batch(*rows_of(step, machine.rank, cfg, machine), machine.device)
-    torch.manual_seed(dropout_seed(cfg.seed, step, machine.rank))
+    machine.seed(dropout_seed(cfg.seed, step, machine.rank))
     number = torch.full((), step, device=machine.device)
     if state.graphed_update:
         rate = torch.full((), lr_at(step, cfg), device=machine.device)  # a number would be recorded as it is now
@@ -257,7 +259,7 @@ def update(
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
         state.sync_next(micro == count - 1)
         with machine.autocast():
-            loss = state.forward(x, y)[1]  # the logits can go
+            _, loss = state.forward(x, y)
         state.scaler.scale(loss / count).backward()
         total += loss.detach() / count
     for optimizer in state.optimizers:
@@ -272,7 +274,8 @@ def update(
     for optimizer in state.optimizers:
         if not state.scaler.is_enabled():
             optimizer.found_inf = bad  # read on the device: nothing waits
-        state.scaler.step(optimizer)
+        if optimizer.defaults.get("fused") is not False or not bad:  # AdamW unfused, as on MPS, does not read it
+            state.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
     return total, norm
@@ -438,7 +441,8 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
             optimizer.load_state_dict({**saved, "state": moments})
             for group, settings in zip(optimizer.param_groups, asked, strict=True):
                 group.update(settings)  # rates and decay are the config's, which may have changed
-        state.scaler.load_state_dict(start["scaler"])
+        if start["scaler"]:  # empty unless that run was in float16
+            state.scaler.load_state_dict(start["scaler"])
         return Progress(**{field.name: start[field.name] for field in dataclasses.fields(Progress)})
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: holds no run to go on with ({e}); use --init_from={path}") from None

@@ -78,13 +78,19 @@ class Split:
     def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
         """Windows of `length` tokens from `starts`, clamped to the end of the split: (len(starts), length) int64."""
         if isinstance(self.tokens, torch.Tensor):
-            index = torch.from_numpy(starts).to(device)[:, None] + torch.arange(length, device=device)
+            index = _put(starts, device)[:, None] + torch.arange(length, device=device)
             return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts, strict=True):
             window = self.tokens[start : start + length]
             row[: len(window)] = window
-        return torch.from_numpy(rows).to(device, non_blocking=True)
+        return _put(rows, device)
+
+
+def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` on `device`; to a GPU from pinned memory, for any other copy waits until the step before is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def open_split(folder: Path, name: str, meta: dict, block_size: int, device: torch.device) -> Split:
@@ -204,7 +210,7 @@ def eval_batches(
 
 def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:
     """Overwrite the first id of each row with its tag, where it has one (tag >= 0)."""
-    ids = torch.from_numpy(tags).to(inputs.device, non_blocking=True)
+    ids = _put(tags, inputs.device)
     inputs = inputs.contiguous()
     inputs[:, 0] = torch.where(ids >= 0, ids, inputs[:, 0])
     return inputs
