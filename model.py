@@ -455,17 +455,23 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, idx: torch.Tensor, max_new_tokens: int, choose: Choose, tags: torch.Tensor | None = None
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        choose: Choose,
+        tags: torch.Tensor | None = None,
+        record: bool = False,
     ) -> Generator[torch.Tensor, torch.Tensor | None, None]:
         """Continue `idx`, yielding the next id of each row (B,) int64 as it is chosen; the first step fills a KV cache.
 
         idx: (B, n) int64, n >= 1. tags: (B,) int64, ids that stand first in every window, as in training. Whoever is
-        done with some rows may send() those to go on with, (n,) int64: the others cost nothing any more.
+        done with some rows may send() those to go on with, (n,) int64: the others cost nothing any more. record: replay
+        a token's step as a CUDA graph.
         """
         B, n = idx.shape
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = KVCache(self.config, B, idx.device, self.transformer.wte.weight.dtype)
-        decode = self._decoder(cache)
+        decode = self._decoder(cache, record)
         start = None
         for end in range(n, n + max_new_tokens):
             if (new_start := self.window_start(end)) != start:
@@ -478,12 +484,12 @@ class GPT(nn.Module):
             if rows is not None:
                 text, tags = text[rows], None if tags is None else tags[rows]
                 cache.keep(rows)
-                decode = self._decoder(cache)
+                decode = self._decoder(cache, record)
 
-    def _decoder(self, cache: KVCache) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`decode` with this cache; on CUDA recorded, for its launches take longer than its work."""
+    def _decoder(self, cache: KVCache, record: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`decode` with this cache, recorded on CUDA if asked for: its launches take longer than its work."""
         decode = functools.partial(self.decode, cache=cache, blocks=self.block_weights())
-        return Graphed(decode) if cache.keys.device.type == "cuda" else decode
+        return Graphed(decode) if record and cache.keys.device.type == "cuda" else decode
 
     @staticmethod
     def _window(window: torch.Tensor, tags: torch.Tensor | None) -> torch.Tensor:

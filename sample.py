@@ -48,6 +48,7 @@ class SampleConfig(Settings):
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of weights; auto: the fastest
+    record: bool = False  # replay each token's step as a CUDA graph: faster, but not yet proven on a GPU
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
@@ -60,9 +61,11 @@ class Poet:
     checkpoint_path: a .pt file. Raises CheckpointError when it can't be read, ConfigError for a device not here.
     """
 
-    def __init__(self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "auto"):
+    def __init__(
+        self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "auto", record=False
+    ):
         self.machine = configurator.find_machine(device, dtype)
-        self.path = Path(checkpoint_path)
+        self.path, self.record = Path(checkpoint_path), record
         self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
         self.model.prepack()
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
@@ -105,7 +108,7 @@ class Poet:
         tags = torch.tensor(list(blend) * len(passages), device=self.machine.device) if blend else None
         numbers = range(passages[0].number, passages[0].number + len(passages))
         choose = Chooser(chosen, self.forbidden, numbers, list(blend.values()) or [1.0], logprobs)
-        writing = self.model.generate(idx, chosen.max_new_tokens, choose, tags)
+        writing = self.model.generate(idx, chosen.max_new_tokens, choose, tags, self.record)
         written, going = list(range(len(passages))), None  # the passages that the model's rows are
         with contextlib.suppress(StopIteration):
             while True:
@@ -348,7 +351,7 @@ def main(cfg: SampleConfig) -> None:
     if cfg.replay:
         return replay(Path(cfg.replay))
     prompt = read_prompt(cfg.prompt)
-    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype, cfg.record)
     if cfg.check:
         _ = poet.originality  # if the training text is not here, that is told first
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Settings)}

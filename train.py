@@ -272,9 +272,10 @@ def update(
     norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf))
     bad = look_for_trouble(state, machine, step, total, norm)
     for optimizer in state.optimizers:
-        if not state.scaler.is_enabled():
+        reads_verdict = optimizer.defaults.get("fused") is not False  # AdamW unfused, as on MPS, does not
+        if reads_verdict and not state.scaler.is_enabled():
             optimizer.found_inf = bad  # read on the device: nothing waits
-        if optimizer.defaults.get("fused") is not False or not bad:  # AdamW unfused, as on MPS, does not read it
+        if reads_verdict or not bad:
             state.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()

@@ -1,0 +1,76 @@
+"""Run by test_fake_cuda.py in a process of its own: a step and a token on fake CUDA tensors, which refuse to be read.
+
+argv: the library made of fake_cuda.cpp. A tensor on the wrong device, or a wait for the device, raises.
+"""
+
+import ctypes
+import itertools
+import sys
+
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train
+from configurator import Machine
+from model import GPT, GPTConfig, KVCache
+
+CUDA = torch.device("cuda", 0)
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 2}
+
+torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+torch.cuda.is_bf16_supported = lambda *args, **keys: True
+torch.library.impl("aten::_fused_adamw_.tensor_lr", "Meta")(lambda *args, **keys: None)  # torch has none
+
+
+def make_model() -> GPT:
+    """A model made on the device: fake parameters can't be moved."""
+    with CUDA:
+        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1))
+    model.to = lambda device: model
+    return model
+
+
+def trace_step(optimizer: str, dtype: torch.dtype, is_recorded: bool, how: str) -> None:
+    """One whole optimizer step: forward, backward, clipping, optimizers, scaler."""
+    machine = Machine(CUDA, dtype)
+    cfg = train.TrainConfig(**SHAPE, optimizer=optimizer, dropout=0.1, compile="false")
+    scaler, made = torch.amp.GradScaler, []
+    torch.amp.GradScaler = lambda device, enabled: made.append(scaler("cpu", enabled=enabled)) or made[0]
+    try:
+        state = train.build_state(cfg, machine, make_model())
+    finally:
+        torch.amp.GradScaler = scaler
+    made[0]._device = "cuda"
+    if how == "compiled":  # in one piece, by a compiler that only traces
+        torch._dynamo.reset()
+        state.forward = torch.compile(state.model, backend="aot_eager", fullgraph=True)
+    ids = torch.zeros(8, 16, dtype=torch.long, device=CUDA)
+    rate = torch.full((), 0.5, device=CUDA) if is_recorded else 0.5
+    loss, norm = train.update(state, cfg, machine, ids, ids, torch.zeros((), dtype=torch.long, device=CUDA), rate)
+    assert loss.device == norm.device == CUDA and all(p.device == CUDA for p in state.model.parameters())
+
+
+def trace_token(rows: int) -> None:
+    """A window, then a token, as generate has it on CUDA, where lengths are tensors."""
+    model = make_model().eval()
+    cache = KVCache(model.config, rows, CUDA, torch.float32)
+    with torch.no_grad():
+        model(torch.zeros(rows, 5, dtype=torch.long, device=CUDA), cache=cache)
+        logits = model.decode(torch.zeros(rows, dtype=torch.long, device=CUDA), cache, model.block_weights())
+    assert logits.shape == (rows, 61) and logits.device == CUDA
+
+
+with FakeTensorMode(allow_non_fake_inputs=True):
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for optimizer, dtype, is_recorded in itertools.product(("adamw", "muon"), dtypes, (False, True)):
+        trace_step(optimizer, dtype, is_recorded, "eager")
+        print("step", optimizer, dtype, is_recorded)
+    for rows in (1, 32):
+        trace_token(rows)
+        print("token", rows)
+for dtype in dtypes[:2]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trace_step("adamw", dtype, False, "compiled")
+    print("compiled", dtype)
