@@ -5,9 +5,21 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import AVX512, GPT, GPTConfig, KVCache, Linear, RowwiseCrossEntropy, dropout, linear, plain_attention
+from model import (
+    AVX512,
+    GPT,
+    GPTConfig,
+    KVCache,
+    Linear,
+    RowwiseCrossEntropy,
+    cross_entropies,
+    dropout,
+    linear,
+    plain_attention,
+)
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
@@ -102,6 +114,38 @@ def test_rowwise_cross_entropy_equals_torchs_with_gradients(dtype):
     torch.testing.assert_close(RowwiseCrossEntropy.apply(logits, targets).double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=precision, atol=precision * 1e-2)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_a_target_that_the_model_rules_out_is_exact(dtype):
+    logits, targets = (
+        torch.tensor([[0.0, 200.0], [0.0, 200.0], [-2048.0, 2048.0]], dtype=dtype),
+        torch.tensor([0, 1, 0]),
+    )
+    for row in range(3):
+        expected = F.cross_entropy(logits[row : row + 1].double(), targets[row : row + 1]).item()
+        assert RowwiseCrossEntropy.apply(logits[row : row + 1], targets[row : row + 1]).item() == expected
+    assert expected == 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_holds_no_second_copy_of_all_logits(dtype):
+    logits, targets = torch.randn(3000, 20_011).to(dtype), ids(3000)
+    targets[::7] = -1
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            is_new = isinstance(result, torch.Tensor) and not func.is_view
+            self.largest = max(self.largest, result.nbytes if is_new else 0)
+            return result
+
+    expected = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
+    with Sizes() as sizes:
+        found = cross_entropies(logits, targets)
+    assert torch.equal(found, expected) and sizes.largest <= 2**26
 
 
 @pytest.mark.parametrize("rows, n_in, n_out", [((3, 50), 32, 96), ((150,), 96, 32), ((2, 1), 32, 61)])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import train
 from configurator import Machine
 from data import tokenizer
@@ -198,6 +199,29 @@ def test_a_machine_that_is_killed_comes_back_and_the_run_goes_on_by_itself(small
     assert "rank 0: another rank is gone" in said and "TORCH_DISABLE_SHARE" not in said
     assert losses(Path(small["out_dir"])) == losses(whole)
     assert torch.equal(weights(Path(small["out_dir"]) / "ckpt.pt"), weights(whole / "ckpt.pt"))
+
+
+# train.py, whose ranks average gradients in many small buckets, as large models do
+BUCKETS = """
+import functools
+import torch
+import configurator, train
+torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 10_000
+train.DistributedDataParallel = functools.partial(train.DistributedDataParallel, bucket_cap_mb=0.01)
+configurator.launch(train.main, train.TrainConfig)
+"""
+
+
+@pytest.mark.skipif(configurator.why_no_compile(torch.device("cpu")) is not None, reason="can't compile here")
+@pytest.mark.parametrize("shard", [False, True])
+def test_compiled_ranks_learn_as_plain_ones(small, tmp_path, shard):
+    (tmp_path / "buckets.py").write_text(BUCKETS)
+    keys = small | {"optimizer": "adamw", "gradient_accumulation_steps": 4, "learning_rate": 1e-3, "shard": shard}
+    plain, compiled = (
+        train_on_two(keys | {"out_dir": tmp_path / how, "compile": how}, str(tmp_path / "buckets.py"))
+        for how in ("false", "true")
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4) and len(losses(plain)) == 6
 
 
 # --- shares: --shard=true
