@@ -16,8 +16,8 @@ test: .venv/installed-dev  ## lint, then the fast tests
 test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-clean:  ## forget everything that can be made again
-	rm -rf .venv out wandb data/*/raw data/*/*.bin data/*/meta.json data/*/meta.pkl data/*/*.npz
+clean:  ## remove what `make` made; your own runs and data stay
+	rm -rf .venv out/demo data/robopoet/raw data/robopoet/*.bin data/robopoet/meta.json data/robopoet/*.npz
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

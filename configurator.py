@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -22,12 +23,18 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.utils._triton import has_triton
+
+from untrusted import read_yaml, shorten
+
+VERSION = "0.1.0"
+HOME = Path(__file__).parent  # of the scripts, config/ and data/
+SHOWN_PROBLEMS = 20  # of one message
 
 
 class ConfigError(ValueError):
@@ -46,11 +53,16 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
     """Build `cls` from its defaults, then the YAML files in `argv` in order, then its `--key=value` and `--key value`.
 
     positional: the key that takes a bare argument which is not a YAML file, or several if it is repeatable. Raises
-    ConfigError with every problem found, one a line; `--help` prints the keys and exits.
+    ConfigError with every problem found, one a line; `--help` prints the keys, `--version` the versions, and exits.
+    The keys that were given, here or in YAML, are the result's `given`, if its class has that.
     """
-    hints = get_type_hints(cls)
+    types = get_type_hints(cls)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
         print(usage(cls, positional))
+        raise SystemExit(0)
+    if "--version" in argv:
+        print(f"RoboPoet {VERSION}, torch {torch.__version__}, Python {platform.python_version()}")
         raise SystemExit(0)
     found: dict[str, tuple[Any, str]] = {}  # key -> (text or list of texts, where it stands)
     flags: dict[str, Any] = {}
@@ -84,7 +96,7 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
     values = {}
     for key, (value, where) in found.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
+            near = difflib.get_close_matches(key, hints, n=1) if len(problems) < SHOWN_PROBLEMS else []
             problems.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else "; --help lists all"))
             continue
         try:
@@ -94,8 +106,16 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
     cfg = cls(**values)
     problems += cfg.problems()
     if problems:
-        raise ConfigError("\n  ".join(problems))
+        more = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise ConfigError("\n  ".join([*map(shorten, problems[:SHOWN_PROBLEMS]), *more]))
+    if hasattr(cls, "given"):
+        object.__setattr__(cfg, "given", frozenset(values))
     return cfg
+
+
+def beside_scripts(path: str | Path) -> Path:
+    """`path`, or the same path beside the scripts where the working folder has none."""
+    return Path(path) if os.path.exists(path) or not (HOME / path).exists() else HOME / path
 
 
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -141,18 +161,13 @@ def change(cfg: Any, key: str, text: str) -> Any:
 
 
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
-    """Read a YAML mapping with every scalar left as text (BaseLoader builds no object); appends to `problems`."""
+    """Read a YAML mapping with every scalar left as text; appends to `problems`."""
     try:
-        with open(path, encoding="utf-8") as f:
-            content = yaml.load(f, Loader=yaml.BaseLoader)
-    except OSError as e:
-        problems.append(f"{path}: {e.strerror}")
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        problems.append(f"{path}: is not YAML: {' '.join(str(e).split())}")
-        return {}
-    if content is not None and not isinstance(content, dict):
-        problems.append(f"{path}: must hold `key: value` lines")
+        content = read_yaml(beside_scripts(path), ConfigError)
+        if content and not isinstance(content, dict):
+            raise ConfigError(f"{path}: must hold `key: value` lines")
+    except ConfigError as e:
+        problems.append(str(e))
         return {}
     return content or {}
 
@@ -171,6 +186,7 @@ def usage(cls: type, positional: str | None = None) -> str:
         script = f"-m bench.{script.removesuffix('.py')}"
     lines = [f"python {script} [CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
     for owner in reversed(cls.__mro__[:-1]):  # a config may extend another: its own keys come last
         for line in inspect.getsource(owner).splitlines():
             if heading := re.fullmatch(r"    # (.*)", line):
@@ -178,7 +194,8 @@ def usage(cls: type, positional: str | None = None) -> str:
             elif key := re.match(r"    (\w+): .*?  # (.*)$", line):
                 default = defaults[key[1]]
                 shown = " ".join(default) if isinstance(default, tuple) else str(default)
-                lines.append(f"  --{key[1]:<28} {shown:<14} {key[2]}")
+                choices = f" [{' '.join(get_args(hints[key[1]]))}]" if get_origin(hints[key[1]]) is Literal else ""
+                lines.append(f"  --{key[1]:<28} {shown:<14} {key[2]}{choices}")
     return "\n".join(lines)
 
 

@@ -6,11 +6,11 @@ Nothing here may stop the training: not a full disk, not a network that is gone,
 import json
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from configurator import Machine
+from configurator import ConfigError, Machine
 from model import GPT, linear
+from untrusted import Count, decode_json, read_lines
 
 PATIENCE_S = 10.0  # how long the end of a run waits for a logger
 Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
@@ -47,19 +48,15 @@ def tensorboard_sink(out_dir: str, config: dict) -> tuple[Write, Callable[[], No
 
 
 def wandb_sink(
-    out_dir: str, mode: str, project: str, name: str, config: dict, goes_on: bool
+    out_dir: str, mode: str, project: str, name: str, config: dict, run_id: str
 ) -> tuple[Write, Callable[[], None]]:
-    """Functions that write numbers and texts at a step to Weights & Biases, and that close it.
-
-    goes_on: under the id that the run in out_dir began with.
-    """
+    """Functions that write numbers and texts at a step to Weights & Biases, and that close it."""
     import wandb
 
-    path = Path(out_dir) / "wandb_id"
-    id = path.read_text(encoding="utf-8") if goes_on and path.exists() else secrets.token_hex(4)
-    path.write_text(id, encoding="utf-8")
     name = name or Path(out_dir).name
-    run = wandb.init(project=project, name=name, dir=out_dir, mode=mode, config=config, id=id, resume="allow")
+    run = wandb.init(
+        project=project, name=name, dir=out_dir, mode=mode, config=config, id=run_id or None, resume="allow"
+    )
     return lambda values, step: run.log(values | {"iter": step}), run.finish
 
 
@@ -94,23 +91,34 @@ class Sink:
             configurator.warn(f"{self.name} has not answered for {PATIENCE_S:.0f} s and is left behind")
 
 
+@dataclass(frozen=True)
+class Place:
+    """What is read of a record in metrics.jsonl: its step and its run ("" in those of old)."""
+
+    iter: Count
+    run: str = ""
+
+
 class Log:
     """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but one."""
 
-    def __init__(self, out: Path, step: int, machine: Machine, sinks: list[Sink]):
-        self.active, self.path, self.sinks, self.said = machine.is_main, out / "metrics.jsonl", sinks, True
+    def __init__(self, out: Path, step: int, run_id: str, machine: Machine, sinks: list[Sink]):
+        self.active, self.path, self.run_id = machine.is_main, out / "metrics.jsonl", run_id
+        self.sinks, self.said = sinks, True
         if self.active:
-            self._forget_after(step)
+            self._keep_until(step)
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the records of steps that will be made again, and a last one that is not whole; a new run: all."""
-        kept, part = [], self.path.with_suffix(".part")
-        for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []:
-            try:
-                kept += [line] if json.loads(line)["iter"] <= step else []
-            except (ValueError, KeyError, TypeError):
-                configurator.warn(f"{self.path}: dropped a line that is no record")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    def _keep_until(self, step: int) -> None:
+        """Drop the records of steps that will be made again, those of other runs, and lines that are no records."""
+        part = self.path.with_suffix(".part")
+        with open(part, "wb") as f:
+            for number, line in read_lines(self.path, ConfigError) if step and self.path.exists() else ():
+                try:
+                    found = decode_json(line, Place, f"{self.path}: line {number}", ConfigError, "dropped")
+                    if found.run == self.run_id and found.iter <= step:
+                        f.write(line + b"\n")
+                except ConfigError as e:
+                    configurator.warn(str(e))
         os.replace(part, self.path)
 
     def say(self, line: str) -> None:
@@ -128,7 +136,7 @@ class Log:
             return
         try:
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+                f.write(json.dumps(record | {"run": self.run_id}) + "\n")
         except OSError as e:
             configurator.warn(f"{self.path}: a record is lost: {e.strerror}")
         where = record["split"] if record["kind"] == "eval" else "train"
@@ -149,7 +157,7 @@ class Meter:
     def __init__(self, machine: Machine, model: GPT, tokens_per_step: int):
         self.machine, self.tokens_per_step = machine, tokens_per_step
         self.flops_per_step = model.flops_per_token() * tokens_per_step
-        self.peak_flops = machine.matmul_flops(linear) * machine.world_size
+        self.peak_flops, self.peak_mem_mb = machine.matmul_flops(linear) * machine.world_size, 0.0
         self.compile_s: float | None = None
         self.steps = 0
         self.restart()
@@ -166,6 +174,7 @@ class Meter:
         if self.compile_s is None:  # the first lap is one step, which compiles
             self.compile_s = elapsed_s
         dt_s = elapsed_s / self.steps
+        self.peak_mem_mb = max(self.peak_mem_mb, self.machine.peak_mem_mb())
         record = {
             "kind": "train",
             "iter": step,
@@ -174,14 +183,20 @@ class Meter:
             "grad_norm": norm.item(),
             "dt_ms": 1000 * dt_s,
             "tok_per_sec": self.tokens_per_step / dt_s,
-            "mfu": self.flops_per_step / dt_s / self.peak_flops,
+            "mfu": self._mfu(self.flops_per_step / dt_s),
             "tokens": step * self.tokens_per_step,
             "seconds": seconds + elapsed_s,
             "compile_s": self.compile_s,
-            "peak_mem_mb": self.machine.peak_mem_mb(),
+            "peak_mem_mb": self.peak_mem_mb,
         }
         self.restart()
         return record
+
+    def _mfu(self, flops: float) -> float:
+        """The share of the best FLOP/s seen, which are measured again when they are passed: another load had a part."""
+        if flops > self.peak_flops:
+            self.peak_flops = max(flops, self.machine.matmul_flops(linear) * self.machine.world_size)
+        return flops / self.peak_flops
 
 
 def status(record: dict[str, Any], steps: int) -> str:

@@ -4,6 +4,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Para
 B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_size.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator
@@ -389,6 +390,11 @@ class GPT(nn.Module):
             return self.lm_head(x)
         padded = F.pad(self.lm_head.weight, (0, 0, 0, -V % 64))  # other numbers of rows leave the tensor cores
         return F.linear(x, padded)[..., :V]
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context to `block_size` tokens for good; the positions beyond are gone."""
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # size and cost

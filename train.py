@@ -11,13 +11,14 @@ import fcntl
 import functools
 import math
 import os
+import secrets
 import shutil
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,11 +36,17 @@ from data.batches import Split, TrainWindows, eval_batches, find_dataset, open_s
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from model import GPT, GPTConfig, Graphed
 from optimizer import configure_optimizers, shared_as, whole
+from untrusted import convert
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The keys of train.py; those that nanoGPT has too are called as there."""
+    """The keys of train.py; those that nanoGPT has too are called as there.
+
+    given: those that a person gave, on the command line or in YAML.
+    """
+
+    given: ClassVar[frozenset[str]] = frozenset()
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
@@ -60,7 +67,7 @@ class TrainConfig:
     dropout: float = 0.1  # probability, after embeddings, attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon (on the blocks' matrices; AdamW on the rest) or adamw
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains the blocks' matrices, AdamW the rest or all
     learning_rate: float = 1e-2  # AdamW's peak; alone it bears a tenth of that
     muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
@@ -71,7 +78,7 @@ class TrainConfig:
     max_iters: int = 600  # optimizer steps in all
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
-    warmup_iters: int = 20  # steps of linear warmup
+    warmup_iters: int = 20  # steps of linear warmup; if not given, it fits a short run
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
     min_lr: float = 0.0  # learning rate from there on
     # evaluation and logs
@@ -385,12 +392,16 @@ def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
 
 @dataclass
 class Progress:
-    """How far a run has come; a checkpoint holds it beside weights and optimizers. seconds: of training alone."""
+    """How far a run has come; a checkpoint holds it beside weights and optimizers.
+
+    seconds: of training alone. run_id: the run's own, in its metrics too ("" in those of old).
+    """
 
     iter_num: int = 0
     best_val_loss: float = math.inf
     bad_evals: int = 0
     seconds: float = 0.0
+    run_id: str = ""
 
 
 def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
@@ -398,6 +409,8 @@ def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
     out = Path(cfg.out_dir)
     latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
     if cfg.init_from == "scratch" or (cfg.init_from == "auto" and not latest.exists() and not previous.exists()):
+        if cfg.eval_only:
+            raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, as --init_from=out/demo/best.pt")
         return None, latest, False
     if cfg.init_from not in ("resume", "auto"):
         return checkpoint.load(Path(cfg.init_from)), Path(cfg.init_from), False
@@ -410,9 +423,41 @@ def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
         return checkpoint.load(previous), previous, True
 
 
-def fit_config(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: dict) -> TrainConfig:
-    """`cfg` with the checkpoint's shape; raises CheckpointError if data or, on resuming, model or optimizer differ."""
-    shape = {key: start["model_args"][key] for key in checkpoint.NANOGPT_ARGS if key not in ("vocab_size", "dropout")}
+SHAPE = tuple(key for key in checkpoint.NANOGPT_ARGS if key not in ("vocab_size", "dropout"))
+OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
+
+
+def complete(cfg: TrainConfig, start: dict[str, Any], path: Path, resumes: bool) -> TrainConfig:
+    """`cfg` with what was not given from the checkpoint: every key on resuming and evaluating, else the model's shape.
+
+    Raises CheckpointError when a shape was given that the model can't have: all but a shorter block_size in a new run.
+    """
+    given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
+    taken = {key: start["model_args"][key] for key in SHAPE}
+    problems = [
+        f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out"
+        for key in SHAPE
+        if key in given and getattr(cfg, key) != taken[key]
+        if resumes or key != "block_size" or cfg.block_size > taken[key]
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: " + "\n  ".join(problems))
+    if (resumes or cfg.eval_only) and "model_extra" in start:
+        saved = convert(start["config"], TrainConfig, path, CheckpointError, "its config is damaged")
+        taken = {**dataclasses.asdict(saved), **taken}
+        if "max_iters" in given:
+            taken["epochs"] = 0.0  # which would overrule it
+    return dataclasses.replace(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+
+
+def differences(cfg: TrainConfig, saved: dict[str, Any]) -> str:
+    """How the keys of a resumed run differ from those saved in its checkpoint, as `max_iters 600 -> 900`."""
+    keys = {key: value for key, value in dataclasses.asdict(cfg).items() if key in saved and key not in OWN}
+    return ", ".join(f"{key} {saved[key]} -> {value}" for key, value in keys.items() if saved[key] != value)
+
+
+def check_fit(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: dict) -> None:
+    """Raise CheckpointError if the data is not the checkpoint's or, on resuming, the optimizer."""
     problems = []
     theirs, ours = checkpoint.tokenizer_of(start, path).to_json(), dict(meta["tokenizer"])
     if not resumes:  # a new run may have special tokens that the checkpoint has not
@@ -424,12 +469,10 @@ def fit_config(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfi
             problems.append(
                 "it was trained on another text than the dataset's; --init_from=PATH starts a new run from it"
             )
-        for key, saved in {**shape, "optimizer": start["config"]["optimizer"]}.items():
-            if saved != getattr(cfg, key):
-                problems.append(f"{key}: the checkpoint has {saved}, the config {getattr(cfg, key)}")
+        if (saved := start["config"]["optimizer"]) != cfg.optimizer:
+            problems.append(f"optimizer: the checkpoint has {saved}, the config {cfg.optimizer}")
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
-    return dataclasses.replace(cfg, **shape)
 
 
 def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
@@ -444,6 +487,7 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
                 group.update(settings)  # rates and decay are the config's, which may have changed
         if start["scaler"]:  # empty unless that run was in float16
             state.scaler.load_state_dict(start["scaler"])
+        start.setdefault("run_id", "")
         return Progress(**{field.name: start[field.name] for field in dataclasses.fields(Progress)})
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: holds no run to go on with ({e}); use --init_from={path}") from None
@@ -500,18 +544,38 @@ def prepare_out_dir(out: Path) -> BinaryIO:
     return lock
 
 
-def check_space(out: Path, model: GPT) -> None:
+CHECKPOINTS = ("best.pt", "ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt")
+
+
+def check_space(out: Path, model: GPT, resumes: bool) -> None:
     """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and one that is being written."""
     weights = 4 * model.num_params()
     needed = weights + 3 * (3 * weights)  # two moments beside the weights
-    names = ("best.pt", "ckpt.pt", "ckpt.prev.pt")
-    there = sum((out / name).stat().st_size for name in names if (out / name).exists())
+    replaced = out if resumes else out / "previous"
+    there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
     free = shutil.disk_usage(out).free
     if free + there < needed:
         raise ConfigError(
             f"out_dir: {out} has {free / 2**20:,.0f} MB free, the checkpoints take {(needed - there) / 2**20:,.0f} MB "
             "more; choose another disk, or free some space"
         )
+
+
+def set_aside(out: Path) -> bool:
+    """Move an earlier run's files from `out` to out/previous, in place of those there; whether there was such a run.
+
+    A process that is killed on the way has lost nothing: the next call finishes what it began.
+    """
+    part, previous = out / "previous.part", out / "previous"
+    found = [path for name in CHECKPOINTS if (path := out / name).exists()]
+    if found:
+        part.mkdir(exist_ok=True)
+        for path in (*out.glob("events.out.tfevents.*"), *out.glob("metrics.jsonl"), *found):  # the checkpoints last
+            os.replace(path, part / path.name)
+    if part.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(part, previous)
+    return bool(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,18 +590,19 @@ class DivergedError(ArithmeticError):
 
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
-    # --- machine
+    # --- config and machine
+    out = Path(cfg.out_dir)
+    start, start_path, resumes = load_start(cfg)
+    if start:
+        cfg = complete(cfg, start, start_path, resumes)
     machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
     micro_batches(cfg, machine)
-    out = Path(cfg.out_dir)
-    lock = prepare_out_dir(out) if machine.is_main and not cfg.eval_only else None
 
     # --- data and model
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
-    start, start_path, resumes = load_start(cfg)
     if start:
-        cfg = fit_config(start, start_path, resumes, cfg, meta)
+        check_fit(start, start_path, resumes, cfg, meta)
     val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
     train = None if cfg.eval_only else open_split(folder, "train", meta, cfg.block_size, machine.device)
     tok = tokenizer.from_json(meta["tokenizer"])
@@ -545,6 +610,7 @@ def main(cfg: TrainConfig) -> None:
     torch.manual_seed(cfg.seed)
     if start:
         model = checkpoint.build_model(start, start_path, cfg.dropout, meta["vocab_size"])
+        model.crop_block_size(cfg.block_size)
     else:
         model = new_model(cfg, meta["vocab_size"])
     size = f"ranks: {machine.world_size}, parameters: {model.num_params():,}"
@@ -556,26 +622,34 @@ def main(cfg: TrainConfig) -> None:
             for (style, other), (more, error) in costs.items():
                 print(f"{style} under {other}'s tag: {more:+.4f} ± {error:.4f} nats/token")
         return close(machine)
-    if machine.is_main:
-        check_space(out, model)
+    lock = prepare_out_dir(out) if machine.is_main else None
+    if lock:
+        check_space(out, model, resumes)
 
     # --- schedule and optimizer
     windows = TrainWindows(train, cfg.block_size, cfg.seed, cfg.tag_prob)
-    if cfg.epochs:
-        cfg = dataclasses.replace(cfg, max_iters=math.ceil(cfg.epochs * windows.per_epoch / cfg.rows_per_step))
-    if cfg.warmup_iters > (last := cfg.lr_decay_iters or cfg.max_iters):
-        raise ConfigError(f"warmup_iters: found {cfg.warmup_iters}, must be at most {last}, the last step of the decay")
+    cfg = fit_schedule(cfg, windows.per_epoch)
     state = build_state(cfg, machine, model)
 
-    # --- resume
-    progress = restore(start, start_path, state) if resumes else Progress()
+    # --- resume, or begin
+    progress = restore(start, start_path, state) if resumes else Progress(run_id=secrets.token_hex(4))
     if resumes and machine.is_main and start_path == out / "ckpt.prev.pt":
         with contextlib.suppress(FileNotFoundError):  # or the next save would keep it in the place of a whole one
             os.replace(out / "ckpt.pt", out / "ckpt.damaged.pt")
-    log = Log(out, progress.iter_num, machine, open_sinks(cfg, machine, resumes))
+    if machine.world_size > 1:
+        dist.barrier()  # every rank has read what it starts from
+    was_there = set_aside(out) if machine.is_main and not resumes else False
+    log = Log(out, progress.iter_num, progress.run_id, machine, open_sinks(cfg, machine, progress.run_id))
     log.say(f"{machine.device}, {str(machine.dtype)[6:]}, {size}")
+    if was_there:
+        log.say(f"{out} held an earlier run: moved to {out / 'previous'}, in place of what was there")
+        log.say("to resume a run instead of beginning another: --init_from=auto")
     if resumes:
-        log.say(f"going on from {start_path}, step {progress.iter_num}")
+        log.say(f"resuming from {start_path}, step {progress.iter_num}")
+        if changed := differences(cfg, start["config"]):
+            log.say(f"other than in the checkpoint: {changed}")
+        if progress.iter_num >= cfg.max_iters:
+            log.say(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger --max_iters trains on")
     del start
 
     # --- loop
@@ -628,13 +702,26 @@ def main(cfg: TrainConfig) -> None:
     log.say(f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training: {out / 'best.pt'}")
 
 
-def open_sinks(cfg: TrainConfig, machine: Machine, resumes: bool) -> list[Sink]:
+def fit_schedule(cfg: TrainConfig, windows_per_epoch: int) -> TrainConfig:
+    """`cfg` with max_iters as `epochs` asks, and a warmup that fits into the decay; raises ConfigError if one was given
+    that does not.
+    """
+    steps = math.ceil(cfg.epochs * windows_per_epoch / cfg.rows_per_step) if cfg.epochs else cfg.max_iters
+    last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
+    if warmup > last:
+        if "warmup_iters" in cfg.given or warmup != TrainConfig.warmup_iters:
+            raise ConfigError(f"warmup_iters: found {warmup}, must be at most {last}, the last step of the decay")
+        warmup = last // 10
+    return dataclasses.replace(cfg, max_iters=steps, warmup_iters=warmup)
+
+
+def open_sinks(cfg: TrainConfig, machine: Machine, run_id: str) -> list[Sink]:
     """The loggers that `cfg` asks for, on the rank that has them."""
     sinks, keys = [], dataclasses.asdict(cfg)
     if cfg.tensorboard and machine.is_main:
         sinks.append(Sink("TensorBoard", functools.partial(tensorboard_sink, cfg.out_dir, keys)))
     if cfg.wandb != "off" and machine.is_main:
-        arguments = cfg.out_dir, cfg.wandb, cfg.wandb_project, cfg.wandb_run_name, keys, resumes
+        arguments = cfg.out_dir, cfg.wandb, cfg.wandb_project, cfg.wandb_run_name, keys, run_id
         sinks.append(Sink("wandb", functools.partial(wandb_sink, *arguments)))
     return sinks
 

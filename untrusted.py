@@ -6,6 +6,7 @@ that says where in the file it stands, as `$.splits.val.documents[0].start`.
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -43,6 +44,21 @@ def read_bytes(path: Path, error: type[Exception], limit: int = JSON_BYTES) -> b
     try:
         with open(path, "rb") as f:
             return f.read(limit)
+    except OSError as e:
+        raise error(f"{path}: {e.strerror}") from None
+
+
+def read_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, bytes]]:
+    """Each line of a regular file and its number, from 1; raises `error`, also for one of over 100 MB."""
+    check_regular(path, error)
+    try:
+        with open(path, "rb") as f:
+            number = 0
+            while line := f.readline(JSON_BYTES + 1):
+                number += 1
+                if len(line) > JSON_BYTES:
+                    raise error(f"{path}: line {number}: has over {JSON_BYTES:,} bytes")
+                yield number, line.rstrip(b"\r\n")
     except OSError as e:
         raise error(f"{path}: {e.strerror}") from None
 
@@ -89,5 +105,10 @@ def read_yaml(path: Path, error: type[Exception]) -> Any:
 
 def describe(e: Exception) -> str:
     """An exception's message in one line of bounded length."""
-    line = " ".join(str(e).split()) or type(e).__name__
+    return shorten(str(e)) or type(e).__name__
+
+
+def shorten(text: str) -> str:
+    """`text` in one line of at most 300 characters: what stands in the middle of a longer one is left out."""
+    line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARS else f"{line[:200]} ... {line[-90:]}"

@@ -24,8 +24,18 @@ SCANNED_BYTES = 2**28  # in bins up to this size every token is looked at; large
 
 
 def find_dataset(name: str) -> Path:
-    """The folder of bins called `name`: a path, or a folder under data/."""
-    return Path(name) if (Path(name) / "meta.json").is_file() else Path("data") / name
+    """The folder of bins called `name`: a path, or a folder under data/, here or beside the scripts.
+
+    Raises DataError, which lists those that there are.
+    """
+    places = Path("data"), Path(__file__).parent
+    for folder in (Path(name), *(place / name for place in places)):
+        if name and (folder / "meta.json").is_file():
+            return folder
+    known = ", ".join(sorted({path.parent.name for place in places for path in place.glob("*/meta.json")}))
+    has_manifest = any((place / name / "corpus.yaml").is_file() for place in places)
+    advice = f"data/{name}" if has_manifest else f"--input='my/*.txt' --out=data/{Path(name).name or 'mine'}"
+    raise DataError(f"dataset: {name!r} is not prepared ({known or 'nothing'} is); run `python prepare.py {advice}`")
 
 
 def read_meta(folder: Path) -> dict:

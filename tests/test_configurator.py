@@ -2,7 +2,11 @@
 
 import dataclasses
 import os
+import re
+import time
+import tomllib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -433,3 +437,47 @@ def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         configurator.launch(main, Toy)
+
+
+def test_version_names_what_a_report_of_a_fault_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        load(train.TrainConfig, ["config/nope.yaml", "--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(r"RoboPoet \d+\.\d+\.\d+, torch \S+, Python \S+\n", capsys.readouterr().out)
+    project = tomllib.loads((configurator.HOME / "pyproject.toml").read_text())["project"]
+    assert project["version"] == configurator.VERSION
+
+
+@pytest.mark.parametrize(
+    ("cls", "choices"),
+    [(train.TrainConfig, "[muon adamw]"), (sample.SampleConfig, "[auto tokens line sentence paragraph speech scene]")],
+)
+def test_help_prints_the_choices_of_a_key(cls, choices):
+    assert choices in configurator.usage(cls)
+
+
+def test_the_keys_that_were_given_are_known(write):
+    cfg = load(train.TrainConfig, [write("n_layer: 3"), "--seed=1337"])
+    assert cfg.given == {"n_layer", "seed"} and train.TrainConfig().given == frozenset()
+    assert "given" in error(train.TrainConfig, "--given=seed") and "no such key" in error(
+        train.TrainConfig, "--given=x"
+    )
+
+
+def test_a_config_that_would_fill_memory_or_never_end_is_refused_in_one_line(write, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    laughs = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    laughs += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+    for name, content, message in (
+        ("many.yaml", "".join(f"key{i}: 1\n" for i in range(10**6)), "at most 1,048,576"),
+        ("some.yaml", "".join(f"{i}: 1\n" for i in range(90_000)), "holds over 100,000 values"),
+        ("few.yaml", "".join(f"{i}: 1\n" for i in range(40_000)), "and 39,980 more"),
+        ("laughs.yaml", laughs, "has an alias"),
+        ("deep.yaml", "a: " + "[" * 5000, "nests over 20 deep"),
+        ("long.yaml", f"n_layer: {'x' * 10**5}", "n_layer"),
+        ("pipe.yaml", None, "not a regular file"),
+    ):
+        start = time.perf_counter()
+        found = error(train.TrainConfig, str(tmp_path / "pipe.yaml") if content is None else write(content, name))
+        assert message in found and len(found) < 10_000
+        assert time.perf_counter() - start < 5

@@ -427,7 +427,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(smal
 def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, tmp_path):
     run(small)
     path = str(Path(small["out_dir"]) / "best.pt")
-    found = run(small, out_dir=str(tmp_path / "tuned"), init_from=path, n_layer=5, learning_rate=1e-5)
+    keys = {key: small[key] for key in small.keys() - {"n_layer", "n_head", "n_embd", "block_size", "dropout"}}
+    found = run(keys, out_dir=str(tmp_path / "tuned"), init_from=path, learning_rate=1e-5)
     assert found[0]["iter"] == 1
     assert checkpoint.load(tmp_path / "tuned" / "best.pt")["model_args"]["n_layer"] == 2
 
@@ -538,9 +539,9 @@ def test_mistakes_are_told_before_training(small, tmp_path):
     run(small)
     (tmp_path / "file").write_text("")
     wrong = {
-        r"nowhere/meta\.json: not found": {"dataset": str(tmp_path / "nowhere")},
+        "nowhere' is not prepared": {"dataset": str(tmp_path / "nowhere")},
         r"out_dir: .* can't be written": {"out_dir": str(tmp_path / "file" / "out")},
-        "must have at least block_size": {"block_size": 100_000},
+        "must have at least block_size": {"block_size": 100_000, "out_dir": str(tmp_path / "new")},
         "warmup_iters: found 7": {"warmup_iters": 7},
         "nothere.pt: not found": {"init_from": str(tmp_path / "nothere.pt")},
         "n_layer: the checkpoint has 2, the config 3": {"init_from": "resume", "n_layer": 3},

@@ -1,0 +1,267 @@
+"""A run's folder: a new run keeps the one before, resuming completes the config from the checkpoint, nothing mixes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import train
+from checkpoint import CheckpointError
+from configurator import ConfigError
+from log import Meter
+from train import TrainConfig
+
+REPO = Path(__file__).parent.parent
+
+
+def run(keys: dict, **changes) -> list[dict]:
+    """Train as from the command line, where only these keys are given; returns the records of metrics.jsonl."""
+    keys = keys | changes
+    train.main(configurator.load(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
+    return records(Path(keys["out_dir"]))
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The files of a run and their content."""
+    return {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+# --- a new run where one was
+
+
+def test_a_new_run_moves_the_one_before_to_previous_and_keeps_one_generation(small, capsys):
+    out = Path(small["out_dir"])
+    run(small)
+    assert not (out / "previous").exists()
+    first = hashes(out)
+    capsys.readouterr()
+    run(small, seed=1, tensorboard=True)
+    told = capsys.readouterr().out
+    assert hashes(out / "previous") == first and f"moved to {out}/previous" in told and "--init_from=auto" in told
+    second = hashes(out)
+    assert any(name.startswith("events.out.tfevents") for name in second)
+    run(small, seed=2)
+    assert hashes(out / "previous") == second
+    assert not any(name.startswith("events.out.tfevents") for name in hashes(out))
+    (out / "mine.txt").write_text("a user's own")
+    run(small, init_from=str(out / "best.pt"))
+    assert (out / "mine.txt").read_text() == "a user's own" and (out / "previous" / "best.pt").exists()
+
+
+def test_a_run_without_a_checkpoint_is_no_reason_to_drop_the_one_before(small):
+    out = Path(small["out_dir"])
+    run(small)
+    first = hashes(out)
+    with pytest.raises(DivergedAtOnceError):
+        killed_before_its_first_save(small)
+    assert hashes(out / "previous") == first and (out / "metrics.jsonl").exists()
+    run(small, init_from="auto", seed=2)
+    assert hashes(out / "previous") == first
+
+
+class DivergedAtOnceError(Exception):
+    pass
+
+
+def killed_before_its_first_save(keys: dict) -> None:
+    """Begin a new run and end it with its second step."""
+
+    class Killer:
+        def __init__(self, *args):
+            raise DivergedAtOnceError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "try_to_save", Killer)
+        run(keys, seed=5, init_from="scratch")
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_process_killed_while_it_moves_a_run_loses_none_of_it(small, monkeypatch, moved):
+    out = Path(small["out_dir"])
+    run(small)
+    first, replace = hashes(out), os.replace
+
+    def replace_some(source, target):
+        nonlocal moved
+        if moved == 0:
+            raise DivergedAtOnceError
+        moved -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(train.os, "replace", replace_some)
+    with pytest.raises(DivergedAtOnceError):
+        train.set_aside(out)
+    monkeypatch.undo()
+    run(small, seed=3)
+    assert hashes(out / "previous") == first
+
+
+# --- runs never mix
+
+
+def test_auto_never_resumes_another_run_and_metrics_hold_one_run_alone(small):
+    out = Path(small["out_dir"])
+    old = run(small)
+    with pytest.raises(DivergedAtOnceError):
+        killed_before_its_first_save(small)
+    found = run(small, init_from="auto", seed=5)
+    fresh = run(small, seed=5, out_dir=str(out.parent / "fresh"))
+    assert [r["loss"] for r in found] == [r["loss"] for r in fresh] != [r["loss"] for r in old]
+    assert {r["run"] for r in found} == {checkpoint.load(out / "ckpt.pt")["run_id"]}
+    assert len({r["run"] for r in [*old, *found, *fresh]}) == 3
+
+
+def test_records_of_another_run_are_dropped_on_resuming(small):
+    out = Path(small["out_dir"])
+    whole = run(small)
+    stray = json.dumps(whole[0] | {"run": "another", "loss": -1.0})
+    (out / "metrics.jsonl").write_text(stray + "\n" + (out / "metrics.jsonl").read_text())
+    assert [r["loss"] for r in run(small, init_from="auto", max_iters=7)][: len(whole)] == [r["loss"] for r in whole]
+
+
+def test_runs_from_before_they_had_an_id_are_resumed(small, capsys):
+    out = Path(small["out_dir"])
+    run(small, max_iters=3, lr_decay_iters=6)
+    content = checkpoint.load(out / "ckpt.pt")
+    del content["run_id"]
+    checkpoint.save(out / "ckpt.pt", content)
+    lines = [{key: value for key, value in r.items() if key != "run"} for r in records(out)]
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = run(small, init_from="resume", max_iters=6)
+    assert [r["iter"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+# --- what is not given
+
+
+def test_resuming_takes_what_is_not_given_from_the_checkpoint(small, capsys):
+    out = {"out_dir": small["out_dir"]}
+    whole = run(small, out_dir=str(Path(small["out_dir"]).parent / "whole"), lr_decay_iters=6, dropout=0.2)
+    run(small, max_iters=3, lr_decay_iters=6, dropout=0.2)
+    capsys.readouterr()
+    parts = run(out, init_from="resume", max_iters=6)
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+    assert "other than in the checkpoint: max_iters 3 -> 6" in capsys.readouterr().out
+    run(out, init_from="resume", log_interval=2)
+    told = capsys.readouterr().out
+    assert "finished: step 6 of max_iters 6; a larger --max_iters trains on" in told
+    run(out, init_from="resume", max_iters=2)
+    assert "finished: step 6 of max_iters 2" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="n_layer: the checkpoint has 2, the config 6; leave it out"):
+        run(out, init_from="resume", n_layer=6)  # the default, but given
+
+
+def test_a_number_of_steps_that_is_given_overrules_the_epochs_of_the_checkpoint(small):
+    run(small, epochs=0.1)
+    steps = len([r for r in run({"out_dir": small["out_dir"]}, init_from="resume", max_iters=9) if "lr" in r])
+    assert steps == 9
+
+
+def test_evaluating_takes_the_dataset_from_the_checkpoint(small, capsys):
+    run(small)
+    capsys.readouterr()
+    best = Path(small["out_dir"]) / "best.pt"
+    run({"out_dir": small["out_dir"]}, eval_only=True, init_from=best, split="test")
+    assert f"{best} on {small['dataset']}/test.bin: loss" in capsys.readouterr().out
+
+
+def test_evaluating_the_latest_of_an_empty_folder_is_one_line(small, tmp_path):
+    for start in ("auto", "resume"):
+        with pytest.raises((ConfigError, CheckpointError), match=r"ckpt\.pt"):
+            run(small, eval_only=True, init_from=start, out_dir=str(tmp_path / "empty"))
+        assert not (tmp_path / "empty").exists()
+
+
+def test_a_new_run_may_shorten_the_context_and_change_nothing_else_of_the_shape(small, tmp_path):
+    run(small)
+    best = Path(small["out_dir"]) / "best.pt"
+    keys = {key: small[key] for key in ("dataset", "device", "dtype", "compile", "eval_interval", "max_iters")}
+    keys |= {"init_from": best, "out_dir": tmp_path / "short"}
+    run(keys, block_size=16, learning_rate=1e-12, muon_learning_rate=1e-12)
+    short, whole = checkpoint.load(tmp_path / "short" / "best.pt"), checkpoint.load(best)
+    assert short["model_args"] == whole["model_args"] | {"block_size": 16, "dropout": 0.1}
+    position = "transformer.wpe.weight"
+    torch.testing.assert_close(short["model"][position], whole["model"][position][:16])
+    assert (tmp_path / "short" / "best.pt").stat().st_size < best.stat().st_size
+    for change in ({"block_size": 64}, {"n_layer": 6}, {"n_embd": 64}, {"bias": False}):
+        (key,) = change
+        with pytest.raises(CheckpointError, match=f"{key}: the checkpoint has"):
+            run(keys, **change)
+
+
+def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config):
+    model = train.new_model(small_config, 64).eval()
+    idx = torch.randint(64, (2, 16))
+    before = model(idx, idx)[0]
+    model.crop_block_size(16)
+    assert torch.equal(model(idx, idx)[0], before)
+    assert model.config.block_size == model.transformer.wpe.num_embeddings == 16
+
+
+def test_the_default_warmup_is_shortened_for_a_short_run_and_one_that_is_given_is_refused(small):
+    keys = {key: small[key] for key in small if key != "warmup_iters"}
+    assert [r["iter"] for r in run(keys, max_iters=10) if r["kind"] == "train"] == list(range(1, 11))
+    assert checkpoint.load(Path(small["out_dir"]) / "best.pt")["config"]["warmup_iters"] == 1
+    with pytest.raises(ConfigError, match="warmup_iters: found 20, must be at most 10"):
+        run(keys, max_iters=10, warmup_iters=20)
+    cfg = train.fit_schedule(TrainConfig(max_iters=100), 1)
+    assert cfg.warmup_iters == 20
+
+
+# --- from any folder
+
+
+def test_scripts_find_their_configs_and_data_from_any_folder_and_leave_nothing_there(tmp_path):
+    def command(*args: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60
+        )
+
+    done = command(str(REPO / "train.py"), "config/demo.yaml", "--dataset=nope")
+    assert done.returncode == 2 and "nope" in done.stderr and "config/demo.yaml" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = command(str(REPO / "train.py"), "config/nope.yaml")
+    assert done.returncode == 2 and "config/nope.yaml: No such file" in done.stderr
+
+
+# --- the peak that MFU is a share of
+
+
+def test_mfu_is_never_above_one_and_its_peak_is_measured_again_when_passed(small_config, monkeypatch):
+    peaks = iter([1.0, 2e15, 1.0, 1.0])
+    machine = configurator.Machine(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(configurator.Machine, "matmul_flops", lambda self, product: next(peaks))
+    meter = Meter(machine, train.new_model(small_config, 64), 100)
+    loss = torch.tensor(1.0)
+    meter.steps = 1
+    first = meter.lap(1, 0.0, loss, loss, 1e-3)["mfu"]
+    assert 0 < first < 1 and meter.peak_flops == 2e15
+    meter.flops_per_step, meter.steps = 1e30, 1
+    assert meter.lap(2, 0.0, loss, loss, 1e-3)["mfu"] == 1.0
+    meter.flops_per_step, meter.steps = 1e30, 1
+    assert meter.lap(3, 0.0, loss, loss, 1e-3)["mfu"] <= 1.0
+
+
+def test_make_clean_removes_what_make_made_and_nothing_of_the_users(tmp_path):
+    (tmp_path / "Makefile").write_text((REPO / "Makefile").read_text())
+    made = (".venv/installed", "out/demo/best.pt", "data/robopoet/raw/a.whl", "data/robopoet/train.bin")
+    made += ("data/robopoet/meta.json", "data/robopoet/originality.npz")
+    kept = ("out/mine/best.pt", "data/mine/train.bin", "data/mine/meta.json", "data/robopoet/corpus.yaml")
+    kept += ("wandb/run", "out/best.pt", "data/bible/raw/a")
+    for name in (*made, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"Makefile", *kept}
