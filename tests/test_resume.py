@@ -235,6 +235,13 @@ def test_scripts_find_their_configs_and_data_from_any_folder_and_leave_nothing_t
     assert done.returncode == 2 and "config/nope.yaml: No such file" in done.stderr
 
 
+def test_installing_says_in_one_line_that_it_is_run_from_a_checkout():
+    done = subprocess.run([sys.executable, REPO / "setup.py"], capture_output=True, text=True)
+    assert (
+        done.returncode and done.stderr.startswith("RoboPoet is run from its checkout") and done.stderr.count("\n") == 1
+    )
+
+
 # --- the peak that MFU is a share of
 
 
