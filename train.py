@@ -442,7 +442,7 @@ def complete(cfg: TrainConfig, start: dict[str, Any], path: Path, resumes: bool)
     ]
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
-    if (resumes or cfg.eval_only) and "model_extra" in start:
+    if (resumes or cfg.eval_only) and {"config", "model_extra"} <= start.keys():  # a run's own, no foreign model
         saved = convert(start["config"], TrainConfig, path, CheckpointError, "its config is damaged")
         taken = {**dataclasses.asdict(saved), **taken}
         if "max_iters" in given:
