@@ -7,19 +7,18 @@ print(Originality(Path("data/robopoet"), text_sha256).check(passage).describe())
 import bisect
 import contextlib
 import hashlib
-import json
 import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
-from pydivsufsort import divsufsort
 
 from data import DataError, tokenizer
-from data.batches import open_split, read_meta
+from data.batches import Meta, check_bin, open_split, read_meta
 
 LENGTHS = (4, 8, 12)  # of word sequences
 FORMAT = 1  # of the cache; a higher one makes earlier ones stale
@@ -60,12 +59,12 @@ class Originality:
 
     def __init__(self, folder: Path, text_sha256: str):
         meta = read_meta(folder)
-        if meta["text_sha256"] != text_sha256:
+        if meta.text_sha256 != text_sha256:
             raise DataError(
-                f"{folder}/meta.json: text_sha256 is {meta['text_sha256']}, the checkpoint was trained on "
+                f"{folder}/meta.json: text_sha256 is {meta.text_sha256}, the checkpoint was trained on "
                 f"{text_sha256 or 'an unknown text'}; name the dataset that it was trained on"
             )
-        self._works = [doc["name"] for doc in meta["splits"]["train"]["documents"]]
+        self._works = [doc.name for doc in meta.splits["train"].documents]
         key = _fingerprint(folder, meta)
         cache = folder / "originality.npz"
         try:
@@ -75,7 +74,7 @@ class Originality:
                     raise ValueError("of another text, or with a header that calls for less than there is")
         except Exception:  # absent, stale, or whatever a damaged zip raises
             self._text = BETWEEN.join(f" {' '.join(text.split())} ".encode() for text in read_texts(folder, "train"))
-            self._places = divsufsort(self._text)
+            self._places = _suffix_array(self._text)
             _write(cache, key=key, text=np.frombuffer(self._text, np.uint8), places=self._places)
 
     def check(self, text: str) -> Report:
@@ -122,22 +121,28 @@ def _share_new(known: list[int], n: int) -> float | None:
     return sum(count < n for count in starts) / len(starts) if starts else None
 
 
+def _suffix_array(text: bytes) -> np.ndarray:
+    try:
+        from pydivsufsort import divsufsort
+    except ImportError:
+        raise DataError("originality: needs pydivsufsort: pip install pydivsufsort") from None
+    return divsufsort(text)
+
+
 def read_texts(folder: Path, split_name: str) -> list[str]:
     """The text of each document of a split, decoded from its bin; raises DataError when that can't be used."""
     meta = read_meta(folder)
-    tok = tokenizer.from_json(meta["tokenizer"])
+    tok = tokenizer.from_json(meta.tokenizer)
     split = open_split(folder, split_name, meta, 1, torch.device("cpu"))
     ids = np.asarray(split.tokens).view(np.uint16)
     spans = zip(split.starts, split.stops, strict=True)
     return [tok.decode_bytes(ids[start:stop].tolist()).decode(errors="replace") for start, stop in spans]
 
 
-def _fingerprint(folder: Path, meta: dict) -> str:
+def _fingerprint(folder: Path, meta: Meta) -> str:
     """A hash of all that the train split's text depends on."""
-    split = open_split(folder, "train", meta, 1, torch.device("cpu"))
-    digest = hashlib.sha256(json.dumps([FORMAT, meta["tokenizer"], meta["splits"]["train"]["documents"]]).encode())
-    digest.update(np.asarray(split.tokens).tobytes())
-    return digest.hexdigest()
+    check_bin(folder, "train", meta)
+    return hashlib.sha256(msgspec.json.encode([FORMAT, meta.tokenizer, meta.splits["train"]])).hexdigest()
 
 
 def _write(path: Path, **arrays: object) -> None:

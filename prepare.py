@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,11 +26,11 @@ import checkpoint
 import configurator
 from checkpoint import CheckpointError
 from configurator import ConfigError
-from data import DataError, corpus, tokenizer
+from data import DataError, batches, corpus, tokenizer
+from data.batches import FORMAT, Meta, Span, SplitMeta
 from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 
 KINDS = ("bpe", "char", "gpt2")  # of tokenizers
-FORMAT = 2  # of what is written; a higher one makes earlier ones stale
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,24 @@ def main(cfg: PrepareConfig) -> None:
         raise DataError(f"the vocabulary has {tok.vocab_size} ids, must have at most 65,536; use --tokenizer=bpe")
 
     # --- bins, then meta.json, each whole or not at all
-    meta = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "text_sha256": seen.text_sha256,
-        "vocab_size": tok.vocab_size,
-        "styles": tokenizer.styles(tok) if styles else {},
-        "licences": sorted({f"{source.style}: {source.licence}" for source in manifest.sources}),
-        "splits": {},
-        "tokenizer": tok.to_json(),
-    }
     out.mkdir(parents=True, exist_ok=True)
     for name in ("meta.json", "meta.pkl"):  # from here until the new one stands, the folder is not prepared
         (out / name).unlink(missing_ok=True)
-    meta["splits"] = _write_bins(out, _parts(manifest, seen, "encoding"), tok, seen.n_documents > corpus.MANY_DOCUMENTS)
+    meta = Meta(
+        format=FORMAT,
+        fingerprint=fingerprint,
+        text_sha256=seen.text_sha256,
+        vocab_size=tok.vocab_size,
+        styles=tokenizer.styles(tok) if styles else {},
+        licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
+        splits=_write_bins(out, _parts(manifest, seen, "encoding"), tok, seen.n_documents > corpus.MANY_DOCUMENTS),
+        tokenizer=tok.saved(),
+    )
     if isinstance(tok, CharTokenizer):  # where nanoGPT's scripts look for the characters
         stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
         itos = {id: char for char, id in stoi.items()}
         _write(out / "meta.pkl", pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi}))
-    _write(out / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
+    _write(out / "meta.json", batches.encode_meta(meta))
     _report(out, seen, meta)
 
 
@@ -144,12 +143,11 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
 
 def _is_prepared(out: Path, fingerprint: str) -> bool:
     try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        sizes = {name: (out / f"{name}.bin").stat().st_size for name in corpus.SPLITS}
-        return meta["fingerprint"] == fingerprint and all(
-            sizes[name] == 2 * meta["splits"][name]["tokens"] for name in corpus.SPLITS
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        meta = batches.read_meta(out)
+        for name in batches.SPLITS:
+            batches.check_bin(out, name, meta)
+        return meta.fingerprint == fingerprint
+    except DataError:
         return False
 
 
@@ -178,21 +176,20 @@ def _parts(manifest: corpus.Manifest, seen: corpus.Survey, doing: str) -> Iterat
         raise DataError("the texts have changed while they were read; run prepare.py again")
 
 
-def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, dict]:
-    """Write each split's bin, all or none, its documents parted by <|endoftext|>; returns the entries of meta.json.
+def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:
+    """Write each split's bin, all or none, its documents parted by <|endoftext|>; returns what meta.json says of them.
 
     many: in place of a span for each document there is one for each run of documents of one style, and the id at which
     batches.py parts them.
     """
     end = [np.array([tok.specials[END]])] if END in tok.specials else []
-    entries = {
-        name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0, "documents": []} for name in corpus.SPLITS
-    }
+    sizes = {name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0} for name in corpus.SPLITS}
+    documents: dict[str, list[Span]] = {name: [] for name in corpus.SPLITS}
 
     def counted() -> Iterator[tuple[Part, str]]:
         for part, text in parts:
-            entries[part.split]["characters"] += len(text)
-            entries[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
+            sizes[part.split]["characters"] += len(text)
+            sizes[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
             yield part, text
 
     unfinished = {name: out / f"{name}.bin.part" for name in corpus.SPLITS}
@@ -200,25 +197,29 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
         with contextlib.ExitStack() as stack:
             bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
             for part, pieces in groupby(tokenizer.encode_all(tok, counted()), key=itemgetter(0)):
-                entry = entries[part.split]
-                start, spans = entry["tokens"], entry["documents"]
+                size, spans = sizes[part.split], documents[part.split]
+                start = size["tokens"]
                 for ids in chain((ids for _, ids in pieces), end):
                     bins[part.split].write(ids.astype("<u2"))
-                    entry["tokens"] += len(ids)
-                    entry["largest"] = max(entry["largest"], int(ids.max(initial=0)))
-                if many and spans and spans[-1]["style"] == part.style:
-                    spans[-1] |= {"stop": entry["tokens"], "works": spans[-1]["works"] + 1}
+                    size["tokens"] += len(ids)
+                    size["largest"] = max(size["largest"], int(ids.max(initial=0)))
+                if many and spans and spans[-1].style == part.style:
+                    spans[-1] = replace(spans[-1], stop=size["tokens"], works=spans[-1].works + 1)
                 else:
-                    span = {"name": part.name, "style": part.style, "start": start, "stop": entry["tokens"]}
-                    spans.append(span | ({"works": 1} if many else {}))
-        if not entries["train"]["tokens"]:
+                    spans.append(Span(part.name, part.style, start, size["tokens"]))
+        if not sizes["train"]["tokens"]:
             raise DataError("the corpus leaves nothing to train on; add text")
+        last = tok.specials[END] if many else -1
+        entries = {
+            name: SplitMeta(**sizes[name], sha256=batches.bin_sha256(path), documents=tuple(documents[name]), end=last)
+            for name, path in unfinished.items()
+        }
         for name, path in unfinished.items():
             os.replace(path, out / f"{name}.bin")
     finally:
         for path in unfinished.values():
             path.unlink(missing_ok=True)
-    return {name: entry | ({"end": tok.specials[END]} if many else {}) for name, entry in entries.items()}
+    return entries
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -230,17 +231,16 @@ def _write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _report(out: Path, seen: corpus.Survey, meta: dict) -> None:
-    kept, raw, styles = seen.letters, seen.raw_letters, ", ".join(meta["styles"])
-    print(f"{out}: {seen.n_documents:,} works, vocabulary {meta['vocab_size']:,}, styles: {styles or 'none'}")
+def _report(out: Path, seen: corpus.Survey, meta: Meta) -> None:
+    kept, raw, styles = seen.letters, seen.raw_letters, ", ".join(meta.styles)
+    print(f"{out}: {seen.n_documents:,} works, vocabulary {meta.vocab_size:,}, styles: {styles or 'none'}")
     print(f"cleaning kept {kept / max(raw, 1):.2%} of the letters, removed {raw - kept:,}")
     print(f"{'split':>8} {'works':>6} {'characters':>12} {'tokens':>12} {'chars/token':>12} {'bytes/token':>12}")
-    for name, entry in meta["splits"].items():
-        tokens = max(entry["tokens"], 1)
-        works = sum(span.get("works", 1) for span in entry["documents"])
+    for name, split in meta.splits.items():
+        tokens, works = max(split.tokens, 1), sum(span.works for span in split.documents)
         print(
-            f"{name:>8} {works:>6,} {entry['characters']:>12,} {entry['tokens']:>12,} "
-            f"{entry['characters'] / tokens:>12.2f} {entry['bytes'] / tokens:>12.2f}"
+            f"{name:>8} {works:>6,} {split.characters:>12,} {split.tokens:>12,} "
+            f"{split.characters / tokens:>12.2f} {split.bytes / tokens:>12.2f}"
         )
 
 

@@ -32,7 +32,7 @@ import configurator
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, RankError, Signals, bounds
 from data import DataError, tokenizer
-from data.batches import Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
+from data.batches import Meta, Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
 from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from model import GPT, GPTConfig, Graphed
 from optimizer import configure_optimizers, shared_as, whole
@@ -456,16 +456,16 @@ def differences(cfg: TrainConfig, saved: dict[str, Any]) -> str:
     return ", ".join(f"{key} {saved[key]} -> {value}" for key, value in keys.items() if saved[key] != value)
 
 
-def check_fit(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: dict) -> None:
+def check_fit(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: Meta) -> None:
     """Raise CheckpointError if the data is not the checkpoint's or, on resuming, the optimizer."""
     problems = []
-    theirs, ours = checkpoint.tokenizer_of(start, path).to_json(), dict(meta["tokenizer"])
+    theirs, ours = checkpoint.tokenizer_of(start, path).to_json(), meta.tokenizer.to_json()
     if not resumes:  # a new run may have special tokens that the checkpoint has not
         ours["specials"] = ours["specials"][: len(theirs["specials"])]
     if theirs != ours:
         problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
     if resumes:
-        if start.get("text_sha256") != meta["text_sha256"]:
+        if start.get("text_sha256") != meta.text_sha256:
             problems.append(
                 "it was trained on another text than the dataset's; --init_from=PATH starts a new run from it"
             )
@@ -494,7 +494,7 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
 
 
 def save(
-    out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: dict, machine: Machine
+    out: Path, state: State, progress: Progress, is_best: bool, cfg: TrainConfig, meta: Meta, machine: Machine
 ) -> None:
     """Write ckpt.pt, keeping the one before as ckpt.prev.pt, and best.pt if this is the best model so far.
 
@@ -510,9 +510,9 @@ def save(
         **checkpoint.model_entries(state.model),
         **dataclasses.asdict(progress),
         "config": dataclasses.asdict(cfg),
-        "tokenizer": meta["tokenizer"],
-        "text_sha256": meta["text_sha256"],
-        "licences": meta.get("licences", []),
+        "tokenizer": meta.tokenizer.to_json(),
+        "text_sha256": meta.text_sha256,
+        "licences": list(meta.licences),
     }
     content["model"] = tree_map_only(torch.Tensor, gather, content["model"])
     content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]  # the same still, and written once
@@ -605,18 +605,18 @@ def main(cfg: TrainConfig) -> None:
         check_fit(start, start_path, resumes, cfg, meta)
     val = open_split(folder, cfg.split if cfg.eval_only else "val", meta, cfg.block_size, machine.device)
     train = None if cfg.eval_only else open_split(folder, "train", meta, cfg.block_size, machine.device)
-    tok = tokenizer.from_json(meta["tokenizer"])
+    tok = tokenizer.from_json(meta.tokenizer)
     token_bytes = tokenizer.token_bytes(tok)
     torch.manual_seed(cfg.seed)
     if start:
-        model = checkpoint.build_model(start, start_path, cfg.dropout, meta["vocab_size"])
+        model = checkpoint.build_model(start, start_path, cfg.dropout, meta.vocab_size)
         model.crop_block_size(cfg.block_size)
     else:
-        model = new_model(cfg, meta["vocab_size"])
+        model = new_model(cfg, meta.vocab_size)
     size = f"ranks: {machine.world_size}, parameters: {model.num_params():,}"
     if train is None:
         result = evaluate(model.to(machine.device), val, token_bytes, cfg, machine)
-        costs = compare_tags(model, val, meta["styles"], cfg, machine) if len(meta["styles"]) in range(2, 9) else {}
+        costs = compare_tags(model, val, meta.styles, cfg, machine) if len(meta.styles) in range(2, 9) else {}
         if machine.is_main:
             print(f"{machine.device}, {str(machine.dtype)[6:]}, {size}\n{start_path} on {val.path}: {describe(result)}")
             for (style, other), (more, error) in costs.items():

@@ -87,7 +87,7 @@ def evaluate_checkpoint(
     shape = train.TrainConfig(batch_size=saved["config"]["batch_size"])
     shape = train.fit_config(saved, path, False, shape, meta)
     split = open_split(folder, split_name, meta, shape.block_size, machine.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     return train.evaluate(model, split, token_bytes, shape, machine)
 
 

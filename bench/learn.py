@@ -74,7 +74,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
     meta = read_meta(folder)
     split = open_split(folder, "val", meta, 1, machine.device)
     split = dataclasses.replace(split, tags=np.full_like(split.tags, -1))  # it has seen none
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     args = shlex.split(cfg.peer_args)
     given = dict(arg.removeprefix("--").split("=", 1) for arg in args if "=" in arg)
     try:
@@ -86,7 +86,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
     if rate is not None:
         args += [f"--learning_rate={rate}", f"--min_lr={rate / 10}"]
     with tempfile.TemporaryDirectory() as scratch:
-        printed, _ = launch(Path(cfg.peer), Path(scratch), args, folder, meta["vocab_size"], seed)
+        printed, _ = launch(Path(cfg.peer), Path(scratch), args, folder, meta.vocab_size, seed)
         times = iteration_ms(printed)
         usual = statistics.median(times)
         ms = np.cumsum([usual if i % every == 0 else time for i, time in enumerate(times)])  # evaluation left out

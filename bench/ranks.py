@@ -78,7 +78,7 @@ def main(cfg: RanksConfig) -> None:
     """Time each, in turns, print the figures and keep them."""
     machine = configurator.find_machine(cfg.device, cfg.dtype)
     meta = read_meta(find_dataset(cfg.dataset))
-    parameters = train.new_model(cfg, meta["vocab_size"]).num_params()
+    parameters = train.new_model(cfg, meta.vocab_size).num_params()
     speed: dict[int, list[float]] = {1: [], cfg.ranks: []}
     for _ in range(cfg.repeats):
         for ranks, found in speed.items():

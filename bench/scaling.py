@@ -4,7 +4,6 @@ python -m bench.scaling config/robopoet_adamw.yaml --device=cpu
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from bench.common import config_name, markdown, origin, show, spread, write_resu
 from bench.train_speed import build, find_machine, lap
 from configurator import Machine, bounds
 from data import DataError, batches
-from data.batches import TrainWindows, open_split, read_meta
+from data.batches import TrainWindows, bin_sha256, encode_meta, open_split, read_meta
 
 TIMES = 4
 CAN_DROP = hasattr(os, "posix_fadvise")  # pages from memory; macOS has no such call
@@ -45,21 +44,23 @@ class ScalingConfig(train.TrainConfig):
 def tile(folder: Path, out: Path) -> None:
     """Write the train split of the corpus in `folder`, TIMES over, to `out`, and the meta.json that describes it."""
     meta = read_meta(folder)
-    entry = meta["splits"]["train"]
-    shifts = [i * entry["tokens"] for i in range(TIMES)]
-    documents = [
-        doc | {"start": doc["start"] + shift, "stop": doc["stop"] + shift}
-        for shift in shifts
-        for doc in entry["documents"]
-    ]
-    meta["splits"]["train"] = entry | {"tokens": TIMES * entry["tokens"], "documents": documents}
-    (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    entry = meta.splits["train"]
+    shifts = [i * entry.tokens for i in range(TIMES)]
     with open(out / "train.bin", "wb") as tiled:
         for _ in shifts:
             with open(folder / "train.bin", "rb") as source:
                 shutil.copyfileobj(source, tiled)
         tiled.flush()
         os.fsync(tiled.fileno())  # pages that are not on disk yet can't be dropped
+    documents = tuple(
+        dataclasses.replace(doc, start=doc.start + shift, stop=doc.stop + shift)
+        for shift in shifts
+        for doc in entry.documents
+    )
+    sha256, tokens = bin_sha256(out / "train.bin"), TIMES * entry.tokens
+    entry = dataclasses.replace(entry, tokens=tokens, sha256=sha256, documents=documents)
+    meta = dataclasses.replace(meta, splits=meta.splits | {"train": entry})
+    (out / "meta.json").write_bytes(encode_meta(meta))
 
 
 def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> None:

@@ -6,7 +6,6 @@ python -m bench.train_speed config/robopoet_adamw.yaml --device=cpu --peer=PATH_
 python -m bench.train_speed config/gpt2.yaml --vocab_size=50257 --gradient_accumulation_steps=1
 """
 
-import json
 import statistics
 import subprocess
 import tempfile
@@ -29,7 +28,7 @@ from bench.common import config_name, markdown, origin, show, spread, train_comm
 from bench.peer import Peer, load_model_module
 from configurator import ConfigError, Machine, bounds
 from data import DataError
-from data.batches import TrainWindows, open_split, read_meta
+from data.batches import FORMAT, Meta, Span, SplitMeta, TrainWindows, bin_sha256, encode_meta, open_split, read_meta
 from data.tokenizer import CharTokenizer
 from model import GPT, linear
 
@@ -94,7 +93,7 @@ def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train
     """What train.py would work on: a fresh model with its optimizers, and the rows of the corpus in `folder`."""
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
-    state = train.build_state(cfg, machine, train.new_model(cfg, meta["vocab_size"]))
+    state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size))
     return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
 
 
@@ -104,12 +103,12 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (cfg.block_size + 1)
     splits = {}
     for name, size in {"train": max(40 * tokens_per_step, 10**6), "val": 2 * (cfg.block_size + 1), "test": 0}.items():
-        rng.integers(cfg.vocab_size, size=size).astype("<u2").tofile(folder / f"{name}.bin")
-        splits[name] = {"tokens": size, "documents": [{"name": name, "style": "random", "start": 0, "stop": size}]}
+        path, largest = folder / f"{name}.bin", cfg.vocab_size - 1
+        rng.integers(cfg.vocab_size, size=size).astype("<u2").tofile(path)
+        splits[name] = SplitMeta(size, largest, size, 4 * size, bin_sha256(path), (Span(name, "random", 0, size),))
     chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # beyond the surrogates, which are not text
-    meta = {"vocab_size": cfg.vocab_size, "styles": {}, "text_sha256": "", "splits": splits}
-    meta["tokenizer"] = CharTokenizer(chars, []).to_json()
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    meta = Meta(FORMAT, "", "0" * 64, cfg.vocab_size, {}, (), splits, CharTokenizer(chars, []).saved())
+    (folder / "meta.json").write_bytes(encode_meta(meta))
 
 
 def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:

@@ -22,7 +22,7 @@ from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from checkpoint import CheckpointError
 from configurator import bounds
 from data import DataError, tokenizer
-from data.batches import find_dataset, open_split, read_meta
+from data.batches import Meta, find_dataset, open_split, read_meta
 from data.tokenizer import Tokenizer
 from originality import Originality, read_texts
 from passage import Settings
@@ -177,17 +177,17 @@ class Texts:
     <|endoftext|>, which has no bytes. Raises DataError when the bins can't be used.
     """
 
-    def __init__(self, folder: Path, name: str, meta: dict, tok: Tokenizer):
-        documents = meta["splits"][name]["documents"]
+    def __init__(self, folder: Path, name: str, meta: Meta, tok: Tokenizer):
+        documents = meta.splits[name].documents
         texts = read_texts(folder, name)
         self.ids = np.fromfile(folder / f"{name}.bin", "<u2").astype(np.int64)
-        self.styles = list(dict.fromkeys(doc["style"] for doc in documents))
+        self.styles = list(dict.fromkeys(doc.style for doc in documents))
         lengths = tokenizer.token_bytes(tok)[self.ids]
         self.text, self.spans, self.targets, self.size = {}, {}, {}, {}
         for style in self.styles:
-            of_style = [i for i, doc in enumerate(documents) if doc["style"] == style]
+            of_style = [i for i, doc in enumerate(documents) if doc.style == style]
             self.text[style] = "".join(texts[i] for i in of_style)
-            self.spans[style] = [(documents[i]["start"], documents[i]["stop"]) for i in of_style]
+            self.spans[style] = [(documents[i].start, documents[i].stop) for i in of_style]
             self.targets[style] = np.concatenate([np.arange(start + 1, stop) for start, stop in self.spans[style]])
             self.size[style] = int(lengths[self.targets[style]].sum())
         self.whole = "".join(texts)
@@ -265,10 +265,10 @@ def main(cfg: WritingConfig) -> None:
     # --- bits per byte
     model = checkpoint.build_model(saved, path).to(poet.machine.device)
     evaluated = evaluate_checkpoint(saved, path, model, "test", poet.machine)
-    bpb = bits_per_byte(known, val, test, evaluated, meta["vocab_size"])
+    bpb = bits_per_byte(known, val, test, evaluated, meta.vocab_size)
     shape = train.TrainConfig(block_size=model.config.block_size)
     tagged = open_split(folder, "val", meta, shape.block_size, poet.machine.device)
-    costs = train.compare_tags(model, tagged, meta["styles"], shape, poet.machine).items()
+    costs = train.compare_tags(model, tagged, meta.styles, shape, poet.machine).items()
     wrong_tags = [{"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs]
 
     # --- passages

@@ -5,22 +5,30 @@ with its own offset of the window grid. Evaluation walks each document of a spli
 Of many documents meta.json has one span for each run of a style; where one ends in it, evaluation reads in the bin.
 """
 
-import json
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
-from data import DataError
+import untrusted
+from data import DataError, tokenizer
+from data.tokenizer import END, SavedBPE, SavedChar
+from untrusted import Count, Positive, Sha256
 
+FORMAT = 3  # of bins and meta.json; a higher one makes earlier ones stale
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
 SEARCHED_TOKENS = 2**24  # at a time, for documents' ends
-SCANNED_BYTES = 2**28  # in bins up to this size every token is looked at; larger ones are as meta.json says
+HASHED_BYTES = 2**28  # of a larger bin as many bytes are hashed, in blocks spread over it
+BLOCK_BYTES = 2**20
+SPLITS = ("train", "val", "test")
 
 
 def find_dataset(name: str) -> Path:
@@ -38,22 +46,141 @@ def find_dataset(name: str) -> Path:
     raise DataError(f"dataset: {name!r} is not prepared ({known or 'nothing'} is); run `python prepare.py {advice}`")
 
 
-def read_meta(folder: Path) -> dict:
-    """Read `folder/meta.json`, which prepare.py wrote; raises DataError when there is none or it is damaged."""
+# ---------------------------------------------------------------------------------------------------------------------
+# meta.json
+
+Id = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens `start` to `stop` of a split: a document, or where there are many, a run of `works` of one style."""
+
+    name: str
+    style: str
+    start: Count
+    stop: Count
+    works: Positive = 1
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """A split's bin: its tokens, the greatest of them, the text behind it, its hash (`bin_sha256`), and its documents.
+
+    end: the last id of each document where a span holds several, or else -1.
+    """
+
+    tokens: Count
+    largest: Id
+    characters: Count
+    bytes: Count
+    sha256: Sha256
+    documents: tuple[Span, ...]
+    end: Annotated[int, msgspec.Meta(ge=-1, lt=2**16)] = -1
+
+    def __post_init__(self) -> None:
+        edges = [(span.start, span.stop) for span in self.documents]
+        gaps = [stop != start for (_, stop), (start, _) in pairwise([(0, 0), *edges, (self.tokens, self.tokens)])]
+        if any(gaps) or any(start > stop for start, stop in edges):
+            raise ValueError("its documents don't cover its tokens one after the other")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What meta.json says of a folder of bins. styles: each one's tag; empty where the corpus has no tags."""
+
+    format: Literal[FORMAT]
+    fingerprint: str
+    text_sha256: Sha256
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    styles: dict[str, Id]
+    licences: tuple[str, ...]
+    splits: dict[Literal[SPLITS], SplitMeta]
+    tokenizer: SavedBPE | SavedChar
+
+    def __post_init__(self) -> None:
+        tok = self.tokenizer
+        first = len(tok.chars if isinstance(tok, SavedChar) else tok.tokens)
+        specials = {name: first + i for i, name in enumerate(tok.specials)}
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"splits are {', '.join(self.splits)}, must be {', '.join(SPLITS)}")
+        if self.vocab_size != first + len(specials):
+            raise ValueError(f"vocab_size is {self.vocab_size}, the tokenizer has {first + len(specials)} ids")
+        for style, id in self.styles.items():
+            if specials.get(tokenizer.style_token(style)) != id:
+                raise ValueError(f"styles: the tokenizer's tag of {style!r} is another than {id}")
+        for name, split in self.splits.items():
+            if split.largest >= self.vocab_size:
+                raise ValueError(f"{name}.bin holds token {split.largest}, the vocabulary has {self.vocab_size}")
+            if split.end not in (-1, specials.get(END)):
+                raise ValueError(f"{name}: its documents end with {split.end}, which is not the tokenizer's {END}")
+            if self.styles and not self.styles.keys() >= (unknown := {span.style for span in split.documents}):
+                raise ValueError(f"{name} has documents of a style without a tag: {unknown - self.styles.keys()}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every meta.json has, whatever its format."""
+
+    format: int = 0
+
+
+def encode_meta(meta: Meta) -> bytes:
+    """meta.json: one line of JSON whose last key is the SHA-256 of all before it."""
+    body = msgspec.json.encode(meta)[:-1]
+    return body + _seal(body)
+
+
+def _seal(body: bytes) -> bytes:
+    return b',"sha256":"%b"}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+def read_meta(folder: Path) -> Meta:
+    """What `folder/meta.json` says; raises DataError when there is none, or it is old, altered or wrong."""
     path = folder / "meta.json"
+    if not path.exists():
+        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
+    raw = untrusted.read_bytes(path, DataError)
+    header = untrusted.decode_json(raw, Header, path, DataError, "run prepare.py again")
+    if header.format != FORMAT:
+        raise DataError(f"{path}: is of format {header.format}, must be {FORMAT}; run prepare.py again")
+    body = raw[: -len(_seal(b""))]
+    if raw != body + _seal(body):
+        raise DataError(f"{path}: its SHA-256 is not the one it carries, it was altered; run prepare.py again")
+    return untrusted.decode_json(raw, Meta, path, DataError, "run prepare.py again")
+
+
+def bin_sha256(path: Path) -> str:
+    """The hash of a bin: of all its bytes, or if it is larger than 256 MB, of blocks spread over it from end to end."""
+    size, blocks = path.stat().st_size, HASHED_BYTES // BLOCK_BYTES
+    with open(path, "rb") as f:
+        if size <= HASHED_BYTES:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        sha = hashlib.sha256()
+        for i in range(blocks):
+            f.seek(i * (size - BLOCK_BYTES) // (blocks - 1))
+            sha.update(f.read(BLOCK_BYTES))
+    return sha.hexdigest()
+
+
+def check_bin(folder: Path, name: str, meta: Meta) -> Path:
+    """The path of `folder/name.bin`; raises DataError when it is missing or not the one that meta.json describes."""
+    path, split = folder / f"{name}.bin", meta.splits[name]
+    if not path.exists():
+        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
+    if (size := untrusted.check_regular(path, DataError)) != 2 * split.tokens:
+        raise DataError(f"{path}: is {size} bytes long, meta.json says {2 * split.tokens}; run prepare.py --force")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"vocab_size", "styles", "tokenizer", "text_sha256", "splits"} - meta.keys()
-        for name in ("train", "val", "test"):
-            entry = meta.get("splits", {}).get(name, {})
-            missing |= {f"splits.{name}.{key}" for key in ("tokens", "documents") if key not in entry}
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first") from None
-    except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise DataError(f"{path}: is not what prepare.py writes ({type(e).__name__}: {e}); prepare again") from None
-    if missing:
-        raise DataError(f"{path}: lacks {', '.join(sorted(missing))}; prepare again")
-    return meta
+        found = bin_sha256(path)
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+    if found != split.sha256:
+        raise DataError(f"{path}: its SHA-256 is not the one in meta.json, it was altered; run prepare.py --force")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
 
 
 @dataclass(frozen=True)
@@ -103,37 +230,26 @@ def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def open_split(folder: Path, name: str, meta: dict, block_size: int, device: torch.device) -> Split:
+def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
     """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes."""
-    path = folder / f"{name}.bin"
-    if not path.is_file():
-        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
-    size, entry = path.stat().st_size, meta["splits"][name]
-    if size != 2 * entry["tokens"]:
-        raise DataError(f"{path}: is {size} bytes long, meta.json says {2 * entry['tokens']}; run prepare.py --force")
-    if entry["tokens"] < block_size + 1:
+    path, split = check_bin(folder, name, meta), meta.splits[name]
+    if split.tokens < block_size + 1:
         raise DataError(
-            f"{path}: has {entry['tokens']} tokens, must have at least block_size + 1 = {block_size + 1}; "
+            f"{path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
             "add text or lower block_size"
         )
     tokens: torch.Tensor | np.memmap = np.memmap(path, dtype="<u2", mode="r")
-    believed = size > SCANNED_BYTES and "largest" in entry
-    if (largest := entry["largest"] if believed else int(tokens.max())) >= meta["vocab_size"]:
-        place = "somewhere" if believed else f"byte {2 * int(np.argmax(tokens))}"
-        raise DataError(
-            f"{path}: {place} holds token {largest}, the vocabulary has {meta['vocab_size']}; run prepare.py --force"
-        )
-    if size <= ON_DEVICE_BYTES:
+    if 2 * split.tokens <= ON_DEVICE_BYTES:
         tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # uint16's bits: few operations take uint16
-    docs = entry["documents"]
+    docs = split.documents
     return Split(
         path,
         tokens,
-        np.array([doc["start"] for doc in docs], dtype=np.int64),
-        np.array([doc["stop"] for doc in docs], dtype=np.int64),
-        [doc["style"] for doc in docs],
-        np.array([meta["styles"].get(doc["style"], -1) for doc in docs], dtype=np.int64),
-        entry.get("end", -1),
+        np.array([doc.start for doc in docs], dtype=np.int64),
+        np.array([doc.stop for doc in docs], dtype=np.int64),
+        [doc.style for doc in docs],
+        np.array([meta.styles.get(doc.style, -1) for doc in docs], dtype=np.int64),
+        split.end,
     )
 
 

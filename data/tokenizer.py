@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
-import rustbpe
 import tiktoken
 
+import untrusted
 from data import DataError
 
 END = "<|endoftext|>"
@@ -25,12 +26,72 @@ UNKNOWN = "<|unk|>"
 # How text is cut before merging, as GPT-2 does: contractions, then words, numbers and punctuation, each with the space
 # before it, then other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same in tiktoken's words
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERNS = {  # that a saved tokenizer may have: of another, nobody knows whether it leaves text out or ever ends
+    PATTERN,
+    GPT2_PATTERN,
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2's own
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # GPT-4's
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",  # the same in tiktoken's words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen's
+}
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
 BATCH_CHARS = 250_000  # pieces that are encoded in one call: some hundredths of a second, in which other threads run
 LEARNED_PIECES = 1_000  # how many rustbpe holds at a time: at most 100 MB
 CUT = "\0<|cut|>"  # stands between the pieces of a call
+MOST_IDS = 2**20
+SINGLE_BYTES = {bytes([byte]) for byte in range(256)}
 
 Key = TypeVar("Key")
+Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_IDS)]
+
+
+class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
+    """A tokenizer as meta.json and checkpoints hold it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and texts."""
+        return msgspec.json.decode(msgspec.json.encode(self))
+
+
+class SavedBPE(Saved, tag="bpe"):
+    """A BPETokenizer; the bytes of its tokens are written as Latin-1."""
+
+    pattern: str
+    tokens: Names
+    specials: Names
+
+    def __post_init__(self) -> None:
+        check_names(self.specials)
+        if self.pattern not in PATTERNS:
+            raise ValueError("its pattern is none of those that GPT-2's or GPT-4's tokenizers cut text by")
+        known = {token.encode("latin-1") for token in self.tokens}
+        if len(known) != len(self.tokens) or b"" in known or not known.issuperset(SINGLE_BYTES):
+            raise ValueError("its tokens are not all 256 bytes and longer ones, each once")
+
+
+class SavedChar(Saved, tag="char"):
+    """A CharTokenizer."""
+
+    chars: str
+    specials: Names
+
+    def __post_init__(self) -> None:
+        check_names(self.specials)
+        self.chars.encode()
+        if len(set(self.chars)) != len(self.chars):
+            raise ValueError("a character comes twice")
+
+
+def check_names(specials: tuple[str, ...]) -> None:
+    """Raise ValueError unless special tokens have names, which are text, each once."""
+    "".join(specials).encode()  # half a surrogate pair is not text
+    if len(set(specials)) != len(specials) or "" in specials:
+        raise ValueError("a special token has no name, or two have the same")
 
 
 class BPETokenizer:
@@ -54,6 +115,10 @@ class BPETokenizer:
 
         Raises DataError when the texts hold too few distinct pieces for that many.
         """
+        try:
+            import rustbpe
+        except ImportError:
+            raise DataError("tokenizer: bpe needs rustbpe: pip install rustbpe; or use --tokenizer=char") from None
         specials = list(specials)
         learner = rustbpe.Tokenizer()
         wanted = vocab_size - len(specials)
@@ -82,7 +147,7 @@ class BPETokenizer:
                 "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe"
             ) from None
         tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-        return cls(tokens, [END, *(name for name in specials if name != END)], encoding._pat_str)
+        return cls(tokens, [END, *(name for name in specials if name != END)], GPT2_PATTERN)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; raises DataError on a lone surrogate, which no UTF-8 file can hold."""
@@ -109,10 +174,13 @@ class BPETokenizer:
         """The characters of `text` that have no id: none, as every byte has one."""
         return ""
 
-    def to_json(self) -> dict:
-        """All there is to it, as JSON: bytes are written as Latin-1."""
-        tokens = [token.decode("latin-1") for token in self.tokens]
-        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens, "specials": list(self.specials)}
+    def saved(self) -> SavedBPE:
+        """All there is to it."""
+        return SavedBPE(self.pattern, tuple(token.decode("latin-1") for token in self.tokens), tuple(self.specials))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON."""
+        return self.saved().to_json()
 
 
 class CharTokenizer:
@@ -153,9 +221,13 @@ class CharTokenizer:
         known = set(self.chars)
         return "".join(dict.fromkeys(char for char in text if char not in known))
 
-    def to_json(self) -> dict:
-        """All there is to it, as JSON."""
-        return {"kind": "char", "chars": self.chars, "specials": list(self.specials)}
+    def saved(self) -> SavedChar:
+        """All there is to it."""
+        return SavedChar(self.chars, tuple(self.specials))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON."""
+        return self.saved().to_json()
 
 
 Tokenizer = BPETokenizer | CharTokenizer
@@ -192,15 +264,12 @@ def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list
     yield keys, pieces
 
 
-def from_json(saved: dict) -> Tokenizer:
-    """The tokenizer that `to_json` wrote; raises DataError when it is not one."""
-    try:
-        if saved["kind"] == "char":
-            return CharTokenizer(saved["chars"], saved["specials"])
-        tokens = [token.encode("latin-1") for token in saved["tokens"]]
-        return BPETokenizer(tokens, saved["specials"], saved["pattern"])
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise DataError(f"tokenizer: is damaged ({type(e).__name__}: {e}); run prepare.py again") from None
+def from_json(saved: Any) -> Tokenizer:
+    """The tokenizer that `saved` or `to_json` wrote; raises DataError when it is not one."""
+    saved = untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer", DataError, "is damaged; run prepare.py again")
+    if isinstance(saved, SavedChar):
+        return CharTokenizer(saved.chars, saved.specials)
+    return BPETokenizer([token.encode("latin-1") for token in saved.tokens], saved.specials, saved.pattern)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,8 +359,9 @@ def style_token(style: str) -> str:
 
 
 def styles(tokenizer: Tokenizer) -> dict[str, int]:
-    """The styles the tokenizer has a tag for: name -> id."""
-    return {name[2:-2]: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN)}
+    """The styles the tokenizer has a tag for: name -> id; a special token of another form, as <pad>, is none."""
+    tags = {name: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN)}
+    return {style: id for name, id in tags.items() if (style := name[2:-2]) and name == style_token(style)}
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

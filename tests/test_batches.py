@@ -1,6 +1,9 @@
 """Batches: pure functions of a row's number; every window once an epoch; every target once an evaluation."""
 
+import dataclasses
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,20 @@ import torch
 import train
 from configurator import ConfigError, Machine
 from data import DataError, batches
-from data.batches import Split, TrainWindows, eval_batches, open_split, read_meta
+from data.batches import (
+    FORMAT,
+    Meta,
+    Span,
+    Split,
+    SplitMeta,
+    TrainWindows,
+    bin_sha256,
+    encode_meta,
+    eval_batches,
+    open_split,
+    read_meta,
+)
+from data.tokenizer import END, CharTokenizer
 
 CPU = torch.device("cpu")
 STYLES = {"alice": 60_001, "king": 60_002}
@@ -18,16 +34,25 @@ VOCAB = 60_003
 T = 8
 
 
-def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0) -> dict:
-    """A train.bin of random ids with documents of these (style, length); returns its meta."""
+TOKENIZER = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 60_000))), [END, "<|alice|>", "<|king|>"])
+
+
+def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0) -> Meta:
+    """A train.bin of random ids with documents of these (style, length), and empty other bins; returns their meta."""
     tokens = np.random.default_rng(seed).integers(0, 60_000, sum(n for _, n in docs)).astype("<u2")
-    tokens.tofile(folder / "train.bin")
     stops = np.cumsum([n for _, n in docs]).tolist()
-    spans = [
-        {"name": f"d{i}", "style": style, "start": stop - n, "stop": stop}
-        for i, ((style, n), stop) in enumerate(zip(docs, stops, strict=True))
-    ]
-    return {"vocab_size": VOCAB, "styles": styles, "splits": {"train": {"tokens": len(tokens), "documents": spans}}}
+    spans = tuple(
+        Span(f"d{i}", style, stop - n, stop) for i, ((style, n), stop) in enumerate(zip(docs, stops, strict=True))
+    )
+    splits = {name: describe(folder / f"{name}.bin", tokens[:0], ()) for name in ("val", "test")}
+    splits["train"] = describe(folder / "train.bin", tokens, spans)
+    return Meta(FORMAT, "", "0" * 64, VOCAB, styles, ("alice: MIT",), splits, TOKENIZER.saved())
+
+
+def describe(path: Path, tokens: np.ndarray, spans: tuple[Span, ...], end: int = -1) -> SplitMeta:
+    """Write a bin; returns what meta.json says of it."""
+    tokens.tofile(path)
+    return SplitMeta(len(tokens), int(tokens.max(initial=0)), 0, 0, bin_sha256(path), spans, end)
 
 
 DOCS = [("alice", 40), ("king", 1), ("king", 100), ("alice", 9), ("king", 3), ("alice", 50)]
@@ -215,13 +240,13 @@ def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, m
     monkeypatch.setattr(batches, "ON_DEVICE_BYTES", on_device_bytes)
     meta, end = write_split(tmp_path, DOCS), 60_000
     tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
-    entry = meta["splits"]["train"]
-    tokens[[doc["stop"] - 1 for doc in entry["documents"]]] = end
-    tokens.tofile(tmp_path / "train.bin")
+    spans = meta.splits["train"].documents
+    tokens[[doc.stop - 1 for doc in spans]] = end
+    meta.splits["train"] = describe(tmp_path / "train.bin", tokens, spans)
     apart = open_split(tmp_path, "train", meta, T, CPU)
     runs = [("alice", 0, 40), ("king", 40, 141), ("alice", 141, 150), ("king", 150, 153), ("alice", 153, 203)]
-    spans = [{"name": "d", "style": style, "start": start, "stop": stop} for style, start, stop in runs]
-    meta["splits"]["train"] = entry | {"documents": spans, "end": end}
+    spans = tuple(Span("d", style, start, stop) for style, start, stop in runs)
+    meta.splits["train"] = dataclasses.replace(meta.splits["train"], documents=spans, end=end)
     together = open_split(tmp_path, "train", meta, T, CPU)
     assert len(together.styles) == 5 < len(DOCS)
     for ours, other in zip(eval_batches(apart, T, 4, CPU), eval_batches(together, T, 4, CPU), strict=True):
@@ -293,41 +318,42 @@ def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
     assert TrainWindows(split, T, 1, 0.0).rows(0, 5)[0].tolist() == [0] * 5
 
 
-def test_a_token_that_is_not_in_the_vocabulary_is_named_with_its_place(tmp_path):
-    meta = write_split(tmp_path, DOCS)
-    tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
-    tokens[77] = VOCAB
-    tokens.tofile(tmp_path / "train.bin")
-    with pytest.raises(DataError, match=rf"train\.bin: byte 154 .*{VOCAB}"):
+@pytest.mark.parametrize("hashed_bytes", [2**28, 100])
+@pytest.mark.parametrize("place", [0, 1, 201, 405])
+def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
+    """A large one by its hashed blocks, among them the first and the last."""
+    monkeypatch.setattr(batches, "HASHED_BYTES", hashed_bytes)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 20)
+    meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
+    content = bytearray(path.read_bytes())
+    assert len(content) == 406
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.bin: its SHA-256 is not the one in meta\.json.*prepare\.py"):
         open_split(tmp_path, "train", meta, T, CPU)
-    tokens[77] = VOCAB - 1
-    tokens.tofile(tmp_path / "train.bin")
-    open_split(tmp_path, "train", meta, T, CPU)
 
 
-def test_of_a_large_bin_the_recorded_maximum_is_believed_and_nothing_is_scanned(tmp_path, monkeypatch):
+def test_a_bin_is_known_by_all_its_bytes_or_if_large_by_blocks_from_end_to_end(tmp_path, monkeypatch):
+    path = tmp_path / "some.bin"
+    path.write_bytes(content := os.urandom(1001))
+    assert bin_sha256(path) == hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(batches, "HASHED_BYTES", 300)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 100)
+    assert bin_sha256(path) == hashlib.sha256(content[:100] + content[450:550] + content[901:]).hexdigest()
+
+
+def test_a_bin_that_is_no_regular_file_is_refused(tmp_path):
     meta = write_split(tmp_path, DOCS)
-    monkeypatch.setattr(batches, "SCANNED_BYTES", 100)
-    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 100)
-    tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
-    tokens[77] = VOCAB
-    tokens.tofile(tmp_path / "train.bin")
-    with pytest.raises(DataError, match="byte 154"):  # prepared before the maximum was recorded
-        open_split(tmp_path, "train", meta, T, CPU)
-    meta["splits"]["train"]["largest"] = VOCAB - 1
-    assert isinstance(open_split(tmp_path, "train", meta, T, CPU).tokens, np.memmap)
-    meta["splits"]["train"]["largest"] = VOCAB
-    with pytest.raises(DataError, match=rf"train\.bin: somewhere holds token {VOCAB}"):
+    (tmp_path / "train.bin").unlink()
+    os.mkfifo(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=r"train\.bin: is not a regular file"):
         open_split(tmp_path, "train", meta, T, CPU)
 
 
 def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
     n = 2_000_000
-    np.random.default_rng(0).integers(0, VOCAB, n, dtype="<u2").tofile(tmp_path / "train.bin")
-    (tmp_path / "small").mkdir()
-    meta = write_split(tmp_path / "small", DOCS)
-    meta["splits"]["train"] = {"tokens": n, "documents": [{"name": "a", "style": "alice", "start": 0, "stop": n}]}
+    meta = write_split(tmp_path, [("alice", n)])
     windows = TrainWindows(open_split(tmp_path, "train", meta, 64, CPU), 64, 1, 0.5)
 
     def own_mb() -> float:  # pages of the file itself belong to the system
@@ -341,18 +367,30 @@ def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monk
     assert own_mb() - before < 10
 
 
-WHOLE = {
-    "vocab_size": 5,
-    "styles": {},
-    "tokenizer": {},
-    "text_sha256": "",
-    "splits": {name: {"tokens": 0, "documents": []} for name in ("train", "val", "test")},
-}
+# --- meta.json
 
 
-def test_meta_is_read_back(tmp_path):
-    (tmp_path / "meta.json").write_text(json.dumps(WHOLE))
-    assert read_meta(tmp_path) == WHOLE
+def sealed(change) -> bytes:
+    """What `change` makes of a whole meta.json's content, with a hash that fits."""
+    content = json.loads(encode_meta(whole()))
+    del content["sha256"]
+    change(content)
+    body = json.dumps(content).encode()[:-1]
+    return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def whole() -> Meta:
+    size = SplitMeta(9, 3, 9, 9, "0" * 64, (Span("d", "a", 0, 4), Span("e", "b", 4, 9)))
+    tok = CharTokenizer("abc", [END, "<|a|>", "<|b|>"])
+    return Meta(FORMAT, "", "0" * 64, 6, {"a": 4, "b": 5}, (), dict.fromkeys(batches.SPLITS, size), tok.saved())
+
+
+def test_meta_is_read_back_and_is_json(tmp_path):
+    (tmp_path / "meta.json").write_bytes(encode_meta(whole()))
+    assert read_meta(tmp_path) == whole()
+    assert json.loads((tmp_path / "meta.json").read_text())["splits"]["val"]["documents"][1]["start"] == 4
+    (tmp_path / "meta.json").write_bytes(sealed(lambda content: content))
+    assert read_meta(tmp_path) == whole()
 
 
 def test_missing_meta_names_what_to_run(tmp_path):
@@ -360,25 +398,67 @@ def test_missing_meta_names_what_to_run(tmp_path):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize("lost", [*WHOLE, "train", "val", "test"])
-def test_meta_that_lacks_something_names_it(tmp_path, lost):
-    splits = {name: entry for name, entry in WHOLE["splits"].items() if name != lost}
-    meta = {key: value for key, value in (WHOLE | {"splits": splits}).items() if key != lost}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=rf"meta\.json: lacks.*{lost}"):
+def test_every_altered_byte_of_meta_is_refused(tmp_path):
+    content = encode_meta(whole())
+    for place in range(len(content)):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        (tmp_path / "meta.json").write_bytes(altered)
+        with pytest.raises(DataError, match=r"meta\.json: [^\n]+run prepare\.py again$"):
+            read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"format": 2}, {"vocab_size": 5, "styles": {}}])
+def test_an_earlier_versions_meta_says_to_prepare_again(tmp_path, content):
+    (tmp_path / "meta.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"meta\.json: is of format \d, must be 3; run prepare\.py again$"):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe{}", json.dumps(WHOLE).encode()[:-9]])
+def put(*keys):
+    """A change of meta.json's content: `put("splits", "val", "end", 7)`."""
+    *where, last, value = keys
+
+    def change(content):
+        for key in where:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put("vocab_size", 7), "vocab_size is 7, the tokenizer has 6"),
+        (put("vocab_size", 0), r"\$\.vocab_size"),
+        (put("styles", {"a": 5, "b": 4}), "styles: the tokenizer's tag of 'a'"),
+        (put("styles", "b", -1), r"\$\.styles"),
+        (put("styles", {"a": 4}), "documents of a style without a tag"),
+        (put("text_sha256", "0"), r"\$\.text_sha256"),
+        (put("splits", {}), "splits are"),
+        (put("splits", "more", {}), r"\$\.splits"),
+        (put("splits", "val", "tokens", 10), r"documents don't cover its tokens.*\$\.splits"),
+        (put("splits", "val", "documents", 0, "stop", 5), "documents don't cover"),
+        (put("splits", "val", "documents", 1, "start", 3), "documents don't cover"),
+        (put("splits", "val", "documents", 1, "start", "4"), r"\$\.splits\[\.\.\.\]\.documents\[1\]\.start"),
+        (put("splits", "val", "documents", [{"name": "d", "style": "a", "start": 0, "stop": -1}]), r"\.stop"),
+        (put("splits", "val", "largest", 6), r"val\.bin holds token 6, the vocabulary has 6"),
+        (put("splits", "val", "end", 4), r"val: its documents end with 4"),
+        (put("splits", "val", None), r"\$\.splits"),
+        (put("tokenizer", "specials", [END, "<|b|>", "<|a|>"]), "styles: the tokenizer's tag of 'a'"),
+        (put("tokenizer", "chars", "aba"), "comes twice"),
+        (put("tokenizer", {}), r"\$\.tokenizer"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused_though_its_hash_fits(tmp_path, change, told):
+    (tmp_path / "meta.json").write_bytes(sealed(change))
+    with pytest.raises(DataError, match=rf"^[^\n]*meta\.json: [^\n]*{told}[^\n]*run prepare\.py again$"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe{}", b'{"format": ' + b"[" * 10**6])
 def test_damaged_meta_is_a_data_error(tmp_path, content):
     (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"meta\.json"):
+    with pytest.raises(DataError, match=r"^[^\n]*meta\.json: [^\n]*$"):
         read_meta(tmp_path)
-
-
-@pytest.mark.parametrize("splits", [[], {"train": {}, "val": {}, "test": {}}, {"train": 1, "val": 2, "test": 3}])
-def test_damaged_splits_are_a_data_error(tmp_path, splits):
-    (tmp_path / "train.bin").write_bytes(b"\0" * 100)
-    (tmp_path / "meta.json").write_text(json.dumps(WHOLE | {"splits": splits}))
-    with pytest.raises(DataError, match=r"meta\.json"):
-        open_split(tmp_path, "train", read_meta(tmp_path), T, CPU)

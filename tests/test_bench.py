@@ -93,7 +93,7 @@ def peer(run, tmp_path):
     """A checkout that is laid out as nanoGPT's and talks like it; our own model has its names and shapes."""
     folder = tmp_path / "peer"
     (folder / "config").mkdir(parents=True)
-    vocab_size = read_meta(run / "data")["vocab_size"]
+    vocab_size = read_meta(run / "data").vocab_size
     train_py = STAND_IN.replace('open("vocab").read()', f'"{vocab_size}"')
     (folder / "train.py").write_text(train_py, encoding="utf-8")
     (folder / "configurator.py").write_text("", encoding="utf-8")
@@ -191,7 +191,7 @@ def test_a_random_corpus_has_the_vocabulary_asked_for(tmp_path):
     cfg = train_speed.SpeedConfig(vocab_size=65_535, batch_size=200, block_size=128)
     train_speed.write_random_corpus(tmp_path, cfg)
     meta, ids = read_meta(tmp_path), np.fromfile(tmp_path / "train.bin", dtype="<u2")
-    assert len(tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))) == 65_535 == meta["vocab_size"]
+    assert len(tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))) == 65_535 == meta.vocab_size
     assert len(ids) == 40 * 200 * 129 and ids.min() == 0 and ids.max() == 65_534
     for found in (1, 65_536):
         assert train_speed.SpeedConfig(vocab_size=found).problems()[0].startswith(f"vocab_size: found {found}, must be")
@@ -291,13 +291,13 @@ def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
     )
     machine = configurator.find_machine("cpu", "float32")
     curve = learn.run_peer(cfg, machine, run / "data", 3, None)
-    vocab_size = read_meta(run / "data")["vocab_size"]
+    vocab_size = read_meta(run / "data").vocab_size
     torch.manual_seed(1337 + 3)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=vocab_size)).eval()
     meta, nats, count = read_meta(run / "data"), 0.0, 0
     ids = np.fromfile(run / "data" / "val.bin", dtype="<u2").astype(np.int64)
-    for doc in meta["splits"]["val"]["documents"]:
-        text = torch.from_numpy(ids[doc["start"] : doc["stop"]])
+    for doc in meta.splits["val"].documents:
+        text = torch.from_numpy(ids[doc.start : doc.stop])
         for i in range(0, len(text) - 1, 16):
             targets = text[i + 1 : i + 17][None]
             with torch.no_grad():

@@ -23,6 +23,8 @@ import log
 import train
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine
+from data.batches import FORMAT, Meta, SplitMeta
+from data.tokenizer import CharTokenizer
 from train import TrainConfig
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -63,7 +65,9 @@ def save_step():
     """Saves a small run as it stands at a step."""
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, device="cpu", dtype="float32")
     state = train.build_state(cfg, CPU, train.new_model(cfg, 50))
-    meta = {"tokenizer": {}, "text_sha256": ""}
+    chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
+    splits = {"train": size, "val": size, "test": size}
+    meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())
     return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta, CPU)
 
 

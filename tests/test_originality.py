@@ -6,11 +6,11 @@ import random
 import shutil
 
 import numpy as np
+import pydivsufsort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import originality
 import prepare
 from data import DataError, tokenizer
 from originality import Originality
@@ -115,7 +115,7 @@ def test_the_index_is_kept_and_made_again_for_another_text(folder, tmp_path, mon
     expected = Originality(mine, sha256_of(mine)).check(passage)
     assert sorted(path.name for path in mine.glob("originality*")) == ["originality.npz"]
     with monkeypatch.context() as m:
-        m.setattr(originality, "divsufsort", lambda text: pytest.fail("it was made again"))
+        m.setattr(pydivsufsort, "divsufsort", lambda text: pytest.fail("it was made again"))
         assert Originality(mine, sha256_of(mine)).check(passage) == expected
     other = make_folder(tmp_path, 2)  # prepared into the same folder
     assert other == mine and works_of(mine) != works_of(folder)

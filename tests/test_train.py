@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ import train
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine
 from data import tokenizer
-from data.batches import TrainWindows, eval_batches, open_split, read_meta
+from data.batches import TrainWindows, encode_meta, eval_batches, open_split, read_meta
 from model import GPT, GPTConfig
 from train import State, TrainConfig
 
@@ -228,12 +229,12 @@ def test_nothing_is_compiled_anew_while_a_step_is_recorded(small, books, monkeyp
     keys = small | {"optimizer": optimizer, "gradient_accumulation_steps": 2}
     cfg, windows, meta = TrainConfig(**keys), windows_of(keys), read_meta(books)
     val = open_split(books, "val", meta, cfg.block_size, CPU.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     found = []
     for recorded in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        state = train.build_state(cfg, CPU, train.new_model(cfg, meta["vocab_size"]))
+        state = train.build_state(cfg, CPU, train.new_model(cfg, meta.vocab_size))
         if recorded:
             state.forward = torch.compile(state.model, backend="aot_eager")
             device = RecordedOnCPU(monkeypatch, state)
@@ -286,20 +287,20 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
 def test_evaluation_equals_a_naive_loop(small, small_config, books):
     meta = read_meta(books)
     split = open_split(books, "val", meta, 32, CPU.device)
-    lengths = tokenizer.token_bytes(tokenizer.from_json(meta["tokenizer"]))
+    lengths = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=meta["vocab_size"], n_layer=2, n_head=2, n_embd=32)).double()
+    model = GPT(GPTConfig(block_size=32, vocab_size=meta.vocab_size, n_layer=2, n_head=2, n_embd=32)).double()
     nats, count, size, means = {}, {}, 0, []
-    for entry in meta["splits"]["val"]["documents"]:
-        ids = split.tokens[entry["start"] : entry["stop"]].long()
+    for entry in meta.splits["val"].documents:
+        ids = split.tokens[entry.start : entry.stop].long()
         for start in range(0, len(ids) - 1, 32):
             window = ids[start : start + 33]
             inputs = window[:-1].clone()
-            inputs[0] = meta["styles"][entry["style"]]
+            inputs[0] = meta.styles[entry.style]
             logits = model(inputs[None], targets=window[None, 1:])[0][0]
             found = [-logits[i].log_softmax(-1)[target].item() for i, target in enumerate(window[1:])]
-            nats[entry["style"]] = nats.get(entry["style"], 0) + sum(found)
-            count[entry["style"]] = count.get(entry["style"], 0) + len(found)
+            nats[entry.style] = nats.get(entry.style, 0) + sum(found)
+            count[entry.style] = count.get(entry.style, 0) + len(found)
             size += sum(lengths[target] for target in window[1:])
             means.append(np.mean(found))
     result = train.evaluate(model, split, lengths, small_config, CPU)
@@ -309,11 +310,7 @@ def test_evaluation_equals_a_naive_loop(small, small_config, books):
     assert result["bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / size)
     assert result["loss_by_style"] == pytest.approx({style: nats[style] / count[style] for style in nats})
     assert result["loss_se"] == pytest.approx(np.std(means) / math.sqrt(len(means)))
-    assert (
-        result["tokens"]
-        == sum(count.values())
-        == sum(e["stop"] - e["start"] - 1 for e in meta["splits"]["val"]["documents"])
-    )
+    assert result["tokens"] == sum(count.values()) == sum(e.stop - e.start - 1 for e in meta.splits["val"].documents)
 
 
 def test_evaluation_shared_by_ranks_sums_to_the_whole(small_config, books, monkeypatch):
@@ -448,21 +445,21 @@ def test_eval_only_reports_any_split_and_trains_nothing(small, capsys):
 
 
 def test_the_cost_of_a_wrong_tag_is_that_of_a_naive_loop(small, small_config, books):
-    model = train.new_model(small_config, read_meta(books)["vocab_size"]).double()
+    model = train.new_model(small_config, read_meta(books).vocab_size).double()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     meta = read_meta(books)
     split = open_split(books, "val", meta, 32, CPU.device)
-    found = train.compare_tags(model, split, meta["styles"], small_config, CPU)
+    found = train.compare_tags(model, split, meta.styles, small_config, CPU)
     assert found.keys() == {("alpha", "beta"), ("beta", "alpha")}
     for document, style in enumerate(split.styles):
-        wrong = next(tag for name, tag in meta["styles"].items() if name != style)
+        wrong = next(tag for name, tag in meta.styles.items() if name != style)
         more = []
         ids = split.tokens[split.starts[document] : split.stops[document]].long()
         for start in range(0, len(ids) - 1, 32):
             window = ids[start : start + 33]
             losses = []
-            for tag in (meta["styles"][style], wrong):
+            for tag in (meta.styles[style], wrong):
                 inputs = torch.cat([torch.tensor([tag]), window[1:-1]])
                 logits = model(inputs[None], inputs[None])[0][0]
                 losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
@@ -558,8 +555,9 @@ def test_data_of_another_tokenizer_or_text_is_refused(small, books, tmp_path):
         (tmp_path / f"{name}.bin").write_bytes((books / f"{name}.bin").read_bytes())
     for key, message in {"tokenizer": "its tokenizer is not the dataset's", "text_sha256": "another text"}.items():
         meta = read_meta(books)
-        meta[key] = {**meta[key], "chars": meta[key]["chars"][::-1]} if key == "tokenizer" else "0" * 64
-        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        tok = msgspec.structs.replace(meta.tokenizer, chars=meta.tokenizer.chars[::-1])
+        meta = dataclasses.replace(meta, **({"tokenizer": tok} if key == "tokenizer" else {"text_sha256": "0" * 64}))
+        (tmp_path / "meta.json").write_bytes(encode_meta(meta))
         with pytest.raises(CheckpointError, match=message):
             train.main(TrainConfig(**small | {"dataset": str(tmp_path), "init_from": "resume"}))
 
