@@ -8,7 +8,7 @@ import codecs
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
@@ -389,12 +389,26 @@ def _pieces(text: str) -> Iterable[str]:
     while start < len(text):
         stop = start + PIECE_CHARS
         if stop < len(text):
-            cut = text.rfind("\n", start, stop)
-            while cut > start and text[cut + 1].isspace():  # PATTERN keeps white space together
-                cut = text.rfind("\n", start, cut)
-            stop = cut + 1 if cut > start else stop
+            stop = _last_cut(text, start, stop, _ends_word) or _last_cut(text, start, stop, _ends_text) or stop
         yield text[start:stop]
         start = stop
+
+
+def _last_cut(text: str, start: int, stop: int, cuts: Callable[[str, str], bool]) -> int:
+    """The last place at which `cuts` holds for the characters around it, or 0."""
+    return next((i for i in range(stop, start, -1) if cuts(text[i - 1], text[i])), 0)
+
+
+def _ends_word(before: str, after: str) -> bool:
+    """Each of PATTERNS cuts here: behind a word or number before what is neither, and before a space behind none."""
+    if after == " ":
+        return not before.isspace()
+    return before.isalnum() and not after.isalnum() and (after.isspace() or after.isprintable())  # else: not known yet
+
+
+def _ends_text(before: str, after: str) -> bool:
+    """GPT-2's pattern cuts here: before white space behind none; GPT-4's may keep a line end with what it ends."""
+    return after in "\n\r\t\v\f\x85\xa0\u3000" and not before.isspace()
 
 
 def _code_points(text: str) -> np.ndarray:

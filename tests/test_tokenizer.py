@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken_ext.openai_public
 from conftest import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,13 @@ def test_specials_are_the_last_ids_in_order_and_stand_for_no_text(name, request)
     assert tokenizer.style_token("a") == "<|a|>"
 
 
+def test_only_a_name_between_bars_is_a_style():
+    """Of a foreign tokenizer's special tokens, the third character on was once a style: `<pad>` was style a."""
+    names = [END, "<pad>", "<s>", "[MASK]", "<|alice|>", "<||>", "<|>", "|alice|", "x<|b|>", UNKNOWN, "<|b c|>"]
+    tok = CharTokenizer("abc", names)
+    assert tokenizer.styles(tok) == {"alice": tok.specials["<|alice|>"], "b c": tok.specials["<|b c|>"]}
+
+
 # --- the size of the vocabulary
 
 
@@ -187,6 +195,12 @@ def test_a_tokenizer_survives_json(name, request):
     assert again.to_json() == tok.to_json()
 
 
+BYTES = {"kind": "bpe", "pattern": tokenizer.PATTERN, "tokens": [chr(byte) for byte in range(256)], "specials": []}
+deep: list = []
+for _ in range(100_000):
+    deep = [deep]
+
+
 @pytest.mark.parametrize(
     "saved",
     [
@@ -196,11 +210,36 @@ def test_a_tokenizer_survives_json(name, request):
         {"kind": "bpe"},
         {"kind": "char", "chars": 5, "specials": []},
         {"kind": "bpe", "pattern": ".", "tokens": ["東"], "specials": []},
+        BYTES | {"pattern": ""},
+        BYTES | {"pattern": "("},
+        BYTES | {"pattern": "a+"},
+        BYTES | {"pattern": r"(a+)+$"},
+        BYTES | {"tokens": BYTES["tokens"][1:]},
+        BYTES | {"tokens": [*BYTES["tokens"], "a"]},
+        BYTES | {"tokens": [*BYTES["tokens"], ""]},
+        BYTES | {"tokens": [*BYTES["tokens"], "東"]},
+        BYTES | {"tokens": [*BYTES["tokens"], 7]},
+        BYTES | {"tokens": "".join(BYTES["tokens"])},
+        BYTES | {"specials": ["<|a|>", "<|a|>"]},
+        BYTES | {"specials": [""]},
+        BYTES | {"specials": ["\ud800"]},
+        BYTES | {"specials": None},
+        BYTES | {"kind": "unigram"},
+        {"kind": "char", "chars": "aba", "specials": []},
+        {"kind": "char", "chars": "a\udfff", "specials": []},
+        {"kind": "char", "chars": "ab", "specials": deep},
     ],
+    ids=range(24),
 )
 def test_a_damaged_tokenizer_is_a_data_error(saved):
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match=r"^tokenizer: [^\n]{1,330}; is damaged; run prepare\.py again$"):
         tokenizer.from_json(saved)
+
+
+def test_a_tokenizer_of_too_many_ids_is_a_data_error(monkeypatch):
+    tokens = [*BYTES["tokens"], *(f"{i:07}" for i in range(2**20))]
+    with pytest.raises(DataError, match=r"^tokenizer: .*length <= 1048576.*\$\.tokens"):
+        tokenizer.from_json(BYTES | {"tokens": tokens})
 
 
 # --- pieces
@@ -208,7 +247,7 @@ def test_a_damaged_tokenizer_is_a_data_error(saved):
 
 def whole(tok: BPETokenizer) -> tiktoken.Encoding:
     ranks = {token: id for id, token in enumerate(tok.tokens)}
-    return tiktoken.Encoding("whole", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("whole", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -222,6 +261,64 @@ def test_long_text_is_cut_where_words_are_cut(bpe, monkeypatch):
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 400)
     lines = "".join(random.Random(5).choices(["word ", "x\n", "\n", "  in\n", "\r\n", "a!\n", "\n \n", "\t"], k=9000))
     assert bpe.encode(lines) == whole(bpe).encode_ordinary(lines)
+
+
+MERGED = [
+    b"\n\n",
+    b"\n\n\n",
+    b"\n ",
+    b" \n",
+    b"  ",
+    b"\r\n",
+    b"\r\n\r\n",
+    b".\n",
+    b"ab",
+    b" a",
+    b"--",
+    "\u3000\u3000".encode(),
+]
+WHITE = " \n\r\t\v\f\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"  # and more
+OTHER = "abZé東1٣²½'st.!-_。、́🙂\0\u0378"
+GPT2_PATTERNS = [pattern for pattern in sorted(tokenizer.PATTERNS) if "\\r" not in pattern]
+
+
+@pytest.mark.parametrize("pattern", sorted(tokenizer.PATTERNS))
+def test_a_cut_changes_no_id_whatever_white_space_it_meets(monkeypatch, pattern):
+    tok = BPETokenizer([bytes([byte]) for byte in range(256)] + MERGED, [], pattern)
+    whole_tok, rng, n_cut = whole(tok), random.Random(0), 0
+    for _ in range(1500):
+        kinds = [rng.choice([WHITE, OTHER, OTHER, " \n"]) for _ in range(rng.randrange(60))]
+        text = "".join(rng.choice(kind) * rng.choice([1, 1, 2]) for kind in kinds)
+        monkeypatch.setattr(tokenizer, "PIECE_CHARS", rng.randrange(12, 30))
+        pieces = list(tokenizer._pieces(text))
+        ends = [(left[-1], right[0]) for left, right in pairwise(pieces)]
+        good = tokenizer._ends_word, tokenizer._ends_text
+        if all(any(cuts(*end) for cuts in good[: 1 + (pattern in GPT2_PATTERNS)]) for end in ends):
+            n_cut += len(ends)
+            assert tok.encode(text) == whole_tok.encode_ordinary(text)
+    assert n_cut > 1000
+
+
+def test_paragraphs_have_the_ids_and_merges_of_the_whole_text(monkeypatch):
+    """Cut behind a blank line, `\\n\\n` and the line end before the next word would be other pieces."""
+    gaps = ["\n\n", "\n\n\n", "\n \n", "\r\n\r\n", "\n", " "]
+    rng = random.Random(1)
+    text = "".join(rng.choice(WORDS) + rng.choice(gaps) for _ in range(4000))
+    learned = BPETokenizer.train([text], 330, [])
+    assert {b"\n\n", b"\r\n\r"} & set(learned.tokens)
+    ids = learned.encode(text)
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 50)
+    assert len(list(tokenizer._pieces(text))) > 300
+    assert BPETokenizer.train([text], 330, []).tokens == learned.tokens
+    assert learned.encode(text) == ids == whole(learned).encode_ordinary(text)
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "\x1c", "🙂", "!\n"])
+def test_a_text_with_no_good_place_for_a_cut_takes_time_in_proportion(unit):
+    text, start = unit * (2_000_000 // len(unit)), time.perf_counter()
+    sizes = [len(piece) for piece in tokenizer._pieces(text)]
+    assert max(sizes) <= tokenizer.PIECE_CHARS and sum(sizes) == len(text) and len(sizes) < 100
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("batch_chars", [1, 300, 10**6])
@@ -330,6 +427,10 @@ def test_gpt2_without_a_network_says_so(monkeypatch):
 
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def test_gpt2s_pattern_is_tiktokens():
+    assert getattr(tiktoken_ext.openai_public, "r50k_pat_str", tokenizer.GPT2_PATTERN) == tokenizer.GPT2_PATTERN
 
 
 def test_gpt2_has_gpt2s_ids_and_its_end_then_the_other_specials(monkeypatch):
