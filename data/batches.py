@@ -99,20 +99,18 @@ class Meta:
     tokenizer: SavedBPE | SavedChar
 
     def __post_init__(self) -> None:
-        tok = self.tokenizer
-        first = len(tok.chars if isinstance(tok, SavedChar) else tok.tokens)
-        specials = {name: first + i for i, name in enumerate(tok.specials)}
+        tags, n_ids = self.tokenizer.special_ids, self.tokenizer.vocab_size
         if set(self.splits) != set(SPLITS):
             raise ValueError(f"splits are {', '.join(self.splits)}, must be {', '.join(SPLITS)}")
-        if self.vocab_size != first + len(specials):
-            raise ValueError(f"vocab_size is {self.vocab_size}, the tokenizer has {first + len(specials)} ids")
+        if self.vocab_size != n_ids:
+            raise ValueError(f"vocab_size is {self.vocab_size}, the tokenizer has {n_ids} ids")
         for style, id in self.styles.items():
-            if specials.get(tokenizer.style_token(style)) != id:
+            if tags.get(tokenizer.style_token(style)) != id:
                 raise ValueError(f"styles: the tokenizer's tag of {style!r} is another than {id}")
         for name, split in self.splits.items():
             if split.largest >= self.vocab_size:
                 raise ValueError(f"{name}.bin holds token {split.largest}, the vocabulary has {self.vocab_size}")
-            if split.end not in (-1, specials.get(END)):
+            if split.end not in (-1, tags.get(END)):
                 raise ValueError(f"{name}: its documents end with {split.end}, which is not the tokenizer's {END}")
             if self.styles and not self.styles.keys() >= (unknown := {span.style for span in split.documents}):
                 raise ValueError(f"{name} has documents of a style without a tag: {unknown - self.styles.keys()}")

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
@@ -51,7 +52,17 @@ Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_IDS)]
 
 
 class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
-    """A tokenizer as meta.json and checkpoints hold it."""
+    """A tokenizer as meta.json and checkpoints hold it; n_pieces: how many of its ids stand for text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids it has."""
+        return self.n_pieces + len(self.specials)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Its special tokens: name -> id."""
+        return {name: self.n_pieces + i for i, name in enumerate(self.specials)}
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and texts."""
@@ -64,6 +75,10 @@ class SavedBPE(Saved, tag="bpe"):
     pattern: str
     tokens: Names
     specials: Names
+
+    @property
+    def n_pieces(self) -> int:
+        return len(self.tokens)
 
     def __post_init__(self) -> None:
         check_names(self.specials)
@@ -79,6 +94,10 @@ class SavedChar(Saved, tag="char"):
 
     chars: str
     specials: Names
+
+    @property
+    def n_pieces(self) -> int:
+        return len(self.chars)
 
     def __post_init__(self) -> None:
         check_names(self.specials)
@@ -322,35 +341,99 @@ def _merges(tokenizer: BPETokenizer) -> list[list[str]]:
     return merges
 
 
-def from_huggingface(saved: dict[str, Any]) -> Tokenizer:
+LIKE_GPT2 = "it must be one like GPT-2's"
+
+
+@dataclass(frozen=True)
+class Added:
+    """A special token of a tokenizer.json."""
+
+    id: untrusted.Count
+    content: str
+
+
+@dataclass(frozen=True)
+class Regex:
+    """Where text is cut."""
+
+    Regex: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pre-tokenizer of a tokenizer.json."""
+
+    type: str
+    pattern: Regex = Regex()
+    add_prefix_space: bool = False
+    use_regex: bool = True
+
+
+@dataclass(frozen=True)
+class PreTokenizer(Step):
+    """One, or several one after the other."""
+
+    pretokenizers: tuple[Step, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Merges:
+    """The model of a tokenizer.json: its ids, and which two make which."""
+
+    vocab: Annotated[dict[str, untrusted.Count], msgspec.Meta(max_length=MOST_IDS)]
+    type: str = "BPE"
+    merges: Annotated[tuple[str | tuple[str, str], ...], msgspec.Meta(max_length=MOST_IDS)] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerJson:
+    """What is read of a tokenizer.json."""
+
+    model: Merges
+    added_tokens: Annotated[tuple[Added, ...], msgspec.Meta(max_length=MOST_IDS)] = ()
+    pre_tokenizer: PreTokenizer | None = None
+    normalizer: Any = None
+
+
+def from_huggingface(raw: bytes | str) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes.
 
     Raises DataError unless it is to_huggingface's or like GPT-2's: bytes, then merges in the order of their ids, then
     special tokens.
     """
-    try:
-        model, specials = saved["model"], sorted(saved["added_tokens"], key=lambda token: token["id"])
-        names = [token["content"] for token in specials]
-        vocab = sorted((id, name) for name, id in model["vocab"].items() if name not in names)
-        pieces = [name for _, name in vocab]
-        if [id for id, _ in vocab] + [token["id"] for token in specials] != list(range(len(pieces) + len(names))):
-            raise ValueError("its special tokens are not the last")
-        if model["type"] == "WordLevel" and all(len(piece) == 1 for piece in pieces):
-            return CharTokenizer("".join(pieces), names)
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        single = [piece for piece in pieces if len(piece) == 1]
-        if model["type"] != "BPE" or pieces != single + [a + b for a, b in merges]:
-            raise ValueError("its ids are not in the order of its merges")
-        steps = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
-        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-        if {step["type"] for step in steps} - {"Split", "ByteLevel"} or len(patterns) > 1 or saved.get("normalizer"):
-            raise ValueError("it cuts text in another way")
-        if any(step.get("add_prefix_space") for step in steps):
-            raise ValueError("it puts a space before every text")
-        tokens = [bytes(map(BYTE_OF_CHAR.__getitem__, piece)) for piece in pieces]
-        return BPETokenizer(tokens, names, patterns[0] if patterns else PATTERN)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise DataError(f"tokenizer.json: is not one like GPT-2's ({type(e).__name__}: {e})") from None
+    saved = untrusted.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
+    model, specials = saved.model, sorted(saved.added_tokens, key=lambda token: token.id)
+    names = {token.content: token.id for token in specials}
+    vocab = sorted((id, name) for name, id in model.vocab.items() if name not in names)
+    pieces = [name for _, name in vocab]
+    if [id for id, _ in vocab] + [token.id for token in specials] != list(range(len(pieces) + len(specials))):
+        raise _unlike("its special tokens are not the last")
+    if model.type == "WordLevel" and all(len(piece) == 1 for piece in pieces):
+        return _from_huggingface({"kind": "char", "chars": "".join(pieces), "specials": list(names)})
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
+    single = [piece for piece in pieces if len(piece) == 1]
+    if model.type != "BPE" or pieces != single + ["".join(merge) for merge in merges if len(merge) == 2]:
+        raise _unlike("its ids are not in the order of its merges")
+    pre = saved.pre_tokenizer or PreTokenizer("")
+    steps = (pre,) if pre.pretokenizers is None else pre.pretokenizers
+    patterns = [step.pattern.Regex for step in steps if step.type == "Split"]
+    patterns = patterns or [PATTERN for step in steps if step.type == "ByteLevel" and step.use_regex]
+    if {step.type for step in steps} - {"Split", "ByteLevel"} or len(patterns) != 1 or saved.normalizer:
+        raise _unlike("it cuts text in another way")
+    if any(step.add_prefix_space for step in steps):
+        raise _unlike("it puts a space before every text")
+    if unknown := set("".join(pieces)) - BYTE_OF_CHAR.keys():
+        raise _unlike(f"{min(unknown)!r} stands for no byte")
+    tokens = ["".join(chr(BYTE_OF_CHAR[char]) for char in piece) for piece in pieces]
+    return _from_huggingface({"kind": "bpe", "pattern": patterns[0], "tokens": tokens, "specials": list(names)})
+
+
+def _from_huggingface(saved: dict[str, Any]) -> Tokenizer:
+    return from_json(untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
+
+
+def _unlike(why: str) -> DataError:
+    return DataError(f"tokenizer.json: {why}; {LIKE_GPT2}")
 
 
 def style_token(style: str) -> str:

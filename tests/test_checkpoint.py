@@ -1,6 +1,12 @@
+import hashlib
+import io
+import math
 import os
 import pickle
 import random
+import resource
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,11 +120,164 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
     checkpoint.save(tmp_path / "misfit.pt", content | {"model_args": content["model_args"] | {"n_embd": 32}})
     for name, message in {
         "list.pt": "no 'model'",
-        "text.pt": "damaged",
+        "text.pt": r"is not a checkpoint, or is damaged \(BadZipFile\)$",
         "no.pt": "not found",
         "": "is a folder",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load(tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"misfit\.pt: its weights don't fit"):
+    with pytest.raises(CheckpointError, match=r"misfit\.pt: its weights don't fit .*wte.* must be \(11, 32\)"):
         checkpoint.load_model(tmp_path / "misfit.pt", torch.device("cpu"), torch.float32)
+
+
+# --- what a file claims
+
+
+def refused(content: dict, folder: Path, said: str) -> None:
+    """Saved under a hash that fits, this is refused in one line, in seconds, in little memory."""
+    path = folder / "claims.pt"
+    checkpoint.save(path, content)
+    start, before_kb = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*claims\.pt: [^\n]*{said}[^\n]*$"):
+        checkpoint.load_model(path, torch.device("cpu"), torch.float32)
+    assert time.perf_counter() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 2**19
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(content, tmp_path, value):
+    content["model"]["transformer.h.0.mlp.c_fc.weight"][3, 4] = value
+    refused(content, tmp_path, r"transformer\.h\.0\.mlp\.c_fc\.weight is not finite")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layer": 0}, r"\$\.model_args\.n_layer"),
+        ({"n_layer": 10**5}, "there are 10 tensors, must be 600004"),
+        ({"n_layer": 10**9}, r"\$\.model_args\.n_layer"),
+        ({"n_layer": 2}, "there are 10 tensors, must be 16"),
+        ({"n_layer": "1"}, r"\$\.model_args\.n_layer"),
+        ({"n_layer": True}, r"\$\.model_args\.n_layer"),
+        ({"n_embd": 10**9}, r"\$\.model_args\.n_embd"),
+        ({"n_embd": 2**20}, r"wte\.weight is \(11, 16\), must be \(11, 1048576\)"),
+        ({"vocab_size": 10**6}, r"wte\.weight is \(11, 16\), must be \(1000000, 16\)"),
+        ({"block_size": 10**6}, r"wpe\.weight is \(8, 16\), must be \(1000000, 16\)"),
+        ({"n_head": 3}, "n_embd is 16, must be divisible by n_head, 3"),
+        ({"n_head": 0}, r"\$\.model_args\.n_head"),
+        ({"n_head": None}, r"\$\.model_args\.n_head"),
+        ({"bias": True}, "there are 10 tensors, must be 17"),
+        ({"bias": "no"}, r"\$\.model_args\.bias"),
+        ({"dropout": 7.5}, r"\$\.model_args\.dropout"),
+        ({"rotary": True}, "unknown field `rotary`"),
+    ],
+)
+def test_a_shape_that_is_not_the_weights_is_refused_before_a_model_is_built(content, tmp_path, changes, said):
+    refused(content | {"model_args": content["model_args"] | changes}, tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": []}, "its weights don't fit"),
+        ({"model": {1: torch.zeros(2)}}, "its weights don't fit"),
+        ({"model_args": None}, r"\$\.model_args"),
+        ({"model_args": {}}, "missing required field `n_layer`"),
+        ({"model_extra": {"gelu": "relu"}}, r"\$\.model_extra\.gelu"),
+        ({"model_extra": {"rotary": True}}, "unknown field `rotary`"),
+        ({"tokenizer": {"kind": "char", "chars": "aa", "specials": []}}, "comes twice"),
+        ({"tokenizer": {"kind": "char", "chars": "abcdefghijkl", "specials": []}}, "has 12 ids"),
+        ({"tokenizer": {}}, r"\$\.tokenizer"),
+        ({"iter_num": -1}, r"\$\.iter_num"),
+        ({"best_val_loss": "low"}, r"\$\.best_val_loss"),
+        ({"text_sha256": 5}, r"\$\.text_sha256"),
+        ({"licences": "MIT"}, r"\$\.licences"),
+        ({"config": {"dataset": 5}}, r"\$\.config\.dataset"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_typed(content, tmp_path, changes, said):
+    refused(content | changes, tmp_path, said)
+
+
+def test_a_tensor_of_another_kind_is_refused(content, tmp_path):
+    name, zeros, weights = "transformer.ln_f.weight", torch.zeros(16), content["model"]
+    for odd in (zeros.long(), zeros.to_sparse(), zeros.to("meta"), [0.0], 5):
+        refused(content | {"model": weights | {name: odd}}, tmp_path, "its weights don't fit.*ln_f|damaged")
+
+
+def test_tensors_that_claim_more_numbers_than_the_file_holds_are_refused(content, tmp_path):
+    vocab_size, weights = 2**20, content["model"]
+    wide = torch.zeros(1, 16).expand(vocab_size, 16)  # 64 bytes that stand for 64 MB
+    args = content["model_args"] | {"vocab_size": vocab_size}
+    tied = {"transformer.wte.weight": wide, "lm_head.weight": wide}
+    refused(content | {"model": weights | tied, "model_args": args}, tmp_path, "claim more numbers than the file holds")
+
+
+def test_a_zip_that_unpacks_to_more_than_it_is_is_refused(content, tmp_path):
+    nano = {"model": content["model"], "model_args": content["model_args"], "x": torch.zeros(10**6)}
+    torch.save(nano, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain:
+        parts = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, part in parts.items():
+            packed.writestr(name, part)
+    assert (tmp_path / "bomb.pt").stat().st_size < 50_000
+    with pytest.raises(CheckpointError, match=r"bomb\.pt: is not a checkpoint, or is damaged \(ValueError\)$"):
+        checkpoint.load(tmp_path / "bomb.pt")
+    old = io.BytesIO()
+    torch.save(content, old, _use_new_zipfile_serialization=False)  # names sizes before it has the bytes
+    (tmp_path / "old.pt").write_bytes(old.getvalue())
+    with pytest.raises(CheckpointError, match=r"old\.pt: is not a checkpoint"):
+        checkpoint.load(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("missing", [["bias"], ["dropout"], ["bias", "dropout"]])
+def test_an_early_nanogpts_arguments_are_filled_in(content, tmp_path, missing):
+    """Before it had biases to leave out, and with its loss in a tensor."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
+    args = {key: value for key, value in checkpoint.model_entries(model)["model_args"].items() if key not in missing}
+    nano = {"model": model.state_dict(), "model_args": args, "iter_num": 3, "best_val_loss": torch.tensor(1.5)}
+    torch.save(nano, tmp_path / "nano.pt")
+    found = checkpoint.load(tmp_path / "nano.pt")
+    assert found["model_args"]["bias"] is True and found["best_val_loss"] == 1.5
+    assert checkpoint.build_model(found, tmp_path / "nano.pt").config == model.config
+
+
+# --- which file it is
+
+
+def test_only_a_regular_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", Path("/dev/zero")):
+        for read in (checkpoint.load, checkpoint.sha256):
+            with pytest.raises(CheckpointError, match="is not a regular file"):
+                read(path)
+
+
+def test_names_are_asked_of_the_hub_as_it_allows_them_and_files_are_not(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise CheckpointError("asked")
+
+    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    names = ["gpt2", "org/model-1.5B", "org/tiny.en", "a.b/c.d", "org_1/model_2"]
+    for name in names:
+        with pytest.raises(CheckpointError, match=r"^asked$"):
+            checkpoint.load(Path(name))
+    files = [*"out/x.pt best.pt out/demo/best ../x /no/such ckpt.PTH model.safetensors".split(), "x" * 300 + ".pt"]
+    for name in [*files, "ünï/code", "a\0b", "-x/y", "org/.x"]:
+        with pytest.raises(CheckpointError, match="not found; train first"):
+            checkpoint.load(Path(name))
+    assert asked == names
+
+
+def test_a_hash_of_a_file_is_read_in_blocks(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").write_bytes(a := os.urandom(3_000_000))
+    (tmp_path / "b.safetensors").write_bytes(b := os.urandom(2_000_000))
+    (tmp_path / "c.safetensors").write_bytes(c := b"c")
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert checkpoint.sha256(tmp_path / "a.pt") == hashlib.sha256(a).hexdigest()
+    assert checkpoint.sha256(tmp_path) == hashlib.sha256(b + c).hexdigest()

@@ -96,7 +96,7 @@ def test_a_meta_pkl_runs_nothing(nanogpt, tmp_path):
 
     for content in (pickle.dumps({"itos": Bomb()}), b"not a pickle", pickle.dumps([1])):
         (tmp_path / "data" / "shakespeare_char" / "meta.pkl").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"meta\.pkl: is not a meta\.pkl of nanoGPT's"):
+        with pytest.raises(CheckpointError, match=r"meta\.pkl: .*is not a meta\.pkl of nanoGPT's"):
             Poet(str(nanogpt), "cpu", "float32")
     assert not (tmp_path / "exploded").exists()
 
@@ -198,10 +198,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, bpe, books):
             assert theirs.decode(tok.encode(text), skip_special_tokens=True) == decode(tok, tok.encode(text))
         for special, id in tok.specials.items():
             assert theirs(special)["input_ids"] == [id]
-        assert (
-            tokenizer.from_huggingface(json.loads((tmp_path / name / "tokenizer.json").read_text())).to_json()
-            == tok.to_json()
-        )
+        assert tokenizer.from_huggingface((tmp_path / name / "tokenizer.json").read_bytes()).to_json() == tok.to_json()
 
 
 @pytest.mark.slow
@@ -302,8 +299,8 @@ def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
         "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
     )
     refused("config.json", config | {"activation_function": "relu"}, "activation_function: found 'relu'")
-    refused("config.json", b"{", r"config\.json: is not what")
-    refused("config.json", {"model_type": "gpt2"}, r"config\.json: is not what")
+    refused("config.json", b"{", r"config\.json: .*is not what")
+    refused("config.json", {"model_type": "gpt2"}, r"config\.json: .*missing required field `n_layer`.*is not what")
     refused("config.json", config | {"n_layer": 3}, "its weights don't fit")
     refused("model.safetensors", None, r"model\.safetensors: not found")
     refused("model.safetensors", (whole / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
