@@ -27,7 +27,7 @@ import torch
 
 import untrusted
 from data import DataError, tokenizer
-from data.tokenizer import END, CharTokenizer, SavedBPE, SavedChar
+from data.tokenizer import END, SavedBPE, SavedChar
 from model import GPT, GPTConfig
 from untrusted import Count
 
@@ -296,7 +296,7 @@ def tokenizer_of(content: dict[str, Any], path: Path) -> tokenizer.Tokenizer:
 # nanoGPT
 
 
-META_BYTES = 2**21  # 65,536 characters take half of it
+META_BYTES = 2**20  # 59,000 characters
 PLAIN = {  # pickle's opcodes for numbers, texts, tuples, lists and dicts
     *"PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE".split(),
     *"BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE SHORT_BINBYTES BINBYTES".split(),
@@ -326,7 +326,7 @@ def _unpickle(raw: bytes) -> Any:
     return _Plain(io.BytesIO(raw)).load()
 
 
-def nanogpt_characters(dataset: str, path: Path) -> CharTokenizer | None:
+def nanogpt_characters(dataset: str, path: Path) -> tokenizer.Tokenizer | None:
     """The characters in the meta.pkl of nanoGPT's checkpoint at `path`; None if there is none.
 
     It is looked for beside the checkpoint and where nanoGPT keeps it, in data/`dataset` of the same checkout. Raises
@@ -342,7 +342,8 @@ def nanogpt_characters(dataset: str, path: Path) -> CharTokenizer | None:
             itos = untrusted.convert(value, NanoGPTMeta, place, CheckpointError, f"it {what}").itos
             if sorted(itos) != list(range(len(itos))):
                 raise CheckpointError(f"{place}: {what} (its ids are not 0 to {len(itos) - 1})")
-            return CharTokenizer("".join(itos[id] for id in range(len(itos))), [])
+            saved = {"kind": "char", "chars": "".join(itos[id] for id in range(len(itos))), "specials": []}
+            return tokenizer.from_json(untrusted.convert(saved, SavedChar, place, CheckpointError, f"it {what}"))
     return None
 
 

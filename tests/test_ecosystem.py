@@ -5,10 +5,12 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -21,8 +23,10 @@ import sample
 import train
 from checkpoint import CheckpointError
 from data import tokenizer
+from data.batches import read_meta
 from data.tokenizer import END, BPETokenizer
 from model import GPT, GPTConfig
+from originality import Originality
 from sample import Poet, SampleConfig
 from train import TrainConfig
 
@@ -51,7 +55,18 @@ def test_no_script_imports_what_is_optional():
         [sys.executable, "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     optional = {"transformers", "tokenizers", "huggingface_hub", "matplotlib", "wandb", "tensorboard"}
+    optional |= {"rustbpe", "pydivsufsort"}
     assert done.returncode == 0 and not optional & set(done.stdout.split())
+
+
+def test_a_machine_without_what_is_optional_is_told_what_to_install(monkeypatch, books):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)
+    monkeypatch.setitem(sys.modules, "pydivsufsort", None)
+    with pytest.raises(prepare.DataError, match="bpe needs rustbpe: pip install rustbpe; or use --tokenizer=char"):
+        BPETokenizer.train(["abc"], 300, [])
+    (books / "originality.npz").unlink(missing_ok=True)
+    with pytest.raises(prepare.DataError, match="originality: needs pydivsufsort: pip install pydivsufsort"):
+        Originality(books, read_meta(books).text_sha256)
 
 
 # --- nanoGPT
@@ -99,6 +114,48 @@ def test_a_meta_pkl_runs_nothing(nanogpt, tmp_path):
         with pytest.raises(CheckpointError, match=r"meta\.pkl: .*is not a meta\.pkl of nanoGPT's"):
             Poet(str(nanogpt), "cpu", "float32")
     assert not (tmp_path / "exploded").exists()
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "is not a meta.pkl"),
+        (b"\x80\x04}r\xff\xff\xff\x7f.", "LONG_BINPUT"),  # a memo of 2**31 entries
+        (nested(200_000), "is not a meta.pkl"),
+        (b"\x80\x04" + b"(" * 200_000 + b"t" * 200_000 + b".", "is not a meta.pkl"),
+        (b"\x80\x04" + b"]" * 3_000_000, "must have at most 1,048,576"),
+        (b"cos\nsystem\n(S'true'\ntR.", "GLOBAL"),
+        (pickle.dumps({"itos": {0: "a", 2: "b"}}), "its ids are not 0 to 1"),
+        (pickle.dumps({"itos": {0: "ab"}}), r"length <= 1.*\$\.itos"),
+        (pickle.dumps({"itos": {0: ""}}), r"length >= 1.*\$\.itos"),
+        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "a character comes twice"),
+        (pickle.dumps({"itos": {0: 5}}), r"\$\.itos"),
+        (pickle.dumps({"itos": {"a": "a"}}), r"\$\.itos"),
+        (pickle.dumps({"itos": ["a"]}), r"\$\.itos"),
+        (pickle.dumps({}), "itos"),
+    ],
+    ids=range(14),
+)
+def test_a_meta_pkl_that_is_not_nanogpts_is_one_line(nanogpt, tmp_path, raw, said):
+    path = tmp_path / "data" / "shakespeare_char" / "meta.pkl"
+    path.write_bytes(raw)
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*meta\.pkl: [^\n]*{said}[^\n]*$"):
+        checkpoint.load_model(nanogpt, torch.device("cpu"), torch.float32)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_meta_pkl_of_many_characters_is_read(nanogpt, tmp_path, protocol):
+    chars = [chr(0x4E00 + i) for i in range(20_000)] + [chr(0x10000 + i) for i in range(20_000)]
+    itos, stoi = dict(enumerate(chars)), {char: i for i, char in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "itos": itos, "stoi": stoi, "note": (1.5, None, True, [-1])}
+    (tmp_path / "data" / "shakespeare_char" / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    assert checkpoint.tokenizer_of(checkpoint.load(nanogpt), nanogpt).chars == "".join(chars)
 
 
 def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, small, capsys):
@@ -301,7 +358,31 @@ def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
     refused("config.json", config | {"activation_function": "relu"}, "activation_function: found 'relu'")
     refused("config.json", b"{", r"config\.json: .*is not what")
     refused("config.json", {"model_type": "gpt2"}, r"config\.json: .*missing required field `n_layer`.*is not what")
+    refused("config.json", b"{" * 10**6, r"config\.json: .*is not what")
     refused("config.json", config | {"n_layer": 3}, "its weights don't fit")
+    refused("config.json", config | {"n_layer": 10**5}, "its weights don't fit.*there are 29 tensors, must be 1200005")
+    refused("config.json", config | {"n_layer": 10**9}, r"config\.json: .*\$\.n_layer")
+    for n_head in (0, -1, 10**9, "2", None, True, 2.5):
+        refused("config.json", config | {"n_head": n_head}, r"config\.json: .*\$\.n_head")
+    refused("config.json", config | {"n_head": 3}, r"config\.json: .*n_embd is 32, must be divisible by n_head, 3")
+    refused("config.json", config | {"n_embd": 2**20}, r"must be \(360, 1048576\)")
+    refused("config.json", config | {"resid_pdrop": None}, r"config\.json: .*\$\.resid_pdrop")
+    refused("config.json", config | {"activation_function": "x" * 10**6}, r"config\.json: .*\$\.activation_function")
+    refused("model.safetensors.index.json", b"[" * 10**6, r"index\.json: .*is not what")
+    refused("model.safetensors.index.json", {"weight_map": {"a": 5}}, r"index\.json: .*\$\.weight_map")
+    refused("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, "not found")
+    refused("model.safetensors.index.json", {"weight_map": {"a": ".."}}, "is a folder")
+    refused("model.safetensors.index.json", {"weight_map": {}}, "there are 0 tensors")
+    huge = (2**40).to_bytes(8, "little") + b"{}"
+    refused("model.safetensors", huge, r"model\.safetensors: its header has 1,099,511,627,776 bytes")
+    refused("model.safetensors", b"", r"model\.safetensors: is not what")
+    claim = json.dumps({"wte.weight": {"dtype": "F32", "shape": [2**30, 2**9], "data_offsets": [0, 2**41]}}).encode()
+    refused("model.safetensors", len(claim).to_bytes(8, "little") + claim, r"model\.safetensors: is not what")
+    flat = safetensors.torch.save({"h.0.mlp.c_fc.weight": torch.zeros(2, 3, 4), "wte.weight": torch.zeros(1)})
+    refused("model.safetensors", flat, "there are 3 tensors")
+    nan = safetensors.torch.load_file(whole / "model.safetensors")
+    nan["transformer.ln_f.weight"][0] = torch.nan
+    refused("model.safetensors", safetensors.torch.save(nan), r"transformer\.ln_f\.weight is not finite")
     refused("model.safetensors", None, r"model\.safetensors: not found")
     refused("model.safetensors", (whole / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
     refused("tokenizer.json", None, "has no tokenizer")
@@ -312,6 +393,21 @@ def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
     )
     refused("tokenizer.json", tok | {"added_tokens": [{"id": 0, "content": END}]}, "not the last")
     refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in another way")
+    refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "in another way")
+    refused("tokenizer.json", tok | {"pre_tokenizer": None}, "cuts text in another way")
+    for regex in ("", ".", "(a+)+$", "("):
+        cut = {"type": "Split", "pattern": {"Regex": regex}}
+        refused("tokenizer.json", tok | {"pre_tokenizer": cut}, r"tokenizer\.json: its pattern is none of those")
+    refused("tokenizer.json", b"[" * 10**6, r"tokenizer\.json: .*like GPT-2's")
+    refused("tokenizer.json", tok | {"model": []}, r"tokenizer\.json: .*\$\.model")
+    refused("tokenizer.json", tok | {"model": tok["model"] | {"vocab": {"a": "0"}}}, r"\$\.model\.vocab")
+    refused("tokenizer.json", tok | {"model": tok["model"] | {"merges": [["a"]]}}, r"\$\.model\.merges\[0\]")
+    refused(
+        "tokenizer.json", tok | {"model": {"vocab": {"a": 0, "東": 1}}, "added_tokens": []}, "'東' stands for no byte"
+    )
+    refused("tokenizer.json", tok | {"model": {"vocab": {"a": 0}}, "added_tokens": []}, "not all 256 bytes")
+    twice = [{"id": 359 + i, "content": END} for i in range(2)]
+    refused("tokenizer.json", tok | {"added_tokens": twice}, "not the last|comes twice|have the same")
 
 
 def test_a_name_is_asked_of_the_hub_and_its_silence_is_told(tmp_path, bpe, books, monkeypatch):
