@@ -9,12 +9,15 @@ import statistics
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 import train
-from configurator import Machine
+import untrusted
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine
 from data import tokenizer
 from data.batches import open_split, read_meta
 from model import GPT
@@ -65,6 +68,46 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A line of metrics.jsonl, of a step or of an evaluation; what the other kind has is 0, or None."""
+
+    kind: str
+    iter: untrusted.Count = 0
+    loss: float | None = None  # nats per token
+    bpb: Annotated[float, msgspec.Meta(ge=0)] | None = None  # bits per byte
+    tokens: untrusted.Count = 0
+    loss_by_style: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    tok_per_sec: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    peak_mem_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+def read_records(out: Path) -> list[Record]:
+    """The lines of a run's metrics.jsonl, but for a last one that is not whole yet; raises ConfigError."""
+    path, records = out / "metrics.jsonl", []
+    for number, line in enumerate(untrusted.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            where = f"{path}: line {number}"
+            records.append(untrusted.decode_json(line, Record, where, ConfigError, "take the line out, or train anew"))
+    return records
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that `write_result` wrote; raises ConfigError when it is none."""
+    result = untrusted.read_json(path, dict[str, Any], ConfigError, "run its bench again")
+    if not {"kind", "machine"} <= result.keys():
+        raise ConfigError(f"{path}: is no result of a bench; remove it, or run its bench again")
+    return result
+
+
+def forget_peak(machine: Machine) -> None:
+    """Have peak memory on a CUDA device count from here on, without what was freed before."""
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
 def config_name() -> str:
     """The last YAML file on the command line, without its ending."""
     return ([Path(arg).stem for arg in sys.argv[1:] if arg.endswith((".yaml", ".yml"))] or ["defaults"])[-1]
@@ -81,7 +124,12 @@ def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
 def evaluate_checkpoint(
     saved: dict[str, Any], path: Path, model: GPT, split_name: str, machine: Machine
 ) -> dict[str, Any]:
-    """train.evaluate on a whole split of the dataset that the checkpoint was trained on; `model` has its weights."""
+    """train.evaluate on a whole split of the dataset that the checkpoint was trained on; `model` has its weights.
+
+    Raises CheckpointError when the checkpoint does not say which that was, as nanoGPT's and Hugging Face's don't.
+    """
+    if not {"dataset", "batch_size"} <= saved.get("config", {}).keys():
+        raise CheckpointError(f"{path}: does not say what it was trained on; name a checkpoint of train.py")
     folder = train.find_dataset(saved["config"]["dataset"])
     meta = read_meta(folder)
     shape = train.TrainConfig(batch_size=saved["config"]["batch_size"])
@@ -103,10 +151,17 @@ def origin(kind: str, machine: Machine) -> dict[str, Any]:
     return {"kind": kind, "command": command_line(), "date": date, "machine": describe_machine(machine)}
 
 
+def slug(device: str) -> str:
+    """A device's name as it stands in the names of files."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def write_result(result: dict[str, Any], name: str) -> None:
-    """Write bench/results/`name`.json and say so; `DEVICE` in the name stands for the device's."""
-    device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
-    path = RESULTS / f"{name.replace('DEVICE', device)}.json"
+    """Write bench/results/`name`.json and say so; `DEVICE` in the name stands for the device's.
+
+    A name that is an absolute path is written there.
+    """
+    path = RESULTS / f"{name.replace('DEVICE', slug(result['machine']['device']))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"\nwritten: {path.parent.name}/{path.name}")

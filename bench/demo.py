@@ -3,7 +3,6 @@
 python -m bench.demo out/demo
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import checkpoint
 import configurator
-from bench.common import evaluate_checkpoint, markdown, origin, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, read_records, write_result
 from bench.learn import read_curve
 from checkpoint import CheckpointError
 from configurator import ConfigError
@@ -39,10 +38,11 @@ def main(cfg: DemoConfig) -> None:
     machine = configurator.find_machine(cfg.device, cfg.dtype)
     path = Path(cfg.run) / "best.pt"
     best = checkpoint.load(path)
-    lines = (Path(cfg.run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    steps = [r for r in records if r["kind"] == "train"]
-    vals = [r for r in records if r["kind"] == "eval" and r["iter"] == best["iter_num"]]
+    if not {"iter_num", "seconds"} <= best.keys():
+        raise CheckpointError(f"{path}: does not say how long it was trained; name a run of train.py")
+    records = read_records(Path(cfg.run))
+    steps = [r for r in records if r.kind == "train"]
+    vals = [r for r in records if r.kind == "eval" and r.iter == best["iter_num"]]
     if not steps or not vals:
         raise ConfigError(f"{cfg.run}/metrics.jsonl: lacks the evaluation of best.pt, step {best['iter_num']}")
 
@@ -53,8 +53,8 @@ def main(cfg: DemoConfig) -> None:
         "vocab_size": model.config.vocab_size,
         "steps": best["iter_num"],
         "seconds": best["seconds"],
-        "tok_per_sec": statistics.median(r["tok_per_sec"] for r in steps),
-        "val": vals[-1],
+        "tok_per_sec": statistics.median(r.tok_per_sec for r in steps),
+        "val": {key: getattr(vals[-1], key) for key in ("loss", "bpb", "loss_by_style")},
         "test": evaluate_checkpoint(best, path, model, "test", machine),
         "curve": read_curve(Path(cfg.run)),
     }

@@ -6,7 +6,6 @@ python -m bench.learn config/demo.yaml --peer=PATH_TO_NANOGPT --peer_args='--max
 
 import dataclasses
 import itertools
-import json
 import shlex
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import numpy as np
 import checkpoint
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, train_command, write_result
+from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
 from bench.peer import iteration_ms, launch
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
@@ -54,18 +53,17 @@ def run_ours(cfg: LearnConfig, seed: int) -> Curve:
         command = train_command(cfg, out_dir=out, seed=seed)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise ConfigError(f"train.py failed: {done.stdout.strip().splitlines()[-1]}")
+            raise ConfigError(f"train.py failed: {(done.stdout.strip().splitlines() or ['it printed nothing'])[-1]}")
         return read_curve(Path(out))
 
 
 def read_curve(out: Path) -> Curve:
-    """The curve of a run of train.py, from the metrics.jsonl in its out_dir."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The curve of a run of train.py, from the metrics.jsonl in its out_dir; raises ConfigError."""
     curve = []
-    for step, evaluation in itertools.pairwise(records):  # an evaluation follows the record of its step
-        if evaluation["kind"] == "eval":
-            place = {key: step[key] for key in ("iter", "tokens", "seconds")}
-            curve.append(place | {key: evaluation[key] for key in ("loss", "bpb")})
+    for step, found in itertools.pairwise(read_records(out)):  # an evaluation follows the record of its step
+        if found.kind == "eval" and found.loss is not None and found.bpb is not None:
+            place = {"iter": step.iter, "tokens": step.tokens, "seconds": step.seconds}
+            curve.append(place | {"loss": found.loss, "bpb": found.bpb})
     return curve
 
 

@@ -52,14 +52,23 @@ class Peer:
         return times[:steps], peak_mem_mb
 
 
-# Runs train.py as it is, but each checkpoint has a name of its own, and the seed is another one in each run.
+# Runs train.py as it is, but each checkpoint has a name of its own, the seed is another one in each run, and on a GPU
+# its peak memory is printed at the end.
 DRIVER = """
 import runpy, sys, torch
 shift, seed, save = int(sys.argv.pop(1)), torch.manual_seed, torch.save
 torch.manual_seed = lambda given: seed(given + shift)
 torch.save = lambda content, path: save(content, f"{path}.{content['iter_num']}")
 runpy.run_path("train.py", run_name="__main__")
+if torch.cuda.is_initialized():
+    print(f"peak_mem_mb {torch.cuda.max_memory_reserved() / 2**20}")
 """
+GPT2_VOCAB, PADDED_VOCAB = 50_257, 50_304  # nanoGPT's own default: GPT-2's, rounded up for speed
+
+
+def peer_vocab(vocab_size: int) -> int:
+    """The ids that nanoGPT has where we have `vocab_size`: as many, but for GPT-2's vocabulary its own default."""
+    return PADDED_VOCAB if vocab_size == GPT2_VOCAB else vocab_size
 
 
 def launch(
@@ -67,7 +76,8 @@ def launch(
 ) -> tuple[str, float]:
     """Run nanoGPT's train.py with `args` on the bins in `data`, from `home`, where out/ckpt.pt.ITERATION are left.
 
-    autocast: put in what it leaves out on CPU. Returns what it printed and its peak memory in MB.
+    autocast: put in what it leaves out on CPU. Returns what it printed and its peak memory in MB: reserved on a GPU,
+    resident elsewhere, as Machine.peak_mem_mb has it.
     """
     for script in SCRIPTS:
         text = (folder / script).read_text(encoding="utf-8")
@@ -89,7 +99,8 @@ def launch(
         peak_mem_mb = max(peak_mem_mb, resident_mb(process.pid, "VmHWM"))
     if process.wait():
         raise ConfigError(f"peer: {folder}/train.py failed:\n{printed[-1500:]}")
-    return printed, peak_mem_mb
+    on_gpu = re.search(r"^peak_mem_mb ([\d.]+)$", printed, re.M)
+    return printed, float(on_gpu[1]) if on_gpu else peak_mem_mb
 
 
 def iteration_ms(printed: str) -> list[float]:

@@ -1,11 +1,12 @@
-"""Draw val loss: of runs of train.py, or of what bench.learn and bench.demo kept, which is the README's picture.
+"""Draw bits per byte: of runs of train.py, or of what bench.learn and bench.demo kept, which is the README's picture.
 
-python -m bench.plot out/a out/b --out=runs     # against tokens and against seconds: runs.png, runs.svg
-python -m bench.plot                            # bench/results/learn.svg
+python -m bench.plot out/a                                # out/a/loss.png and loss.svg, against tokens and seconds
+python -m bench.plot out/a out/b --out=runs               # runs.png and runs.svg
+python -m bench.plot --out=bench/results/learn.svg        # the README's
 """
 
 import itertools
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 
 import configurator
 from bench import common
-from bench.learn import read_curve
+from bench.learn import Curve, read_curve
 from configurator import ConfigError
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
@@ -28,43 +29,77 @@ class PlotConfig:
     """The keys of bench.plot."""
 
     runs: tuple[str, ...] = ()  # out_dirs of train.py
-    out: str = "runs"  # the picture of these runs, without its ending
+    out: str = ""  # the picture: NAME.svg, NAME.png, or NAME for both (loss, beside the first run, unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return [
+        found = [
             f"runs: {run} holds no metrics.jsonl" for run in self.runs if not (Path(run) / "metrics.jsonl").exists()
         ]
+        if not self.runs and not self.out:
+            found.append("out: must name the picture of bench/results, as --out=bench/results/learn.svg; or name runs")
+        return found
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files to write."""
+        out = self.out or str(Path(self.runs[0]) / "loss")
+        return [Path(out)] if out.endswith((".svg", ".png")) else [Path(f"{out}.png"), Path(f"{out}.svg")]
 
 
 def main(cfg: PlotConfig) -> None:
     """Draw what is asked for; the same figures give the same file."""
     matplotlib.rcParams["svg.hashsalt"] = "robopoet"
-    if cfg.runs:
-        draw_runs(cfg)
-    else:
-        draw_results()
+    figure = draw_runs(cfg.runs) if cfg.runs else draw_results()
+    figure.tight_layout()
+    for path in cfg.paths:
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    print(f"written: {', '.join(map(str, cfg.paths))}")
 
 
-def draw_runs(cfg: PlotConfig) -> None:
-    """Two panels, loss against tokens and against seconds, with a line for each run."""
+def draw_runs(runs: tuple[str, ...]) -> plt.Figure:
+    """Two panels, bits per byte against tokens and against seconds: for each run val's, and pale the training loss.
+
+    Nats per token can't be compared between vocabularies; a training loss is divided by the bytes that a token has in
+    the val split. Raises ConfigError for a run that was never evaluated.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for run in cfg.runs:
+    for run, colour in zip(runs, itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), strict=False):
         curve = read_curve(Path(run))
+        if not curve:
+            raise ConfigError(f"{run}/metrics.jsonl: holds no evaluation yet; lower eval_interval, or wait for one")
+        steps = train_curve(Path(run), bytes_per_token(curve))
         for panel, key in zip(panels, ("tokens", "seconds"), strict=True):
-            panel.plot([p[key] for p in curve], [p["loss"] for p in curve], marker=".", label=Path(run).name)
-            panel.set(xlabel=f"{key} of training", ylabel="val loss, nats per token")
+            panel.plot([p[key] for p in steps], [p["bpb"] for p in steps], color=colour, alpha=0.3, linewidth=1)
+            panel.plot(
+                [p[key] for p in curve], [p["bpb"] for p in curve], color=colour, marker=".", label=Path(run).name
+            )
+            panel.set(xlabel=f"{key} of training", ylabel="bits per byte: val, and pale training")
             panel.grid(True, alpha=0.2)
             panel.legend()
-    finish(figure, [Path(f"{cfg.out}.png"), Path(f"{cfg.out}.svg")])
+    return figure
 
 
-def draw_results() -> None:
+def bytes_per_token(curve: Curve) -> float:
+    """The bytes of text that a token of the val split has, by its loss in both units."""
+    return curve[-1]["loss"] / math.log(2) / curve[-1]["bpb"]
+
+
+def train_curve(out: Path, token_bytes: float) -> Curve:
+    """The training loss in each record of a run, as bits per byte if a token has `token_bytes` bytes."""
+    steps = [r for r in common.read_records(out) if r.kind == "train" and r.loss is not None]
+    return [
+        {"tokens": r.tokens, "seconds": r.seconds, "bpb": r.loss / math.log(2) / token_bytes} for r in steps if r.loss
+    ]
+
+
+def draw_results() -> plt.Figure:
     """A panel for each result that holds curves; raises ConfigError when there is none."""
     paths = sorted([*common.RESULTS.glob("learn_*.json"), *common.RESULTS.glob("demo_*.json")])
     if not paths:
         raise ConfigError("bench/results: holds no learn_*.json, demo_*.json; run `python -m bench.learn` first")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [common.read_result(path) for path in paths]
     across = min(len(results), 3)
     down = -(-len(results) // across)
     figure, panels = plt.subplots(down, across, figsize=(5.5 * across, 4 * down), squeeze=False)
@@ -73,16 +108,7 @@ def draw_results() -> None:
             draw(panel, result)
         else:
             panel.remove()
-    finish(figure, [common.RESULTS / "learn.svg"])
-
-
-def finish(figure: plt.Figure, paths: list[Path]) -> None:
-    """Write the picture to `paths`."""
-    figure.tight_layout()
-    for path in paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    print(f"written: {', '.join(map(str, paths))}")
+    return figure
 
 
 def draw(panel: plt.Axes, result: dict[str, Any]) -> None:
@@ -94,11 +120,11 @@ def draw(panel: plt.Axes, result: dict[str, Any]) -> None:
         curves |= {"nanoGPT": result["peer"]["curves"]} if result["peer"] else {}
     for name, lines in curves.items():
         for i, curve in enumerate(lines):
-            seconds, losses = [p["seconds"] for p in curve], [p["loss"] for p in curve]
-            panel.plot(seconds, losses, color=COLOURS[name], marker=".", label=name if i == 0 else None)
+            seconds, bpb = [p["seconds"] for p in curve], [p["bpb"] for p in curve]
+            panel.plot(seconds, bpb, color=COLOURS[name], marker=".", label=name if i == 0 else None)
     panel.set_xscale("log")
     panel.set(title=title, xlabel=f"seconds of training, {result['machine']['device']}")
-    panel.set_ylabel("val loss, nats per token")
+    panel.set_ylabel("val, bits per byte")
     panel.grid(True, which="both", alpha=0.2)
     panel.legend()
 

@@ -3,7 +3,6 @@
 python -m bench.ranks config/robopoet.yaml --device=cpu
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, train_command, write_result
+from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
 from configurator import ConfigError, bounds
 from data import DataError
 from data.batches import find_dataset, read_meta
@@ -58,7 +57,7 @@ def launch(ranks: int, command: list[str]) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"{ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ConfigError(f"{ranks} ranks failed: {(done.stderr.strip().splitlines() or ['nothing printed'])[-1]}")
     return done.stdout
 
 
@@ -69,9 +68,8 @@ def tok_per_sec(cfg: RanksConfig, ranks: int) -> float:
         changes = {"max_iters": cfg.steps, "log_interval": first, "eval_interval": cfg.steps, "eval_iters": 1}
         command = train_command(cfg, out_dir=out, warmup_iters=0, **changes)
         launch(ranks, [command[0], *command[2:]])  # without -u, which torchrun doesn't know
-        records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if r["kind"] == "train" and r["iter"] >= first]
-    return (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"])
+        steps = [r for r in read_records(Path(out)) if r.kind == "train" and r.iter >= first]
+    return (steps[-1].tokens - steps[0].tokens) / (steps[-1].seconds - steps[0].seconds)
 
 
 def main(cfg: RanksConfig) -> None:

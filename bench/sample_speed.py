@@ -47,14 +47,16 @@ class SampleSpeedConfig:
     # beside
     peer: str = ""  # a checkout of nanoGPT; transformers is taken where it is installed
     # timing
+    starts: int = 3  # launches of sample.py, and of the import of torch alone, that are timed (0: none)
     repeats: int = 5  # rounds, everyone once in each; the median counts
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of our weights; the peers keep float32 on CPU
+    record: bool = False  # replay each token's step as a CUDA graph
     out: str = ""  # name of the result (sample_speed_SHAPE_DTYPE_DEVICE unless given)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        return bounds(self, "batch_size max_new_tokens long_tokens check_tokens repeats", 1)
+        return bounds(self, "batch_size max_new_tokens long_tokens check_tokens repeats", 1) + bounds(self, "starts", 0)
 
 
 def read_model(cfg: SampleSpeedConfig) -> GPT:
@@ -68,7 +70,7 @@ def read_model(cfg: SampleSpeedConfig) -> GPT:
 
 def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poet:
     """A poet with these weights, whose passages all have their full length."""
-    poet = Poet(cfg.checkpoint, device, dtype)
+    poet = Poet(cfg.checkpoint, device, dtype, record=cfg.record)
     if cfg.shape == "gpt2":  # the tokenizer's ids are the first of its many
         poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
         poet.model.load_state_dict(model.state_dict())
@@ -187,7 +189,8 @@ def main(cfg: SampleSpeedConfig) -> None:
     writers = {"RoboPoet": ours(poet, cfg.prompt)}
     models: dict[str, torch.nn.Module] = {"RoboPoet": model}
     writers["RoboPoet"](1, cfg.max_new_tokens)
-    memory_mb = resident_mb("self", "VmRSS") - before_mb
+    on_gpu = machine.device.type == "cuda"
+    memory_mb = machine.peak_mem_mb() if on_gpu else resident_mb("self", "VmRSS") - before_mb
     if cfg.peer:
         nano = models["nanoGPT"] = nanogpt(Path(cfg.peer), model, machine)
         writers["nanoGPT"] = theirs(lambda idx, n: nano.generate(idx, n, **SAMPLING), ids, machine)
@@ -208,11 +211,12 @@ def main(cfg: SampleSpeedConfig) -> None:
         "weights_mb": model.num_params() * poet.machine.dtype.itemsize / 2**20,
         "memory_mb": memory_mb,
         "cases": [compare(cfg, machine, model.config, writers, *case) for case in cases],
-        "start_s": spread(
-            [seconds_of("sample.py", cfg.checkpoint, f"--device={cfg.device}", "--max_new_tokens=1") for _ in range(3)]
-        ),
-        "import_torch_s": spread([seconds_of("-c", "import torch") for _ in range(3)]),
+        "recorded": cfg.record and on_gpu,
     }
+    if cfg.starts:
+        command = "sample.py", cfg.checkpoint, f"--device={cfg.device}", "--max_new_tokens=1"
+        result["start_s"] = spread([seconds_of(*command) for _ in range(cfg.starts)])
+        result["import_torch_s"] = spread([seconds_of("-c", "import torch") for _ in range(cfg.starts)])
     idx = torch.tensor([ids])
     texts = {name: likeliest(m.double().cpu(), name, idx, min(cfg.check_tokens, short)) for name, m in models.items()}
     result["same_text"] = all(text == texts["RoboPoet"] for text in texts.values())
@@ -272,7 +276,8 @@ def table(results: list[dict[str, Any]]) -> str:
             for name, speed in case["speed"].items():
                 own = name == "RoboPoet"
                 row = [r["machine"]["device"], r["model"], r["machine"]["dtype"]] if own and i == 0 else [""] * 3
-                row += [f"{case['passages']} x {case['tokens']:,}" if own else "", name, show(speed)]
+                row += [f"{case['passages']} x {case['tokens']:,}" if own else ""]
+                row += [f"{name}, recorded" if own and r.get("recorded") else name, show(speed)]
                 row += [f"{case['first_token_ms'][name]['median']:,.1f} ms"]
                 row += ["" if own else show(case["ratio"][name], ".1f")]
                 rows.append([*row, f"{case['gb_per_s']:.1f} of {r['read_gb_per_s']:.1f}" if own else ""])
@@ -281,11 +286,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """What else a result says, a line each."""
-    start, torch_s = show(result["start_s"], ".1f"), show(result["import_torch_s"], ".1f")
+    start = ""
+    if "start_s" in result:
+        start = f"sample.py takes {show(result['start_s'], '.1f')} s for one token, start and end included, "
+        start += f"the import of torch alone {show(result['import_torch_s'], '.1f')} s; "
     same = "the same by everyone" if result["same_text"] else "NOT the same by everyone"
     return [
-        f"{result['model']}, {result['machine']['dtype']}: sample.py takes {start} s for one token, start and end "
-        f"included, the import of torch alone {torch_s} s; weights of {result['weights_mb']:,.0f} MB take "
+        f"{result['model']}, {result['machine']['dtype']}: {start}weights of {result['weights_mb']:,.0f} MB take "
         f"{result['memory_mb']:,.0f} MB with cache and all else; the likeliest text is {same}"
         + "".join(f"; val loss {loss:.4f} in {dtype}" for dtype, loss in result.get("val_loss", {}).items())
     ]

@@ -151,4 +151,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, ScalingConfig, DataError, torch.OutOfMemoryError)
+    configurator.launch(main, ScalingConfig, DataError)

@@ -4,7 +4,6 @@ python -m bench.table
 python -m bench.table --write
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class TableConfig:
 
 def tables() -> str:
     """A section for each kind of result: its table, the verdict on the targets, and the commands that measured it."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(common.RESULTS.glob("*.json"))]
+    results = [common.read_result(path) for path in sorted(common.RESULTS.glob("*.json"))]
     sections = []
     for kind, (heading, table) in SECTIONS.items():
         if not (found := [r for r in results if r.get("kind") == kind]):

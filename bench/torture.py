@@ -5,7 +5,6 @@ python -m bench.torture --minutes=10
 Also measures what the protections cost at the reference size: share of a step, and how long a save holds it up.
 """
 
-import json
 import random
 import signal
 import statistics
@@ -22,7 +21,7 @@ import torch
 
 import configurator
 import train
-from bench.common import markdown, origin, train_command, write_result
+from bench.common import markdown, origin, read_records, train_command, write_result
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine, bounds
 from data import DataError
@@ -56,15 +55,7 @@ def shape(cfg: TortureConfig, out: Path) -> train.TrainConfig:
 
 def losses(out: Path) -> dict[int, float]:
     """The loss of each step in metrics.jsonl; a last line that is not whole is left out."""
-    found = {}
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["kind"] == "train":
-            found[record["iter"]] = record["loss"]
-    return found
+    return {r.iter: r.loss for r in read_records(out) if r.kind == "train" and r.loss is not None}
 
 
 def run_until(command: list[str], after_s: float, number: signal.Signals) -> tuple[int, int]:

@@ -13,19 +13,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, train_command, write_result
-from bench.peer import Peer, load_model_module
+from bench.common import config_name, forget_peak, markdown, origin, show, spread, train_command, write_result
+from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
 from configurator import ConfigError, Machine, bounds
 from data import DataError
 from data.batches import FORMAT, Meta, Span, SplitMeta, TrainWindows, bin_sha256, encode_meta, open_split, read_meta
@@ -42,6 +42,8 @@ class SpeedConfig(train.TrainConfig):
     steps: int = 10  # optimizer steps of a lap
     warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records CUDA's graph
     vram_limit_gb: float = 0.0  # allow PyTorch this much GPU memory, as a smaller card would (0: all there is)
+    start: bool = True  # time, too, how long train.py takes to its first step
+    compile_mode: Literal["default", "reduce-overhead"] = "default"  # torch.compile's; the other has graphs of its own
     vocab_size: int = 0  # time on random ids of so many kinds (0: on the dataset)
     peer: str = ""  # a checkout of nanoGPT, timed in turns with ours
     out: str = ""  # name of the result (train_speed_CONFIG_DEVICE unless given)
@@ -94,6 +96,8 @@ def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
     state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size))
+    if isinstance(cfg, SpeedConfig) and cfg.compile_mode != "default" and state.forward is not state.model:
+        state.forward = torch.compile(state.model, mode=cfg.compile_mode)
     return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
 
 
@@ -180,6 +184,15 @@ class OperationClock(TorchDispatchMode):
         return result
 
 
+def kernel_seconds(profiled: profile, kind: DeviceType) -> Counter[str]:
+    """The seconds that a kind of device spent in each kernel, by its name."""
+    seconds: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        if event.device_type == kind and not event.is_user_annotation:  # `is` would compare two wrappers of one value
+            seconds[event.key] += event.self_device_time_total / 1e6
+    return seconds
+
+
 def time_shares(
     state: train.State, windows: TrainWindows, cfg: train.TrainConfig, machine: Machine
 ) -> dict[str, float]:
@@ -189,11 +202,9 @@ def time_shares(
     """
     seconds: Counter[str] = Counter()
     if machine.device.type == "cuda":
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             lap(state, windows, cfg, machine, range(3))
-        for event in profile.key_averages():
-            if event.device_type is DeviceType.CUDA and not event.is_user_annotation:
-                seconds[event.key] += event.self_device_time_total / 1e6
+        seconds = kernel_seconds(profiled, DeviceType.CUDA)
     else:  # the profiler's own allocations cost page faults: large results look up to five times as slow
         with OperationClock() as clock:
             lap(state, windows, cfg, machine, range(3))
@@ -206,7 +217,7 @@ def time_shares(
 
 def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
     """Build what train.py would build from the corpus in `folder` and time its steps; returns the result."""
-    start_s = time_to_first_step(cfg, folder)
+    start_s = time_to_first_step(cfg, folder) if cfg.start else None
     state, windows = build(cfg, machine, folder)
     model = state.model
 
@@ -218,46 +229,55 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
             how = "compiled" if machine.dtype is torch.float32 else "autocast and compiled"
             peers.append(Peer(f"nanoGPT, {how}", Path(cfg.peer), tuned=True))
         check_same_loss(cfg, machine, model, windows)
+        forget_peak(machine)
 
     # --- the clock
     first_ms, _ = lap(state, windows, cfg, machine, range(1))
     if cfg.warmup_steps > 1:
         lap(state, windows, cfg, machine, range(1, cfg.warmup_steps))
     starts = range(cfg.warmup_steps, cfg.warmup_steps + cfg.repeats * cfg.steps, cfg.steps)
-    laps, peaks, peak_mem_mb, peer_runs = [], [], 0.0, [[] for _ in peers]
+    laps, peaks, scales, peak_mem_mb, peer_runs = [], [], [], 0.0, [[] for _ in peers]
+    peer_vocab_size = peer_vocab(model.config.vocab_size)
     for start in starts:  # in turns, so that a machine that slows down slows all
         laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
         peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is no part of training
+        scales.append(state.scaler.get_scale())
         peaks.append(machine.matmul_flops(linear))
         for peer, runs in zip(peers, peer_runs, strict=True):
-            times, mem_mb = peer.run(cfg, machine, folder, model.config.vocab_size, cfg.warmup_steps + cfg.steps)
+            times, mem_mb = peer.run(cfg, machine, folder, peer_vocab_size, cfg.warmup_steps + cfg.steps)
             runs.append((statistics.median(times[cfg.warmup_steps :]), mem_mb))
 
     # --- the figures
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     dt_ms = [ms for ms, _ in laps]
-    flops = 1000 * tokens * model.flops_per_token()
+    flop_rates = [1000 * tokens * model.flops_per_token() / ms for ms in dt_ms]
+    peak = max(*peaks, *flop_rates)  # the best seen: beside another load a product may be slower than a whole step
     result = origin("train_speed", machine) | {
         "config": config_name(),
         "parameters": model.num_params(),
         "tokens_per_step": tokens,
         "compiled": state.forward is not model,
+        "compile_mode": cfg.compile_mode,
+        "recorded": state.graphed_update is not None,
         "optimizer": cfg.optimizer,
         "vram_limit_gb": cfg.vram_limit_gb if machine.device.type == "cuda" else 0.0,
         "start_s": start_s,
         "first_step_ms": first_ms,
         "dt_ms": spread(dt_ms),
         "tok_per_sec": spread([1000 * tokens / ms for ms in dt_ms]),
-        "mfu": spread([flops / ms / peak for ms, peak in zip(dt_ms, peaks, strict=True)]),
+        "mfu": spread([rate / peak for rate in flop_rates]),
         "matmul_tflops": spread([peak / 1e12 for peak in peaks]),
         "peak_mem_mb": peak_mem_mb,
         "loss": laps[-1][1],
         "repeats_dt_ms": dt_ms,
+        "repeats_loss": [loss for _, loss in laps],
+        "loss_scales": scales,  # 1 unless in float16
         "time_share": time_shares(state, windows, cfg, machine),
         "peers": {},
     }
     for peer, runs in zip(peers, peer_runs, strict=True):
         result["peers"][peer.name] = {
+            "vocab_size": peer_vocab_size,
             "dt_ms": spread([ms for ms, _ in runs]),
             "tok_per_sec": spread([1000 * tokens / ms for ms, _ in runs]),
             "ratio": spread([ms / ours for (ms, _), ours in zip(runs, dt_ms, strict=True)]),
@@ -288,17 +308,19 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for r in results:
         what = [r["machine"]["device"], f"{r['config']}, {r['optimizer']}", r["machine"]["dtype"]]
-        ours = "RoboPoet" + (", compiled" if r["compiled"] else "")
+        ours = "RoboPoet" + (", compiled" if r["compiled"] else "") + (", recorded" if r.get("recorded") else "")
+        ours += ", reduce-overhead" if r.get("compile_mode") == "reduce-overhead" else ""
         memory = f"{r['peak_mem_mb']:,.0f} MB"
         speed = [show(r["tok_per_sec"]), show(r["dt_ms"], ",.1f"), f"{r['mfu']['median']:.1%}"]
-        start = f"{r['start_s']:.1f} s" if "start_s" in r else ""  # results from before it was measured
+        start = f"{r['start_s']:.1f} s" if r.get("start_s") else ""
         rows.append([*what, ours, *speed, memory, start, ""])
         for name, p in r["peers"].items():
             mfu = r["mfu"]["median"] * r["dt_ms"]["median"] / p["dt_ms"]["median"]
             speed = [show(p["tok_per_sec"]), show(p["dt_ms"], ",.1f"), f"{mfu:.1%}"]
+            name += f", {PADDED_VOCAB:,} ids" if p.get("vocab_size") == PADDED_VOCAB else ""
             rows.append(["", "", "", name, *speed, f"{p['peak_mem_mb']:,.0f} MB", "", show(p["ratio"], ".2f")])
     return markdown(header, rows)
 
 
 if __name__ == "__main__":
-    configurator.launch(main, SpeedConfig, DataError, torch.OutOfMemoryError)
+    configurator.launch(main, SpeedConfig, DataError)

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import configurator
 import prepare
@@ -26,6 +30,9 @@ from bench import (
     torture,
     train_speed,
     writing,
+)
+from bench import (
+    peer as nanogpt,
 )
 from checkpoint import CheckpointError
 from configurator import ConfigError
@@ -173,6 +180,41 @@ def test_what_an_operation_counts_as(kind, names):
     assert {name: train_speed.kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
 
 
+def test_kernels_are_counted_by_the_kind_of_device_they_ran_on():
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    assert "aten::mm" in train_speed.kernel_seconds(profiled, DeviceType.CPU)
+    assert not train_speed.kernel_seconds(profiled, DeviceType.CUDA)
+
+
+def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, monkeypatch):
+    peaks = iter([1e3, 2e3, 1.5e3])  # FLOP/s, less than any step makes
+    monkeypatch.setattr(configurator.Machine, "matmul_flops", lambda machine, product: next(peaks))
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=3", "--steps=1", "--start=false"]
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    assert result["mfu"]["max"] == 1 and 0 < result["mfu"]["min"] <= 1
+    assert result["start_s"] is None and " s |" not in train_speed.table([result])
+    peaks = iter([1e15, 1e15, 4e15])
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    model = train.new_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data")["vocab_size"])
+    flops = model.flops_per_token() * 4 * 16
+    assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # of the best peak
+
+
+def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):
+    modes = []
+    monkeypatch.setattr(configurator, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or torch.nn.Sequential(model)[0])
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=1", "--start=false", "--dtype=float16"]
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    assert modes == [] and len(result["loss_scales"]) == 2 and result["loss_scales"][0] > 1
+    assert len(result["repeats_loss"]) == 2 and result["repeats_loss"][-1] == result["loss"]
+    cfg = configurator.load(train_speed.SpeedConfig, [*args, "--compile=true", "--compile_mode=reduce-overhead"])
+    machine, wrapped = train_speed.find_machine(cfg), torch.nn.Identity()
+    monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or wrapped)
+    assert train_speed.build(cfg, machine, run / "data")[0].forward is wrapped and modes == ["", "reduce-overhead"]
+
+
 def test_train_speed_on_random_ids(run, results, tmp_path, monkeypatch):
     def train_in_this_process(cfg, folder):  # to the end, evaluation included
         train.main(configurator.load(train.TrainConfig, [*TINY, f"--dataset={folder}", f"--out_dir={tmp_path}"]))
@@ -247,8 +289,91 @@ def test_train_speed_beside_a_peer(run, results, peer, monkeypatch):
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     assert list(result["peers"]) == ["nanoGPT", "nanoGPT, compiled"]
     for found in result["peers"].values():
+        assert found["vocab_size"] == read_meta(run / "data")["vocab_size"]
         assert found["dt_ms"]["median"] == 10 and found["peak_mem_mb"] > 10
         assert found["ratio"]["max"] == pytest.approx(10 / result["dt_ms"]["min"])
+
+
+def test_a_peer_has_its_own_vocabulary_in_place_of_gpt2s(run, results, peer, monkeypatch):
+    told = []
+    found = lambda self, cfg, machine, data, vocab_size, steps: told.append(vocab_size) or ([10.0] * steps, 1.0)  # noqa: E731
+    monkeypatch.setattr(nanogpt.Peer, "run", found)
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=1", "--steps=1", "--start=false", f"--peer={peer}"]
+    result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args, "--vocab_size=50257")
+    assert told == [50_304, 50_304] and result["peers"]["nanoGPT"]["vocab_size"] == 50_304
+    assert "nanoGPT, 50,304 ids" in train_speed.table([result])
+    assert nanogpt.peer_vocab(6725) == 6725
+
+
+def test_what_a_peer_is_checked_with_is_no_part_of_our_peak(run, results, peer, monkeypatch):
+    order = []
+    check, lap = train_speed.check_same_loss, train_speed.lap
+    monkeypatch.setattr(train_speed, "check_same_loss", lambda *args: order.append("check") or check(*args))
+    monkeypatch.setattr(train_speed, "forget_peak", lambda machine: order.append("forget"))
+    monkeypatch.setattr(train_speed, "lap", lambda *args: order.append("lap") or lap(*args))
+    monkeypatch.setattr(nanogpt.Peer, "run", lambda *args: ([10.0] * 9, 1.0))
+    args = [f"{run}/tiny.yaml", *TINY, "--repeats=1", "--steps=1", "--start=false", f"--peer={peer}"]
+    start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
+    assert order[:3] == ["check", "forget", "lap"]
+    told = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: told.append("reset"))
+    for device in ("cpu", "cuda"):
+        common.forget_peak(SimpleNamespace(device=torch.device(device)))
+    assert told == ["emptied", "reset"]
+
+
+def test_a_peers_peak_memory_on_a_gpu_is_the_gpus(run, peer, tmp_path):
+    uses_a_gpu = (
+        "import torch\ntorch.cuda.is_initialized = lambda: True\ntorch.cuda.max_memory_reserved = lambda: 7 * 2**30\n"
+    )
+    script = peer / "train.py"
+    script.write_text(uses_a_gpu + script.read_text(encoding="utf-8"), encoding="utf-8")
+    home = tmp_path / "home"
+    home.mkdir()
+    _, peak_mem_mb = nanogpt.launch(peer, home, ["--max_iters=1", "--eval_interval=9"], run / "data", 61)
+    assert peak_mem_mb == 7 * 1024
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"kind": "train", "iter": -1}', r"line 2: .*\$\.iter"),
+        ('{"kind": "train", "seconds": "1"}', r"line 2: .*\$\.seconds"),
+        ("[" * 100_000, "line 2: "),
+        ('{"kind": "eval", "loss": NaN}', "line 2: "),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line, problem):
+    first = '{"kind": "train", "iter": 1, "loss": 2.5, "tokens": 64, "seconds": 1.5, "lr": 0.1, "other": [1]}\n'
+    (tmp_path / "metrics.jsonl").write_text(first + line, encoding="utf-8")
+    (record,) = common.read_records(tmp_path)  # the last line is still being written
+    assert (record.iter, record.loss, record.tokens, record.seconds, record.bpb) == (1, 2.5, 64, 1.5, None)
+    (tmp_path / "metrics.jsonl").write_text(f"{first}{line}\n{first}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=problem):
+        common.read_records(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "nonsense", '{"kind": "learn"}'])
+def test_a_damaged_result_is_named(results, tmp_path, content):
+    results.mkdir()
+    (results / "learn_x.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"learn_x\.json: .*run its bench again"):
+        table.tables()
+    with pytest.raises(ConfigError, match=r"learn_x\.json: .*run its bench again"):
+        plot.main(plot.PlotConfig(out=str(tmp_path / "all.svg")))
+
+
+def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
+    content = torch.load(run / "out" / "best.pt", weights_only=True)
+    kept = {key: content[key] for key in ("model", "model_args")}  # as nanoGPT's may be
+    torch.save(kept | {"config": {}}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="does not say"):
+        demo.main(demo.DemoConfig(run=str(tmp_path), device="cpu"))
+    model = train.new_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data")["vocab_size"])
+    machine = configurator.find_machine("cpu", "float32")
+    with pytest.raises(CheckpointError, match="does not say what it was trained on"):
+        common.evaluate_checkpoint(kept, tmp_path / "best.pt", model, "val", machine)
 
 
 def test_learn_beside_a_peer(run, results, peer, monkeypatch):
@@ -267,22 +392,53 @@ def test_learn_beside_a_peer(run, results, peer, monkeypatch):
     assert all(a <= b["seconds"] for a, b in zip(result["goal"]["seconds"], [curve[-1] for curve in ours], strict=True))
     assert result["goal"]["loss"][0] == result["goal"]["loss"][2] == min(point["loss"] for point in theirs[0])
     assert "nanoGPT" in learn.table([result]) and result["corpus"] == "data"
-    plot.main(plot.PlotConfig())
-    picture = (results / "learn.svg").read_bytes()
-    assert b"<svg" in picture
-    plot.main(plot.PlotConfig())
-    assert (results / "learn.svg").read_bytes() == picture
+    cfg, before = plot.PlotConfig(out=str(run / "learn.svg")), sorted(results.iterdir())
+    plot.main(cfg)
+    picture = (run / "learn.svg").read_bytes()
+    assert b"<svg" in picture and b"bits per byte" in picture
+    plot.main(cfg)
+    assert (run / "learn.svg").read_bytes() == picture
+    assert sorted(results.iterdir()) == before  # nothing is written there unless told
+    with pytest.raises(ConfigError, match=r"out: must name .*--out=bench/results/learn\.svg"):
+        configurator.load(plot.PlotConfig, [], "runs")
 
 
-def test_runs_of_train_are_drawn_against_tokens_and_seconds(run, tmp_path, monkeypatch):
+def test_runs_of_train_are_drawn_against_tokens_and_seconds(run, results, tmp_path, monkeypatch):
     for name in ("a", "b"):
         train.main(configurator.load(train.TrainConfig, [f"{run}/tiny.yaml", *TINY, f"--out_dir={tmp_path / name}"]))
-    argv = [str(tmp_path / "a"), str(tmp_path / "b"), f"--out={tmp_path}/both"]
-    plot.main(configurator.load(plot.PlotConfig, argv, "runs"))
+    argv = [str(tmp_path / "a"), str(tmp_path / "b")]
+    plot.main(configurator.load(plot.PlotConfig, [*argv, f"--out={tmp_path}/both"], "runs"))
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (tmp_path / "both.svg").read_bytes()
+    plot.main(configurator.load(plot.PlotConfig, argv, "runs"))  # beside the first
+    assert (tmp_path / "a" / "loss.svg").read_bytes() == (tmp_path / "both.svg").read_bytes()
+    plot.main(configurator.load(plot.PlotConfig, [*argv, f"--out={tmp_path}/one.svg"], "runs"))
+    assert (tmp_path / "one.svg").exists() and not (tmp_path / "one.png").exists() and not results.exists()
     with pytest.raises(configurator.ConfigError, match=r"runs: .*none holds no metrics\.jsonl"):
         configurator.load(plot.PlotConfig, [str(tmp_path / "none")], "runs")
+
+
+def test_runs_of_different_vocabularies_share_an_axis_in_bits_per_byte(tmp_path):
+    """The same model of the same text, told in tokens of one byte and of four."""
+    for name, token_bytes in (("bytes", 1), ("words", 4)):
+        lines = []
+        for step, bpb in ((10, 3.0), (20, 2.0)):
+            place = {"iter": step, "tokens": 640 * step // token_bytes, "seconds": step / 10}
+            lines.append({"kind": "train", "loss": (bpb - 0.5) * math.log(2) * token_bytes} | place)
+            lines.append({"kind": "eval", "iter": step, "loss": bpb * math.log(2) * token_bytes, "bpb": bpb})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    figure = plot.draw_runs((str(tmp_path / "bytes"), str(tmp_path / "words")))
+    for panel in figure.axes:
+        assert "bits per byte" in panel.get_ylabel()
+        drawn = [list(line.get_ydata()) for line in panel.lines]
+        for line, bpb in zip(drawn, ([2.5, 1.5], [3.0, 2.0]) * 2, strict=True):  # training and val, of each run
+            assert line == pytest.approx(bpb)
+    assert list(figure.axes[1].lines[1].get_xdata()) == [1.0, 2.0]
+    plot.plt.close(figure)
+    (tmp_path / "bytes" / "metrics.jsonl").write_text('{"kind": "train", "iter": 10, "loss": 2.0}\n')
+    with pytest.raises(ConfigError, match="holds no evaluation yet"):
+        plot.draw_runs((str(tmp_path / "bytes"),))
 
 
 def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
@@ -321,7 +477,7 @@ def test_a_peer_without_max_iters_is_refused(run, peer):
 def test_sample_speed(run, results, peer, monkeypatch):
     monkeypatch.setattr(sample_speed, "read_gb_per_s", lambda device: 10.0)
     args = [f"{run}/out/best.pt", "--batch_size=2", "--max_new_tokens=8", "--long_tokens=20", "--check_tokens=40"]
-    args += ["--repeats=2", "--device=cpu", "--dtype=float32", f"--peer={peer}", "--prompt=to be"]
+    args += ["--repeats=2", "--starts=1", "--device=cpu", "--dtype=float32", f"--peer={peer}", "--prompt=to be"]
     result, name = start(monkeypatch, sample_speed, sample_speed.SampleSpeedConfig, *args, positional="checkpoint")
     assert name.startswith("sample_speed_out_float32_") and result["same_text"] is True
     assert [(case["passages"], case["tokens"]) for case in result["cases"]] == [(1, 8), (2, 8), (1, 20)]
