@@ -72,7 +72,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 class Record:
     """A line of metrics.jsonl, of a step or of an evaluation; what the other kind has is 0, or None."""
 
-    kind: str
+    kind: str = ""
     iter: untrusted.Count = 0
     loss: float | None = None  # nats per token
     bpb: Annotated[float, msgspec.Meta(ge=0)] | None = None  # bits per byte

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from bench import common, demo, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed, writing
+from bench import common, demo, gpu, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed, writing
 from configurator import ConfigError
 
 SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
@@ -26,6 +26,7 @@ SECTIONS = {  # a result's kind -> its heading, and the function that shows all 
         "**Ranks.** The same batch on one core, and shared out among ranks with a core each; medians of runs in turns.",
         ranks.table,
     ),
+    "gpu": ("**On a GPU.** What `python -m bench.gpu` reckons with, on an H100, and what it saw.", gpu.table),
     "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
     "prepare_speed": (
         "**Preparing text.** From JSON lines to bins, start to end; and the encoder beside tiktoken's batches.",
