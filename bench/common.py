@@ -130,13 +130,13 @@ def evaluate_checkpoint(
     """
     if not {"dataset", "batch_size"} <= saved.get("config", {}).keys():
         raise CheckpointError(f"{path}: does not say what it was trained on; name a checkpoint of train.py")
-    folder = train.find_dataset(saved["config"]["dataset"])
+    cfg = dataclasses.replace(train.complete(train.TrainConfig(eval_only=True), saved, path, False), eval_iters=0)
+    folder = train.find_dataset(cfg.dataset)
     meta = read_meta(folder)
-    shape = train.TrainConfig(batch_size=saved["config"]["batch_size"])
-    shape = train.fit_config(saved, path, False, shape, meta)
-    split = open_split(folder, split_name, meta, shape.block_size, machine.device)
+    train.check_fit(saved, path, False, cfg, meta)
+    split = open_split(folder, split_name, meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    return train.evaluate(model, split, token_bytes, shape, machine)
+    return train.evaluate(model, split, token_bytes, cfg, machine)
 
 
 def command_line() -> str:
