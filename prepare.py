@@ -1,8 +1,8 @@
 """Turn books into token ids: a corpus in; train.bin, val.bin, test.bin (uint16) and meta.json out.
 
 python prepare.py data/robopoet
-python prepare.py --input='my/*.txt' --out=data/mine
-python prepare.py --input=my/folder --out=data/mine --tokenizer=gpt2
+python prepare.py my/*.txt --out=data/mine
+python prepare.py my/folder --out=data/mine --tokenizer=gpt2
 
 Each pass over the documents holds a few of them at a time, so that a corpus may be larger than memory.
 """
@@ -37,9 +37,9 @@ KINDS = ("bpe", "char", "gpt2")  # of tokenizers
 class PrepareConfig:
     """The keys of prepare.py."""
 
-    corpus: str = ""  # folder that holds a corpus.yaml
-    input: tuple[str, ...] = ()  # instead: your own .txt, .jsonl, .jsonl.gz, as files, globs, folders; repeatable
-    out: str = ""  # where the bins go (the corpus's own folder unless given)
+    corpus: str = ""  # folder that holds a corpus.yaml (--input takes it too)
+    input: tuple[str, ...] = ()  # your own .txt, .jsonl, .jsonl.gz, as files, globs, folders; or a corpus; repeatable
+    out: str = ""  # where the bins go (a corpus's own folder unless given)
     tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint, to have its own
     vocab_size: int = 6725  # ids in all, special tokens included (bpe only)
     force: bool = False  # prepare even if nothing has changed
@@ -49,16 +49,27 @@ class PrepareConfig:
         found = configurator.bounds(self, "vocab_size", 1, 65_536)  # ids are stored as uint16
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, as data/robopoet, or --input='my/*.txt'")
-        if self.input and not self.out:
-            found.append("out: is missing; say where the bins go, as --out=data/mine")
+        elif not self.out and not self.folder:
+            try:
+                corpus.manifest_of_files(self.input)
+            except DataError as e:
+                found.append(str(e))
+            name = corpus.style_name(self.input[0])
+            found.append(f"out: is missing; say where the bins go, as --out=data/{name}")
         return found
+
+    @property
+    def folder(self) -> str:
+        """The folder with a corpus.yaml that is prepared, or "" where it is texts."""
+        is_corpus = len(self.input) == 1 and os.path.exists(os.path.join(self.input[0], "corpus.yaml"))
+        return self.input[0] if is_corpus else self.corpus
 
 
 def main(cfg: PrepareConfig) -> None:
     """Prepare the corpus, or do nothing if it is prepared already."""
     # --- where the texts come from
-    manifest = corpus.manifest_of_files(cfg.input) if cfg.input else corpus.read_manifest(Path(cfg.corpus))
-    out = Path(cfg.out or cfg.corpus)
+    manifest = corpus.read_manifest(Path(cfg.folder)) if cfg.folder else corpus.manifest_of_files(cfg.input)
+    out = Path(cfg.out or cfg.folder)
     given = None if cfg.tokenizer in KINDS else _read_tokenizer(Path(cfg.tokenizer))
     fingerprint = _fingerprint(cfg, manifest, given)
     if not cfg.force and _is_prepared(out, fingerprint):
@@ -69,9 +80,12 @@ def main(cfg: PrepareConfig) -> None:
     seen = corpus.survey(_progress(corpus.documents(manifest), "reading"))
     if manifest.text_sha256 not in ("", seen.text_sha256):
         raise DataError(
-            f"{cfg.corpus}/corpus.yaml: text_sha256: the cleaned text's hash is {seen.text_sha256}, "
+            f"{cfg.folder}/corpus.yaml: text_sha256: the cleaned text's hash is {seen.text_sha256}, "
             "not the one pinned; if you changed the sources or the cleaning on purpose, pin the new one"
         )
+
+    for warning in () if manifest.text_sha256 else seen.warnings:  # who pinned a text has looked at it
+        configurator.warn(warning)
 
     # --- tokenizer: learns from the train split alone
     styles = seen.styles if manifest.tags else []
@@ -245,4 +259,4 @@ def _report(out: Path, seen: corpus.Survey, meta: Meta) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, PrepareConfig, DataError, positional="corpus")
+    configurator.launch(main, PrepareConfig, DataError, positional="input")

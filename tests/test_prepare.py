@@ -16,6 +16,7 @@ from conftest import decode
 
 import configurator
 import prepare
+from configurator import ConfigError
 from data import DataError, batches, corpus, tokenizer
 from data.tokenizer import END, BPETokenizer, CharTokenizer
 
@@ -43,7 +44,7 @@ def books(tmp_path) -> Path:
 
 
 def run(*argv: str) -> None:
-    prepare.main(configurator.load(prepare.PrepareConfig, list(argv), "corpus"))
+    prepare.main(configurator.load(prepare.PrepareConfig, list(argv), "input"))
 
 
 def run_on(books: Path, *argv: str) -> Path:
@@ -369,7 +370,7 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
         ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: byte 3 "),
         ("utf16.txt", "Alice".encode("utf-16"), r"utf16\.txt: byte 0 "),
         ("folder.txt", os.mkdir, r"folder\.txt: holds no \.txt"),
-        ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a file"),
+        ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a regular file"),
     ],
 )
 def test_a_book_that_can_not_be_read_is_named_and_nothing_is_written(books, name, content, said):
@@ -414,6 +415,92 @@ def test_a_text_of_one_character_leaves_nothing_to_train_on(tmp_path):
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(DataError):
         run(f"--input={tmp_path}/x.txt", f"--out={tmp_path}/out")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", b"new\nline.txt"])
+def test_a_name_that_is_not_text_is_one_line(books, name):
+    with open(os.path.join(os.fsencode(books), name), "wb") as f:
+        f.write(b"text")
+    with pytest.raises(DataError, match=r"^'.*\.txt': the name is not UTF-8") as caught:
+        run_on(books, *CHAR)
+    assert str(caught.value).isascii() and "\n" not in str(caught.value)
+
+
+# --- what is named on the command line
+
+
+@pytest.mark.parametrize("shape", ["files", "glob", "space", "folder", "both"])
+def test_books_may_be_named_in_any_way(books, shape):
+    paths = [str(path) for path in sorted(books.iterdir())]
+    out = books.parent / "out"
+    argv = {
+        "files": paths,
+        "glob": [f"{books}/*.txt"],
+        "space": ["--input", *paths],  # as a shell leaves `--input my/*.txt`
+        "folder": [str(books)],
+        "both": [f"--input={books}", paths[0]],
+    }[shape]
+    run(*argv, f"--out={out}", *CHAR)
+    assert list(read(out)[0]["styles"]) == ["alice", "king_lear"]
+
+
+@pytest.mark.parametrize("key", ["", "--input=", "--corpus="])
+def test_a_corpus_may_be_named_in_any_way(tmp_path, key):
+    folder = write_manifest(tmp_path / "one", "sources: [{style: s, file: input.txt}]\n", BOOKS["alice"])
+    (folder / "other.txt").write_text("not of the corpus")
+    run(f"{key}{folder}", "--tokenizer=char")
+    assert read(folder)[0]["splits"]["train"]["documents"][0]["style"] == "s"
+
+
+def advice(*argv: str) -> str:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        run(*argv, *CHAR)
+    return str(caught.value)
+
+
+def test_the_advice_about_what_to_prepare_works(books, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv in (["my"], ["my/alice.txt", "my/king lear.txt"], ["--input=my/*.txt"]):
+        said = advice(*argv)
+        assert len(said.splitlines()) == 1
+        run(*argv, said.split("as ")[1], *CHAR)  # --out=data/my
+        assert read(Path(said.split("--out=")[1]))
+    said = advice("--corpus=my")
+    assert said.startswith("my/corpus.yaml: not found")
+    run(said.split("as ")[1], "--out=a", *CHAR)  # --input=my
+    assert read(Path("a"))
+    corpora = [
+        str(write_manifest(tmp_path / name, "sources: [{style: s, file: '*.txt'}]", "text " * 99)) for name in "xy"
+    ]
+    for argv in (corpora, ["my", corpora[0]]):
+        assert f"{corpora[0]}: holds a corpus.yaml; prepare it alone, or name its files" in advice(*argv, "--out=b")
+    run(corpora[0], *CHAR)
+    run("my", f"{corpora[0]}/*.txt", "--out=b", *CHAR)
+    assert list(read(Path("b"))[0]["styles"]) == ["alice", "king_lear", "input"]
+
+
+def test_what_is_not_there_is_said_with_or_without_out(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for argv in ([f"{tmp_path}/none"], [f"{tmp_path}/none*.txt"], [f"--input={tmp_path}/none", f"--out={tmp_path}/o"]):
+        assert f"--input: no file matches {tmp_path}/none" in advice(*argv)
+    assert "empty: holds no .txt, .jsonl, .jsonl.gz and no corpus.yaml" in advice(f"{tmp_path}/empty")
+    assert "out: is missing" in advice(f"{tmp_path}/none")  # and so is this
+    assert not (tmp_path / "o").exists()
+
+
+def test_losses_and_copies_are_warned_of_unless_the_text_is_pinned(tmp_path, capsys):
+    manifest = "sources: [{style: a, file: input.txt, remove: ['(?s)rabbit.*']}, {style: b, file: input.txt}]\n"
+    folder = write_manifest(
+        tmp_path / "c", manifest.replace("b, file", "b, remove: ['(?s)rabbit.*'], file"), BOOKS["alice"]
+    )
+    run(str(folder), *CHAR)
+    lost, copy = capsys.readouterr().err.splitlines()[-2:]
+    assert lost.startswith(f"warning: {folder}/input.txt: cleaning kept ") and "begin 'rabbit" in lost
+    assert copy.startswith(f"warning: {folder}/input.txt: is the same text as {folder}/input.txt")
+    pin = f"text_sha256: {read(folder)[0]['text_sha256']}\n"
+    (folder / "corpus.yaml").write_text((folder / "corpus.yaml").read_text() + pin)
+    run(str(folder), *CHAR)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_command_line_says_a_mistake_in_one_line_and_exits_2(tmp_path):
