@@ -236,15 +236,15 @@ MIXED += [
 ]
 MIXED += ["*** START OF THE PROJECT GUTENBERG ", "***START OF THE PROJECT GUTENBERG x\n", "*END*THE SMALL PRINT!"]
 MIXED += ["END OF PROJECT GUTENBERG ", "END OF PROJECT GUTENBERG\n", "Produced by ", "prepared by x\n"]
-SURROUNDED = [("", ""), (" ", "x"), ("**", ""), ("_", ""), ("[", ""), ("&#", ";")]
+SURROUNDED = [("", ""), (" ", "x \n"), ("**", ""), ("_", ""), ("[", ""), ("&#", ";")]
 SURROUNDED += [(f"*** START OF THE PROJECT GUTENBERG {end}", "") for end in ("", "X ***\n", "X ***\nProduced by X\n")]
 SURROUNDED += [("gutenberg\n", "\nEND OF PROJECT GUTENBERG")]
 
 
-def take_linear_time(unit: str, surrounded: list[tuple[str, str]], cleaners: list[str]) -> None:
+def take_linear_time(unit: str, size: int, *surrounded: tuple[str, str]) -> None:
     for before, after in surrounded:
-        text = before + (unit * (10**6 // len(unit) + 1))[: 10**6] + after
-        for name in cleaners:
+        text = before + (unit * (size // len(unit) + 1))[:size] + after
+        for name in ("prose", "drama"):
             with within(5):
                 corpus.CLEANERS[name](text)
         for pattern in (corpus.GUTENBERG_START, corpus.GUTENBERG_END, corpus.GUTENBERG_CREDIT):
@@ -254,13 +254,14 @@ def take_linear_time(unit: str, surrounded: list[tuple[str, str]], cleaners: lis
 
 @pytest.mark.parametrize("unit", CHARACTERS, ids=repr)
 def test_a_megabyte_of_one_character_is_cleaned(unit):
-    take_linear_time(unit, [(" ", "x")], ["prose", "drama"])
+    take_linear_time(unit, 10**6, (" ", "x \n"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", CHARACTERS + MIXED, ids=lambda unit: repr(unit)[:30])
 def test_a_megabyte_of_anything_that_starts_a_pattern_is_cleaned(unit):
-    take_linear_time(unit, SURROUNDED, list(corpus.CLEANERS))
+    take_linear_time(unit, 10**6, ("", ""))
+    take_linear_time(unit, 200_000, *SURROUNDED)
 
 
 def test_numbers_of_characters_that_are_too_long_are_no_character():
