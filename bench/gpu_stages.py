@@ -24,6 +24,7 @@ ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=2"]
 QUICK += ["--gradient_accumulation_steps=1", "--dtype=float32"]
 ADVICE = "halve batch_size"  # of configurator.launch, when memory is out
+UNCOMPILED = "uncompiled"  # in train.build_state's warning, when it can't compile
 
 
 class TimeUpError(ConfigError):
@@ -187,7 +188,7 @@ def replays(lab: Lab) -> None:
         records = lab.train(name, *keys, f"--max_iters={end}", *more)
         runs[name] = losses(records)
         recompiled += lab.printed.count("Recompiling function")
-        uncompiled += lab.printed.count("going on uncompiled")
+        uncompiled += lab.printed.count(UNCOMPILED)
         lab.figures[name] = {"losses": runs[name], "val": [r.loss for r in records if r.kind == "eval"]}
     for what, one, other in (
         ("compiled as eager", "compiled_still", "eager_still"),

@@ -34,7 +34,7 @@ from bench import (
 from bench import (
     peer as nanogpt,
 )
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, save
 from configurator import ConfigError
 from data import tokenizer
 from data.batches import read_meta
@@ -488,6 +488,20 @@ def test_sample_speed(run, results, peer, monkeypatch):
         assert case["ratio"]["nanoGPT"]["max"] < 1000 and case["gb_per_s"] > 0
     assert 0 < result["val_loss"]["float32"] < 5
     assert "nanoGPT" in sample_speed.table([result]) and "the same by everyone" in sample_speed.remarks(result)[0]
+
+
+def test_without_the_bins_of_its_training_a_models_speed_is_still_told(run, results, tmp_path, monkeypatch, capsys):
+    content = torch.load(run / "out" / "best.pt", weights_only=True)
+    content["config"]["dataset"] = str(tmp_path / "gone")
+    save(tmp_path / "best.pt", content)
+    args = [f"{tmp_path}/best.pt", "--batch_size=2", "--max_new_tokens=4", "--long_tokens=4", "--check_tokens=2"]
+    args += ["--repeats=1", "--starts=0", "--device=cpu", "--dtype=float32", "--prompt=to be"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result, _ = start(monkeypatch, sample_speed, sample_speed.SampleSpeedConfig, *args, positional="checkpoint")
+    assert "val_loss" not in result and "start_s" not in result and len(result["cases"]) == 3
+    assert (
+        "val loss is left out" in capsys.readouterr().err and "import of torch" not in sample_speed.remarks(result)[0]
+    )
 
 
 def test_prepare_speed(run, results, tmp_path, monkeypatch):

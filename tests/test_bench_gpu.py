@@ -263,7 +263,7 @@ def test_gpt2_in_8_gb_follows_the_advice_until_it_fits(h100, books, tmp_path):
     assert [what[:13] for what, holds in lab.checks.items() if not holds] == ["GPT-2 in 8 GB"]
 
 
-def test_the_advice_is_the_one_that_launch_gives(monkeypatch, capsys):
+def test_what_is_looked_for_is_what_is_printed(small, monkeypatch, capsys):
     def main(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -271,6 +271,10 @@ def test_the_advice_is_the_one_that_launch_gives(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         configurator.launch(main, train_speed.SpeedConfig)
     assert gpu_stages.ADVICE in capsys.readouterr().err
+    monkeypatch.setattr(configurator, "why_no_compile", lambda device: "no compiler")
+    cfg = train.TrainConfig(**small | {"compile": "true"})
+    train.build_state(cfg, Machine(torch.device("cpu"), torch.float32), train.new_model(cfg, 61))
+    assert gpu_stages.UNCOMPILED in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
