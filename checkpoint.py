@@ -191,7 +191,8 @@ def load(path: Path) -> dict[str, Any]:
     header = read_header(content, path)
     if header.tokenizer and header.tokenizer.vocab_size > header.model_args.vocab_size:
         raise CheckpointError(f"{path}: its tokenizer has {header.tokenizer.vocab_size} ids, its model fewer")
-    return content | {"model_args": msgspec.structs.asdict(header.model_args)}
+    loss = {"best_val_loss": header.best_val_loss} if "best_val_loss" in content else {}
+    return content | {"model_args": msgspec.structs.asdict(header.model_args)} | loss
 
 
 def _check_zip(f: BinaryIO, size: int) -> None:

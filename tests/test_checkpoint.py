@@ -236,10 +236,12 @@ def test_an_early_nanogpts_arguments_are_filled_in(content, tmp_path, missing):
     """Before it had biases to leave out, and with its loss in a tensor."""
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
     args = {key: value for key, value in checkpoint.model_entries(model)["model_args"].items() if key not in missing}
-    nano = {"model": model.state_dict(), "model_args": args, "iter_num": 3, "best_val_loss": torch.tensor(1.5)}
+    nano = {"model": model.state_dict(), "model_args": args, "iter_num": 3, "best_val_loss": torch.tensor([1.5])}
     torch.save(nano, tmp_path / "nano.pt")
     found = checkpoint.load(tmp_path / "nano.pt")
-    assert found["model_args"]["bias"] is True and found["best_val_loss"] == 1.5
+    assert (
+        found["model_args"]["bias"] is True and type(found["best_val_loss"]) is float and found["best_val_loss"] == 1.5
+    )
     assert checkpoint.build_model(found, tmp_path / "nano.pt").config == model.config
 
 

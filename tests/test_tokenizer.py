@@ -315,10 +315,10 @@ def test_paragraphs_have_the_ids_and_merges_of_the_whole_text(monkeypatch):
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "\x1c", "🙂", "!\n"])
 def test_a_text_with_no_good_place_for_a_cut_takes_time_in_proportion(unit):
-    text, start = unit * (2_000_000 // len(unit)), time.perf_counter()
+    text, start = unit * (1_000_000 // len(unit)), time.perf_counter()
     sizes = [len(piece) for piece in tokenizer._pieces(text)]
-    assert max(sizes) <= tokenizer.PIECE_CHARS and sum(sizes) == len(text) and len(sizes) < 100
-    assert time.perf_counter() - start < 20
+    assert max(sizes) <= tokenizer.PIECE_CHARS and sum(sizes) == len(text) and len(sizes) < 60
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("batch_chars", [1, 300, 10**6])
