@@ -3,7 +3,6 @@
 Nothing here may stop the training: not a full disk, not a network that is gone, not a terminal that was closed.
 """
 
-import json
 import os
 import queue
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from tqdm import tqdm
 
@@ -135,8 +135,8 @@ class Log:
         if not self.active:
             return
         try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record | {"run": self.run_id}) + "\n")
+            with open(self.path, "ab") as f:
+                f.write(msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # what is not finite becomes null
         except OSError as e:
             configurator.warn(f"{self.path}: a record is lost: {e.strerror}")
         where = record["split"] if record["kind"] == "eval" else "train"

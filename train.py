@@ -419,7 +419,7 @@ def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
     except CheckpointError as e:
         if cfg.init_from == "resume" or not previous.exists():
             raise
-        configurator.warn(f"{e}; going on from {previous}")
+        configurator.warn(f"{e}; resuming from {previous}")
         return checkpoint.load(previous), previous, True
 
 
@@ -469,7 +469,7 @@ def check_fit(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig
             problems.append(
                 "it was trained on another text than the dataset's; --init_from=PATH starts a new run from it"
             )
-        if (saved := start["config"]["optimizer"]) != cfg.optimizer:
+        if (saved := checkpoint.read_header(start, path).config.optimizer) != cfg.optimizer:
             problems.append(f"optimizer: the checkpoint has {saved}, the config {cfg.optimizer}")
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
@@ -489,8 +489,8 @@ def restore(start: dict[str, Any], path: Path, state: State) -> Progress:
             state.scaler.load_state_dict(start["scaler"])
         start.setdefault("run_id", "")
         return Progress(**{field.name: start[field.name] for field in dataclasses.fields(Progress)})
-    except (KeyError, ValueError) as e:
-        raise CheckpointError(f"{path}: holds no run to go on with ({e}); use --init_from={path}") from None
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path}: holds no run to resume ({e}); use --init_from={path}") from None
 
 
 def save(

@@ -16,7 +16,7 @@ import yaml
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # exact in every JSON reader
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 JSON_BYTES = 100 * 2**20
 YAML_BYTES = 2**20

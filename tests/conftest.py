@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import prepare
+import train
 from data.tokenizer import Tokenizer
 from train import TrainConfig
 
@@ -57,6 +58,12 @@ def small(books: Path, tmp_path: Path) -> dict:
         "eval_interval": 3,
         "log_interval": 1,
     }
+
+
+@pytest.fixture
+def shapeless(small: dict) -> dict:
+    """Those keys without the model's shape, which a checkpoint has."""
+    return {key: value for key, value in small.items() if key not in train.SHAPE}
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, m
     assert result["start_s"] is None and " s |" not in train_speed.table([result])
     peaks = iter([1e15, 1e15, 4e15])
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
-    model = train.new_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data")["vocab_size"])
+    model = train.new_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
     flops = model.flops_per_token() * 4 * 16
     assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # of the best peak
 
@@ -289,7 +289,7 @@ def test_train_speed_beside_a_peer(run, results, peer, monkeypatch):
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     assert list(result["peers"]) == ["nanoGPT", "nanoGPT, compiled"]
     for found in result["peers"].values():
-        assert found["vocab_size"] == read_meta(run / "data")["vocab_size"]
+        assert found["vocab_size"] == read_meta(run / "data").vocab_size
         assert found["dt_ms"]["median"] == 10 and found["peak_mem_mb"] > 10
         assert found["ratio"]["max"] == pytest.approx(10 / result["dt_ms"]["min"])
 
@@ -370,7 +370,7 @@ def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
     torch.save(kept | {"config": {}}, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match="does not say"):
         demo.main(demo.DemoConfig(run=str(tmp_path), device="cpu"))
-    model = train.new_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data")["vocab_size"])
+    model = train.new_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
     machine = configurator.find_machine("cpu", "float32")
     with pytest.raises(CheckpointError, match="does not say what it was trained on"):
         common.evaluate_checkpoint(kept, tmp_path / "best.pt", model, "val", machine)

@@ -158,11 +158,11 @@ def test_a_meta_pkl_of_many_characters_is_read(nanogpt, tmp_path, protocol):
     assert checkpoint.tokenizer_of(checkpoint.load(nanogpt), nanogpt).chars == "".join(chars)
 
 
-def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, small, capsys):
+def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, small, shapeless, capsys):
     (tmp_path / "abc.txt").write_text("abc, def.\nghij abc.\n" * 100)
     keys = {"input": (str(tmp_path / "abc.txt"),), "out": str(tmp_path / "bins"), "tokenizer": str(nanogpt)}
     prepare.main(prepare.PrepareConfig(**keys))
-    train.main(TrainConfig(**small | {"init_from": str(nanogpt), "dataset": str(tmp_path / "bins")}))
+    train.main(TrainConfig(**shapeless | {"init_from": str(nanogpt), "dataset": str(tmp_path / "bins")}))
     trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
     assert trained["model_args"]["block_size"] == 16 and trained["tokenizer"]["chars"] == "\n ,.abcdefghij"
     (tmp_path / "abc.txt").write_text("abc xyz" * 100)
@@ -295,7 +295,9 @@ def their_tokenizer():
 
 @pytest.mark.parametrize("gelu", ["gelu_new", "gelu"])
 @pytest.mark.parametrize("shard", ["10GB", "40KB"])
-def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(tmp_path, small, their_tokenizer, gelu, shard):
+def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(
+    tmp_path, small, shapeless, their_tokenizer, gelu, shard
+):
     vocab_size = their_tokenizer.get_vocab_size()
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "activation_function": gelu}
@@ -322,11 +324,13 @@ def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(tmp_path, 
     idx = torch.randint(vocab_size, (2, 48))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx, idx)[0], theirs.double().eval()(idx).logits, rtol=0, atol=1e-9)
-    train.main(TrainConfig(**small | {"init_from": str(tmp_path / "theirs"), "dataset": str(tmp_path / "bins")}))
-    trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
+    train.main(TrainConfig(**shapeless | {"init_from": str(tmp_path / "theirs"), "dataset": str(tmp_path / "bins")}))
+    trained = checkpoint.load(Path(shapeless["out_dir"]) / "best.pt")
     assert trained["model_args"]["vocab_size"] == vocab_size + 2 and trained["model_args"]["block_size"] == 48
     assert trained["model_extra"] == {"gelu": "tanh" if gelu == "gelu_new" else "none"}
-    assert Poet(str(Path(small["out_dir"]) / "best.pt"), "cpu", "float32").write("The", style="beta", max_new_tokens=5)
+    assert Poet(str(Path(shapeless["out_dir"]) / "best.pt"), "cpu", "float32").write(
+        "The", style="beta", max_new_tokens=5
+    )
 
 
 def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):

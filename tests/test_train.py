@@ -408,7 +408,7 @@ def test_auto_starts_then_goes_on_and_falls_back_to_the_file_before(small, capsy
         run(small, init_from="resume", max_iters=12)
     found = run(small, init_from="auto", max_iters=12)  # its metrics, too, go back to step 6
     assert [record["iter"] for record in found if record["kind"] == "train"] == list(range(1, 13))
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(small):
@@ -421,11 +421,10 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(smal
     assert (out / "ckpt.damaged.pt").read_bytes() == b"damaged"
 
 
-def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, tmp_path):
+def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, shapeless, tmp_path):
     run(small)
     path = str(Path(small["out_dir"]) / "best.pt")
-    keys = {key: small[key] for key in small.keys() - {"n_layer", "n_head", "n_embd", "block_size", "dropout"}}
-    found = run(keys, out_dir=str(tmp_path / "tuned"), init_from=path, learning_rate=1e-5)
+    found = run(shapeless, out_dir=str(tmp_path / "tuned"), init_from=path, learning_rate=1e-5)
     assert found[0]["iter"] == 1
     assert checkpoint.load(tmp_path / "tuned" / "best.pt")["model_args"]["n_layer"] == 2
 
