@@ -60,9 +60,10 @@ class PrepareConfig:
 
     @property
     def folder(self) -> str:
-        """The folder with a corpus.yaml that is prepared, or "" where it is texts."""
-        is_corpus = len(self.input) == 1 and os.path.exists(os.path.join(self.input[0], "corpus.yaml"))
-        return self.input[0] if is_corpus else self.corpus
+        """The folder with a corpus.yaml that is prepared, here or beside the scripts, or "" where it is texts."""
+        named = self.corpus or (self.input[0] if len(self.input) == 1 else "")
+        manifest = configurator.beside_scripts(os.path.join(named, "corpus.yaml"))
+        return str(manifest.parent) if named and manifest.exists() else self.corpus
 
 
 def main(cfg: PrepareConfig) -> None:
@@ -145,13 +146,14 @@ def _extended(given: Tokenizer, specials: list[str], characters: str) -> Tokeniz
 
 def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None) -> str:
     """A hash of all that the result depends on: options, a tokenizer that was given, manifest, the user's files."""
-    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {manifest}".encode())
+    anywhere = replace(manifest, folder=Path("."))
+    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {anywhere}".encode())
     if given:
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
         if source.file:
             for path in corpus.files(source, manifest.folder):
-                digest.update(f"{path} {corpus.file_sha256(path)}".encode())
+                digest.update(f"{os.path.basename(path)} {corpus.file_sha256(path)}".encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import configurator
+import prepare
 import train
 from checkpoint import CheckpointError
 from configurator import ConfigError
@@ -232,6 +233,20 @@ def test_scripts_find_their_configs_and_data_from_any_folder_and_leave_nothing_t
     assert list(tmp_path.iterdir()) == []
     done = command(str(REPO / "train.py"), "config/nope.yaml")
     assert done.returncode == 2 and "config/nope.yaml: No such file" in done.stderr
+
+
+def test_a_corpus_beside_the_scripts_is_prepared_from_any_folder_and_once(tmp_path, monkeypatch, capsys):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "data" / "mine", elsewhere):
+        folder.mkdir(parents=True)
+    (home / "data" / "mine" / "a.txt").write_text("To be, or not to be.\n\n" * 50)
+    (home / "data" / "mine" / "corpus.yaml").write_text("sources:\n  - style: a\n    file: a.txt\n")
+    monkeypatch.setattr(configurator, "HOME", home)
+    for place in (elsewhere, home):
+        monkeypatch.chdir(place)
+        prepare.main(configurator.load(prepare.PrepareConfig, ["data/mine", "--tokenizer=char"], "input"))
+    assert (home / "data" / "mine" / "train.bin").exists() and list(elsewhere.iterdir()) == []
+    assert "prepared already" in capsys.readouterr().out
 
 
 def test_installing_says_in_one_line_that_it_is_run_from_a_checkout():
