@@ -78,7 +78,11 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
                 takes_next = args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS)
                 value = args.pop(0) if takes_next else "true" if is_flag else None
             if value is None:
-                problems.append(f"--{key}: has no value; write --{key}=VALUE")
+                following = args[0][2:].partition("=")[0] if args and hints.get(key) in (str, tuple[str, ...]) else None
+                if following is None or difflib.get_close_matches(following, hints, n=1):
+                    problems.append(f"--{key}: has no value; write --{key}=VALUE")
+                else:  # no key: the value itself begins with --
+                    problems.append(f"--{key}: has no value; if that is {args[0]}, write --{key}={args.pop(0)}")
             elif get_origin(hints.get(key)) is tuple:
                 flags.setdefault(key, []).append(value)
             else:

@@ -215,6 +215,19 @@ def test_a_missing_value_is_named(argv):
     assert argv[-1] in error(Toy, *argv)
 
 
+@pytest.mark.parametrize("value", ["--", "---", "--[JULIET]--", "--Oh!"])
+@pytest.mark.parametrize("key", ["name", "many"])
+def test_a_value_that_begins_with_dashes_is_told_how_to_write_it(key, value):
+    said = error(Toy, f"--{key}", value)
+    assert said == f"--{key}: has no value; if that is {value}, write --{key}={value}"
+    assert getattr(load(Toy, [said.rsplit(" ", 1)[1]]), key) in (value, (value,))
+
+
+@pytest.mark.parametrize("argv", [["--name", "--stepz=3"], ["--steps", "--"], ["--name", "--mode", "on"]])
+def test_other_missing_values_are_told_as_before(argv):
+    assert f"{argv[0]}: has no value; write {argv[0]}=VALUE" in error(Toy, *argv)
+
+
 @pytest.mark.parametrize(
     "content",
     [
