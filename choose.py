@@ -1,7 +1,9 @@
 """The choice of the next token: penalties, temperature, filters, and a draw from what they leave.
 
-Logits and probabilities are (B, V), a text so far is (B, n) int64.
+Logits and probabilities are (B, V). Of a text so far a penalty keeps only what it asks for.
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,21 +11,47 @@ import torch
 from passage import Settings
 
 
-def penalize_repetition(logits: torch.Tensor, text: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Divide the positive logits of tokens in `text` by `penalty`, multiply the negative (Keskar et al. 2019, CTRL)."""
-    seen = logits.gather(1, text)
-    return logits.scatter(1, text, torch.where(seen > 0, seen / penalty, seen * penalty))
+def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divide the positive logits of tokens `seen`, (B, V) bool, by `penalty`, multiply the negative ones.
+
+    Keskar et al. 2019, CTRL (arXiv:1909.05858).
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def forbid_repeats(logits: torch.Tensor, text: torch.Tensor, n: int) -> torch.Tensor:
-    """Leave no token with which n tokens in a row would come a second time (Paulus et al. 2017, arXiv:1705.04304)."""
-    if text.shape[1] < n:
+class Grams:
+    """The runs of n tokens in a text that grows: which ids would make one come a second time.
+
+    prompt: grams that the text begins with, shared among texts.
+    """
+
+    def __init__(self, n: int, prompt: "Grams | None" = None):
+        self.n = n
+        self.followers: dict[bytes, bytes] = {}  # n - 1 ids -> the ids that have come behind them, int32
+        self.prompts = prompt.followers if prompt else {}
+        self.tail = prompt.tail if prompt else b""  # the last n - 1 ids
+
+    def repeats(self) -> np.ndarray:
+        """The ids that would repeat a gram, (k,) int32."""
+        return np.frombuffer(self.prompts.get(self.tail, b"") + self.followers.get(self.tail, b""), np.int32)
+
+    def push(self, ids: Iterable[int]) -> None:
+        """Take the text's next tokens."""
+        size = 4 * (self.n - 1)
+        for id in ids:
+            if len(self.tail) == size and id not in self.repeats():
+                self.followers[self.tail] = self.followers.get(self.tail, b"") + np.int32(id).tobytes()
+            self.tail = (self.tail + np.int32(id).tobytes())[-size:] if size else b""
+
+
+def forbid(logits: torch.Tensor, ids: Sequence[np.ndarray]) -> torch.Tensor:
+    """Leave out each row's `ids`, (k,) int32, unless nothing else is left (Paulus et al. 2017, arXiv:1705.04304)."""
+    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    if not len(rows):
         return logits
-    grams = text.unfold(1, n, 1)  # (B, places, n)
-    same = (grams[..., :-1] == text[:, None, text.shape[1] - n + 1 :]).all(-1)
-    rows, places = same.nonzero(as_tuple=True)
-    left = logits.index_put((rows, grams[rows, places, -1]), logits.new_tensor(-torch.inf))
-    return torch.where(left.amax(-1, keepdim=True) > -torch.inf, left, logits)  # something must be written
+    places = tuple(torch.from_numpy(index).long().to(logits.device) for index in (rows, np.concatenate(ids)))
+    left = logits.index_put(places, logits.new_tensor(-torch.inf))
+    return torch.where(left.amax(-1, keepdim=True) > -torch.inf, left, logits)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -74,44 +102,70 @@ class Chooser:
 
     Row i draws from a random stream of its own, made from (seed, passages[i]), so that a passage is the same whatever
     is written beside it. weights: of the styles in which each text is read, (S,); S rows of logits make one of choices.
-    logprobs: (B,) of the tokens chosen last, under the model alone, if `keeps_logprobs`.
+    prompt: the ids that every text begins with. logprobs: (B,) of the tokens chosen last, under the model alone, if
+    `keeps_logprobs`.
     """
 
     def __init__(
-        self, settings: Settings, forbidden: torch.Tensor, passages: range, weights: list[float], keeps_logprobs: bool
+        self,
+        settings: Settings,
+        forbidden: torch.Tensor,
+        passages: Sequence[int],
+        weights: list[float],
+        prompt: list[int],
+        keeps_logprobs: bool = False,
     ):
         self.settings, self.forbidden, self.keeps_logprobs = settings, forbidden, keeps_logprobs
         self.weights = torch.tensor(weights, device=forbidden.device)
         self.streams = [np.random.default_rng((settings.seed, passage)) for passage in passages]
+        self.prompt = torch.tensor(prompt, device=forbidden.device)
         self.logprobs: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None  # (B, V) bool: what stands in each text, if repetition_penalty asks
+        self.grams: list[Grams] = []  # of each text, if no_repeat_ngram asks
+        if settings.no_repeat_ngram:
+            shared = Grams(settings.no_repeat_ngram)
+            shared.push(prompt)
+            self.grams = [Grams(settings.no_repeat_ngram, shared) for _ in passages]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these passages alone."""
         self.streams = [self.streams[row] for row in rows]
+        self.grams = [self.grams[row] for row in rows] if self.grams else []
+        self.seen = None if self.seen is None else self.seen[rows]
 
     def uniforms(self, rows: list[int]) -> torch.Tensor:
         """The next number of each of these rows' streams, float64 in [0, 1)."""
         numbers = [self.streams[row].random() for row in rows]
         return torch.tensor(numbers, dtype=torch.float64, device=self.forbidden.device)
 
-    def __call__(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Logits (B * S, V) and the text so far (B * S, n) int64 -> ids (B * S,) int64, S alike in a row."""
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B * S, V) -> ids (B * S,) int64, S alike in a row; B * S only falls, by keep()."""
         styles = len(self.weights)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, self.forbidden, -torch.inf)
         if styles > 1:
-            logits, text = blend(logits, self.weights), text[::styles]
-        ids = self.choose(logits, text)
+            logits = blend(logits, self.weights)
+        ids = self.choose(self.penalize(logits))
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        if self.grams:
+            for grams, id in zip(self.grams, ids.tolist(), strict=True):
+                grams.push([id])
         if self.keeps_logprobs:
             self.logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return ids.repeat_interleave(styles) if styles > 1 else ids
 
-    def choose(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) and the text so far (B, n) int64 -> ids (B,) int64."""
+    def penalize(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V), less of what stands in the texts already."""
         s = self.settings
         if s.repetition_penalty != 1:
-            logits = penalize_repetition(logits, text, s.repetition_penalty)
-        if s.no_repeat_ngram:
-            logits = forbid_repeats(logits, text, s.no_repeat_ngram)
+            if self.seen is None:
+                self.seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, self.prompt, True)
+            logits = penalize_repetition(logits, self.seen, s.repetition_penalty)
+        return forbid(logits, [grams.repeats() for grams in self.grams]) if self.grams else logits
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) -> ids (B,) int64, by temperature and filters."""
+        s = self.settings
         if s.temperature == 0:
             return logits.argmax(-1)
         logits = logits / s.temperature

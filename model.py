@@ -15,8 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# Picks the next token of each row: (logits (B, V), the text so far (B, n) int64) -> ids (B,) int64.
-Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Choose = Callable[[torch.Tensor], torch.Tensor]  # picks the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
 
@@ -472,23 +471,25 @@ class GPT(nn.Module):
 
         idx: (B, n) int64, n >= 1. tags: (B,) int64, ids that stand first in every window, as in training. Whoever is
         done with some rows may send() those to go on with, (n,) int64: the others cost nothing any more. record: replay
-        a token's step as a CUDA graph.
+        a token's step as a CUDA graph. Only the window is kept, so memory does not grow with the text.
         """
+        idx = idx[:, self.window_start(idx.shape[1]) :]
         B, n = idx.shape
-        text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+        idx = F.pad(idx, (0, self.config.block_size - n))
         cache = KVCache(self.config, B, idx.device, self.transformer.wte.weight.dtype)
         decode = self._decoder(cache, record)
-        start = None
-        for end in range(n, n + max_new_tokens):
-            if (new_start := self.window_start(end)) != start:
-                start = new_start
-                logits = self(self._window(text[:, start:end], tags), cache=cache)[0][:, 0]
-            else:
-                logits = decode(text[:, end - 1])
-            text[:, end] = choose(logits, text[:, :end])
-            rows = yield text[:, end]
+        is_cached = False
+        for _ in range(max_new_tokens):
+            logits = decode(idx[:, n - 1]) if is_cached else self(self._window(idx[:, :n], tags), cache=cache)[0][:, 0]
+            ids = choose(logits)
+            start = self.window_start(n + 1)  # counted from the window's own start, it moves as in the whole text
+            if start:
+                idx = idx.roll(-start, 1)
+            is_cached, n = not start, n + 1 - start
+            idx[:, n - 1] = ids
+            rows = yield ids
             if rows is not None:
-                text, tags = text[rows], None if tags is None else tags[rows]
+                idx, tags = idx[rows], None if tags is None else tags[rows]
                 cache.keep(rows)
                 decode = self._decoder(cache, record)
 

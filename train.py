@@ -376,7 +376,7 @@ def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
     """A hundred tokens that go on from a line end, for the loggers; its randomness is its own, not training's."""
     random = torch.Generator(machine.device).manual_seed(0)
 
-    def choose(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def choose(logits: torch.Tensor) -> torch.Tensor:
         probs = (logits[:, : len(tok.tokens)].float() / 0.8).softmax(-1)  # no special token
         return torch.multinomial(probs, 1, generator=random)[:, 0]
 

@@ -154,7 +154,7 @@ def likeliest(model: torch.nn.Module, name: str, idx: torch.Tensor, tokens: int)
     """The likeliest continuation of idx, (1, n), by a model in float64, where rounding can't tip it."""
     with torch.inference_mode():
         if name == "RoboPoet":
-            return [int(ids) for ids in model.generate(idx, tokens, lambda logits, text: logits.argmax(-1))]
+            return [int(ids) for ids in model.generate(idx, tokens, lambda logits: logits.argmax(-1))]
         if name == "nanoGPT":
             return model.generate(idx, tokens, top_k=1)[0, idx.shape[1] :].tolist()
         return model.generate(idx, max_new_tokens=tokens, do_sample=False)[0, idx.shape[1] :].tolist()

@@ -10,12 +10,12 @@ import transformers
 import choose
 from choose import Chooser
 from data.tokenizer import END
-from passage import Settings
+from passage import Settings, make_settings
 
 
 def test_repetition_penalty_is_ctrls():
-    logits, text = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[0, 1, 0]])
-    assert choose.penalize_repetition(logits, text, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
+    logits, seen = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[True, True, False, False]])
+    assert choose.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -59,14 +59,25 @@ def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
         assert torch.equal(choose.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
 
 
+def without_repeats(logits, text, n):
+    """What `forbid` leaves behind texts (B, n) int64."""
+    repeats = []
+    for row in text.tolist():
+        grams = choose.Grams(n)
+        grams.push(row)
+        repeats.append(grams.repeats())
+    return choose.forbid(logits, repeats)
+
+
 def test_each_rule_is_that_of_transformers():
     torch.manual_seed(0)
     logits, text = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
+    seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
     for ours, theirs in (
-        (choose.penalize_repetition(logits, text, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
-        (choose.forbid_repeats(logits, text, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
-        (choose.forbid_repeats(logits, text, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
-        (choose.forbid_repeats(logits, text, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
+        (choose.penalize_repetition(logits, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
+        (without_repeats(logits, text, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
+        (without_repeats(logits, text, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
+        (without_repeats(logits, text, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
         (choose.keep_top_k(logits, 7), transformers.TopKLogitsWarper(7)),
         (choose.keep_top_p(logits, 0.8), transformers.TopPLogitsWarper(0.8)),
         (choose.keep_min_p(logits, 0.05), transformers.MinPLogitsWarper(0.05)),
@@ -77,9 +88,9 @@ def test_each_rule_is_that_of_transformers():
 
 def test_where_every_token_would_repeat_something_is_written_all_the_same():
     logits, text = torch.randn(2, 3), torch.tensor([[0, 1, 2], [0, 1, 1]])
-    left = choose.forbid_repeats(logits, text, 1)
+    left = without_repeats(logits, text, 1)
     assert torch.equal(left[0], logits[0]) and left[1].isinf().tolist() == [True, True, False]
-    assert torch.equal(choose.forbid_repeats(logits, text[:, :1], 2), logits)  # shorter than what may not repeat
+    assert torch.equal(without_repeats(logits, text[:, :1], 2), logits)  # shorter than what may not repeat
 
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities():
@@ -94,8 +105,8 @@ def test_a_blend_is_the_weighted_mean_of_log_probabilities():
 def test_log_probabilities_are_the_models_whatever_the_filters(shares):
     logits = torch.randn(3 * len(shares), 9, dtype=torch.float64)
     settings = Settings(temperature=0.3, top_k=2, repetition_penalty=1.5, no_repeat_ngram=1)
-    chooser = Chooser(settings, torch.tensor([8]), range(3), shares, True)
-    ids = chooser(logits, torch.zeros(len(logits), 4, dtype=torch.long)).view(3, -1)
+    chooser = Chooser(settings, torch.tensor([8]), range(3), shares, [0], True)
+    ids = chooser(logits).view(3, -1)
     assert (ids == ids[:, :1]).all()
     for i in range(3):
         kept = logits[len(shares) * i : len(shares) * (i + 1)].clone()
@@ -111,8 +122,8 @@ def test_log_probabilities_are_the_models_whatever_the_filters(shares):
 def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
     n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     settings = Settings(temperature=0.7, top_k=k, top_p=p, min_p=min_p)
-    chooser = Chooser(settings, torch.tensor([5]), range(n), [1.0], False)
-    counts = torch.bincount(chooser(logits.expand(n, -1), torch.zeros(n, 1, dtype=torch.long)), minlength=12)
+    chooser = Chooser(settings, torch.tensor([5]), range(n), [1.0], [0])
+    counts = torch.bincount(chooser(logits.expand(n, -1)), minlength=12)
     expected = logits[0] / 0.7
     expected[5] = -math.inf
     for i, order in enumerate(expected.argsort(descending=True).tolist()):
@@ -128,8 +139,84 @@ def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
 
 def test_only_the_end_token_of_the_specials_is_ever_written():
     specials = {END: 10, "<|alice|>": 11, "<|unk|>": 12}
-    chooser = Chooser(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], False)
+    chooser = Chooser(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], [0])
     for name, id in specials.items():
         logits = torch.zeros(1, 13, dtype=torch.float64)
         logits[0, id] = 50.0
-        assert (int(chooser(logits, torch.zeros(1, 1, dtype=torch.long))) == id) == (name == END)
+        assert (int(chooser(logits)) == id) == (name == END)
+
+
+def greedy_text(logits, prompt, settings):
+    """The places of the largest logits (steps, V), one after another, penalised by the whole text."""
+    text = list(prompt)
+    for row in logits.tolist():
+        for id in set(text):
+            penalty = settings.repetition_penalty
+            row[id] = row[id] / penalty if row[id] > 0 else row[id] * penalty
+        k = settings.no_repeat_ngram
+        grams = {tuple(text[i : i + k]) for i in range(len(text) - k + 1)}
+        left = [id for id in range(len(row)) if not k or (*text[len(text) - k + 1 :], id) not in grams]
+        text.append(max(left or range(len(row)), key=lambda id: row[id]))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, penalty):
+    steps, rows, kept = 60, 4, [2, 0]
+    logits = torch.randn(steps, rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    settings, prompt = Settings(temperature=0, no_repeat_ngram=n, repetition_penalty=penalty), [3, 1, 3, 1, 3, 5]
+    chooser, found = Chooser(settings, torch.tensor([], dtype=torch.long), range(rows), [1.0], prompt), []
+    for step, now in enumerate(logits):
+        if step == 30:
+            chooser.keep(kept)
+        found.append(chooser(now[kept] if step >= 30 else now).tolist())
+    for row in range(rows):
+        expected = greedy_text(logits[:, row], prompt, settings)
+        assert [ids[row] for ids in found[:30]] == expected[:30]
+        if row in kept:
+            assert [ids[kept.index(row)] for ids in found[30:]] == expected[30:]
+
+
+def test_what_is_kept_of_a_text_is_no_larger_than_what_differs_in_it():
+    settings = Settings(temperature=0, no_repeat_ngram=3, repetition_penalty=1.1)
+    chooser = Chooser(settings, torch.tensor([], dtype=torch.long), range(1), [1.0], [0])
+    for _ in range(3000):
+        chooser(torch.randn(1, 6))
+    assert chooser.seen.shape == (1, 6)
+    (grams,) = chooser.grams
+    assert len(grams.followers) <= 36 and all(len(ids) <= 24 for ids in grams.followers.values())
+
+
+EXTREMES = [
+    {"temperature": 1e-6},
+    {"temperature": 1e6},
+    {"repetition_penalty": 1e-6},
+    {"repetition_penalty": 1e6},
+    {"repetition_penalty": 1e6, "temperature": 1e-6},
+    {"repetition_penalty": 1e-6, "temperature": 1e6},
+    {"min_p": 1.0},
+    {"min_p": 5e-324},
+    {"top_p": 1e-9},
+    {"top_k": 2**53},
+    {"top_k": 2**53, "top_p": 1e-9, "min_p": 1.0, "temperature": 1e-6, "repetition_penalty": 1e6},
+    {"no_repeat_ngram": 100},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+@pytest.mark.parametrize("shares", [[1.0], [1e-12, 1.0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_extremes_of_each_setting_draw_from_probabilities(extreme, shares, dtype):
+    settings = make_settings({"top_p": 1.0} | extreme)
+    generator = torch.Generator().manual_seed(1)
+    chooser = Chooser(settings, torch.tensor([7]), range(50), shares, [2, 3])
+    for _ in range(20):
+        logits = (torch.randn(50 * len(shares), 8, generator=generator) * 100).to(dtype)
+        logits[:, 4] = 0
+        ids = chooser(logits)[:: len(shares)]
+        assert ((ids >= 0) & (ids < 7)).all()
+        sharp = {"min_p": 1.0}, {"top_p": 1e-9}, {"temperature": 1e-6}
+        if shares == [1.0] and extreme in sharp:
+            best = logits.float()[:, :7]
+            assert (best.gather(1, ids[:, None]) == best.amax(1, keepdim=True)).all()

@@ -107,7 +107,7 @@ def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, d
     model, _, _ = load_model(best, torch.device("cuda"), getattr(torch, dtype))
     prompt = torch.arange(rows * 4, device="cuda").view(rows, 4) % 50
     ids = [
-        torch.stack(list(model.generate(prompt, 80, lambda logits, text: logits.argmax(-1), record=record)))
+        torch.stack(list(model.generate(prompt, 80, lambda logits: logits.argmax(-1), record=record)))
         for record in (False, True)
     ]
     assert torch.equal(*ids)

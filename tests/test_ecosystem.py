@@ -239,7 +239,7 @@ def test_an_exported_model_is_the_same_in_transformers_and_when_it_comes_back(tm
     prompt = their_tok("The rabbit", return_tensors="pt")
     new = ours.config.block_size - prompt["input_ids"].shape[1]
     greedy = theirs.generate(**prompt, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
-    choose = lambda logits, text: logits.argmax(-1)  # noqa: E731
+    choose = lambda logits: logits.argmax(-1)  # noqa: E731
     written = [ids.item() for ids in ours.generate(prompt["input_ids"], new, choose)]
     assert greedy[-new:].tolist() == written
 

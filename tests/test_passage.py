@@ -1,11 +1,15 @@
 """A passage's text: what is shown of it while it grows, and where it ends."""
 
+import random
+import re
+import time
+
 import numpy as np
 import pytest
 
-import passage
+from configurator import ConfigError
 from data.tokenizer import END, BPETokenizer
-from passage import Passage, Settings
+from passage import MAX_STOPS, Passage, Settings, make_settings
 
 BYTES = BPETokenizer([bytes([b]) for b in range(256)], [END])
 PLAY = """ROMEO
@@ -101,11 +105,6 @@ def test_the_end_of_the_text_ends_it_whole():
         assert whole.done and whole.text == "No one spea" and whole.ids[-1] == BYTES.specials[END]
 
 
-def test_units_of_a_play():
-    for unit, count in {"line": 11, "sentence": 7, "paragraph": 6, "speech": 3, "scene": 1}.items():
-        assert len(passage.ends(PLAY, unit, 0)) == count, unit
-
-
 @pytest.mark.parametrize("stops", [("ab",), ("aab", "b!"), ("zzz",), ("\n\n",)])
 def test_streaming_ends_before_a_stop_and_never_shows_a_part_of_it(stops):
     tokenizer = BPETokenizer([bytes([b]) for b in range(256)] + [b"aa", b"\n\n", b"xab!"], [END])
@@ -119,6 +118,7 @@ def test_streaming_ends_before_a_stop_and_never_shows_a_part_of_it(stops):
         for id in ids:
             shown += passage.push(id)
             assert expected.startswith(shown)
+        assert passage.done == bool(cuts)
         assert shown + passage.finish() == expected == passage.text
 
 
@@ -131,3 +131,188 @@ def test_streamed_pieces_are_whole_characters():
     assert passage.push(tokenizer.specials[END]) == "" and passage.done
     cut = Passage(tokenizer, Settings(until="tokens"))
     assert cut.push("é".encode()[0]) == "" and cut.finish() == "\ufffd"
+
+
+# --- the rule, applied once to the whole text
+
+SPEAKER = r"(?:[A-Z][A-Z .,'’&-]+|[A-Z][\w .,'’-]*:)"
+SPEECH = re.compile(rf"^{SPEAKER}\n(?=.*\S)", re.M)
+ENDS = {
+    "word": r"\S(?=\s)",
+    "line": r"\S(?=[ \t]*\n)",
+    "sentence": r"[.!?][\"')\]’”]*(?=\s)",
+    "paragraph": r"\S(?=[ \t]*\n[ \t]*\n)",
+    "speech": r"\S(?=[ \t]*\n[ \t]*\n)",
+    "scene": r"\S(?=\s*\n(?:ACT|SCENE) )",
+}
+
+
+def ends(text: str, unit: str, prompt: str = "") -> list[int]:
+    """Where in `text` a unit is whole that has something of it, by regular expressions on all there is."""
+    whole = prompt + text
+    places = [match.end() for match in re.finditer(ENDS[unit], whole)]
+    if unit == "speech":
+        places = [place for place in places if SPEECH.match(whole[:place].rsplit("\n\n", 1)[-1])]
+    return [place - len(prompt) for place in places if place > len(prompt)]
+
+
+def shown(text: str, settings: Settings, prompt: str) -> int:
+    """How much of `text` is shown while the first half of it is written."""
+    undecided = max((n for stop in settings.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+    lines = text[: max(text.rfind("\n"), 0)].rstrip()
+    return min(len(text) - undecided, len(text) if settings.until == "auto" else len(lines))
+
+
+def naive(text: str, settings: Settings, prompt: str, is_ended: bool, half: str) -> str:
+    """What becomes of the whole `text`, of which `half` is what the first half of the tokens stand for."""
+    places = [text.find(stop) for stop in settings.stop if stop in text]
+    if settings.until not in ("auto", "tokens"):
+        places += ends(text, settings.until, prompt)[:1]
+    if places:
+        return text[: min(places)]
+    if is_ended or settings.until == "tokens":
+        return text
+    largest = "speech" if SPEECH.search(prompt + text) else "sentence"
+    for unit in (largest, "sentence", "line", "word"):
+        if left := [place for place in ends(text, unit, prompt) if place >= shown(half, settings, prompt)]:
+            return text[: left[-1]]
+    return text
+
+
+class Pieces:
+    """A tokenizer whose ids are the places of a list of bytes, and END behind them."""
+
+    def __init__(self, pieces):
+        self.pieces, self.specials = pieces, {END: len(pieces)}
+
+    def decode_bytes(self, ids):
+        return b"".join(self.pieces[id] for id in ids if id < len(self.pieces))
+
+
+def cut(raw: bytes, rng: random.Random) -> list[bytes]:
+    """`raw` in pieces of random lengths, which may part a character."""
+    longest, pieces = rng.choice([1, 3, 8, 40]), []
+    while raw:
+        n = rng.randint(1, longest)
+        pieces, raw = [*pieces, raw[:n]], raw[n:]
+    return pieces
+
+
+PARTS = [
+    "a",
+    "b",
+    "A",
+    "ROMEO\n",
+    "ROMEO",
+    "Citizen:\n",
+    "ACT ",
+    "SCENE ",
+    "SCENE",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "\t",
+    "\r",
+]
+PARTS += [".", "!", "?", '"', "'", ")", "’", "x y", "Hi.\n", "é", "\u00a0", ":", ",", "-"]
+STOPS = ["a", "\n", "b\n", "\n\nR", "!", "! ", "Hi.\nA", "aab", "\nSCENE", "é", "y'", ".\nROMEO\nb", " a a", "aa"]
+
+
+@pytest.mark.parametrize("until", ["auto", "tokens", "line", "sentence", "paragraph", "speech", "scene"])
+def test_a_passage_is_what_its_rule_says_of_the_whole_text_however_it_is_cut(until):
+    rng = random.Random(until)
+    for _ in range(250):
+        text = "".join(rng.choices(PARTS, k=rng.randrange(1, 40)))
+        prompt = "".join(rng.choices(PARTS, k=rng.choice([0, 0, 3, 9])))
+        stop, is_ended = tuple(rng.sample(STOPS, rng.choice([0, 1, 3]))), rng.random() < 0.3
+        found = set()
+        for _ in range(3):
+            pieces = cut(text.encode(), rng)
+            is_long = rng.random() < 0.5  # the half is not reached
+            settings = Settings(until=until, stop=stop, max_new_tokens=10**6 if is_long else len(pieces))
+            whole = Passage(Pieces(pieces), settings, prompt)
+            for id in [*range(len(pieces)), *([len(pieces)] if is_ended else [])]:
+                whole.push(id)
+            whole.finish()
+            half = b"".join(pieces if is_long else pieces[: len(pieces) // 2]).decode(errors="ignore")
+            assert whole.text == naive(text, settings, prompt, is_ended, half), (text, prompt, settings, pieces)
+            found.add(whole.text if is_long else None)
+        assert len(found - {None}) <= 1
+
+
+def test_a_stop_behind_the_end_of_a_unit_leaves_nothing_of_what_that_end_cuts():
+    settings = Settings(until="line", stop=("X",))
+    for pieces in ([b"abc", b"\nX"], [b"abc\nX"], [b"ab", b"c\n", b"X"]):
+        whole = Passage(Pieces(pieces), settings)
+        for id in range(len(pieces)):
+            whole.push(id)
+        assert whole.done and whole.text == "abc"
+
+
+@pytest.mark.parametrize("last, text", [(b"X", "a"), (b"Y", "abc")])
+def test_the_end_of_a_unit_waits_for_a_stop_that_began_before_it(last, text):
+    pieces = [b"a", b"bc\n", last]
+    whole = Passage(Pieces(pieces), Settings(until="line", stop=("bc\nX",)))
+    assert [whole.push(0), whole.push(1), whole.done] == ["", "a", False]
+    whole.push(2)
+    assert whole.done and whole.text == text
+
+
+def test_units_of_a_play():
+    for unit, count in {"line": 11, "sentence": 7, "paragraph": 6, "speech": 3, "scene": 1}.items():
+        assert len(ends(PLAY, unit)) == count, unit
+
+
+@pytest.mark.parametrize("piece", [b"a", b" ", b"A", b"aab" * 300])
+@pytest.mark.parametrize("until", ["auto", "scene"])
+def test_a_passage_takes_time_linear_in_its_text(piece, until):
+    tokens = 30_000 if len(piece) == 1 else 300
+    whole = Passage(Pieces([piece]), Settings(until=until, max_new_tokens=tokens // 10, stop=("aab" * 300 + "X",)))
+    start = time.monotonic()
+    for _ in range(tokens):
+        whole.push(0)
+    whole.finish()
+    assert time.monotonic() - start < 5 and len(whole.text) > 0
+
+
+@pytest.mark.slow
+def test_a_million_tokens_take_seconds_and_little_memory():
+    whole = Passage(Pieces([b"the queen ", b"said.\n"]), Settings(until="scene", max_new_tokens=10**6))
+    start = time.monotonic()
+    for i in range(10**6):
+        whole.push(i % 7 == 0)
+    whole.finish()
+    assert time.monotonic() - start < 60 and len(whole.ids) == 10**6 and whole.ids.itemsize == 4
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"temprature": 1}, "temprature: no such setting; did you mean temperature"),
+        ({"temperature": "hot"}, "settings: .*temperature"),
+        ({"until": "chapter"}, "settings: .*until"),
+        ({"stop": "x"}, "settings: .*stop"),
+        ({"stop": ("",)}, "stop: found ''"),
+        ({"stop": ("x",) * (MAX_STOPS + 1)}, "stop: must be at most"),
+        ({"stop": ("x" * 1001,)}, "stop: must be at most"),
+        ({"style": None}, "settings: .*style"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+        ({"max_new_tokens": 1.5}, "settings: .*max_new_tokens"),
+        ({"max_new_tokens": 10**30}, "max_new_tokens"),
+        ({"seed": 2**63}, "seed: found"),
+        *(({key: value}, key) for key in ("temperature", "repetition_penalty") for value in (1e-300, 1e308, -1.0)),
+        *(({"temperature": value}, "temperature") for value in (float("nan"), float("inf"), 1e-7)),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"top_k": 10**30}, "top_k"),
+        ({"no_repeat_ngram": 101}, "no_repeat_ngram"),
+    ],
+)
+def test_settings_that_can_not_be_are_named_in_one_line(given, said):
+    with pytest.raises(ConfigError, match=said) as e:
+        make_settings(given)
+    assert "\n" not in str(e.value)

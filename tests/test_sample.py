@@ -1,8 +1,15 @@
+import copy
+import dataclasses
+import gc
 import io
+import itertools
 import json
 import math
 import os
 import pty
+import random
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +22,8 @@ import configurator
 import originality
 import sample
 import train
+from checkpoint import CheckpointError
+from choose import Chooser
 from configurator import ConfigError
 from data import DataError
 from data.tokenizer import END, CharTokenizer
@@ -141,7 +150,219 @@ def test_writing_goes_on_past_the_block_and_stops_at_max_new_tokens(poet):
     assert len(text) <= 80
 
 
+@torch.inference_mode()
+def naive_ids(poet, prompt, number, settings):
+    """One passage's ids, each chosen with the whole text at hand: windows read anew, penalties by their definition."""
+    blend = poet.blend_of(settings.style) or {None: 1.0}
+    plain = dataclasses.replace(settings, repetition_penalty=1.0, no_repeat_ngram=0)
+    chooser = Chooser(plain, poet.forbidden, [number], [1.0], [])
+    text = [tag for tag in blend if tag is not None][:1] + poet.tokenizer.encode(prompt)
+    ids = []
+    while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:
+        rows = []
+        for tag in blend:
+            window = text[poet.model.window_start(len(text)) :]
+            rows.append(poet.model(torch.tensor([window if tag is None else [tag, *window[1:]]]))[0][0, 0])
+        logits = torch.stack(rows).index_fill(1, poet.forbidden, -math.inf)
+        if len(rows) > 1:
+            logits = (logits.log_softmax(-1) * torch.tensor(list(blend.values()))[:, None]).sum(0, keepdim=True)
+        for id in set(text):
+            better = logits[0, id] > 0
+            logits[0, id] *= 1 / settings.repetition_penalty if better else settings.repetition_penalty
+        n = settings.no_repeat_ngram
+        grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)} if n else ()
+        again = [id for id in range(logits.shape[1]) if (*text[len(text) - n + 1 :], id) in grams]
+        if n and logits.index_fill(1, torch.tensor(again, dtype=torch.long), -math.inf).max() > -math.inf:
+            logits[0, again] = -math.inf
+        ids.append(int(chooser.choose(logits)))
+        text.append(ids[-1])
+    return ids
+
+
+@pytest.mark.parametrize("style", ["", "bard", "bard:0.3,alice"])
+@pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.4, "no_repeat_ngram": 2, "top_k": 9}])
+@pytest.mark.parametrize("prompt", ["o romeo", "the quick brown fox jumps over the lazy dog"])
+def test_texts_are_those_of_a_writer_that_keeps_the_whole_text(poet, style, given, prompt):
+    passages = poet.begin(prompt, 3, style=style, max_new_tokens=50, until="tokens", top_p=0.99, stop=("q",), **given)
+    for _ in poet.stream(passages):
+        pass
+    for number, passage in enumerate(passages):  # they end one by one, by END or by a stop
+        expected = naive_ids(poet, prompt, number, passage.settings)
+        assert passage.ids.tolist() == expected[: len(passage.ids)]
+        assert passage.done or len(passage.ids) == 50
+
+
+def live_tensor_bytes() -> int:
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_memory_does_not_grow_with_the_text_nor_with_what_is_asked_for(poet, monkeypatch):
+    monkeypatch.setattr(poet, "forbidden", torch.tensor(list(poet.tokenizer.specials.values())))  # so that none ends
+    settings = {"max_new_tokens": 10**12, "until": "tokens", "repetition_penalty": 1.1, "no_repeat_ngram": 4}
+    passages, sizes = poet.begin("o romeo" * 50, 2, **settings), []
+    stream = poet.stream(passages)
+    for tokens in (50, 250):
+        for _ in itertools.islice(stream, tokens):
+            pass
+        sizes.append(live_tensor_bytes())
+    assert len(passages[0].ids) == 300 and sizes[0] == sizes[1]
+
+
 # --- what users get wrong
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"n": 0}, "n: found 0"),
+        ({"n": -1}, "n: found -1"),
+        ({"n": 1.5}, "n: found 1.5"),
+        ({"n": "2"}, "n: found '2'"),
+        ({"n": 10**9}, "n: found 1000000000"),
+        ({"prompt": None}, "prompt: found None"),
+        ({"prompt": b"x"}, "prompt: found b'x'"),
+        ({"prompt": "a\ud800"}, "prompt: character 1 is half a surrogate"),
+        ({"prompt": "a" * (10 * 2**20 + 1)}, "prompt: found 10,485,761 characters"),
+        ({"temprature": 1}, "temprature: no such setting; did you mean temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e-300}, "temperature: found 1e-300"),
+        ({"style": "bard:1e-300,alice"}, "style: found 'bard:1e-300'"),
+        ({"style": "bard:1e300,alice"}, "style: found 'bard:1e300'"),
+    ],
+    ids=str,
+)
+def test_misuse_from_python_is_told_in_one_line(poet, keys, said):
+    with pytest.raises(ConfigError) as e:
+        poet.write(**keys)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_misuse_from_python(poet, path, monkeypatch):
+    with pytest.raises(ConfigError, match="dtype: found 'int8'"):
+        Poet(str(path), "cpu", "int8")
+    with pytest.raises(ConfigError, match="first: found -1"):
+        poet.begin("a", first=-1)
+    for passages in ([], poet.begin("a") + poet.begin("b")):
+        with pytest.raises(ConfigError, match="must be those of one"):
+            next(poet.stream(passages))
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)  # a machine with 10 kB
+    with pytest.raises(ConfigError, match="write fewer passages at a time"):
+        poet.begin("a", 2)
+
+
+def test_a_model_of_one_work_has_no_styles(poet, monkeypatch):
+    monkeypatch.setattr(poet, "styles", {})
+    with pytest.raises(ConfigError, match="style: found 'emma', but a model of one work has no tags; leave style out"):
+        poet.write(style="emma")
+
+
+def test_without_a_model_those_that_there_are_are_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="not found; train one first: make poem"):
+        Poet(device="cpu")
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "best.pt").write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"out/demo/.*not found; there is out/mine/") as e:
+        Poet(device="cpu")
+    advice = str(e.value).rsplit("sample.py ", 1)[1]
+    assert Poet(advice, device="cpu").write("a", max_new_tokens=2)
+    makefile = (Path(sample.__file__).parent / "Makefile").read_text()
+    assert "\npoem:" in makefile
+    with pytest.raises(CheckpointError, match="name too long"):
+        Poet("x" * 5000, device="cpu")
+
+
+@pytest.fixture
+def writes_nothing(monkeypatch):
+    def stream(*args, **keys):
+        pytest.fail("something was written before the mistake was told")
+
+    monkeypatch.setattr(Poet, "stream", stream)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (["--save={tmp}/none/x"], "save: .*/none/x can't be made: .*/none is no folder"),
+        (["--save={tmp}"], "save: .* can't be written to"),
+        (["--save={tmp}/file/x"], "save: .*/file/x can't be made"),
+        (["--save=" + "x" * 5000], "save: .*name too long"),
+        (["--export={tmp}/none/x"], "export: .*/none/x can't be made"),
+        (["--export={tmp}/file"], "export: .*/file exists; choose another"),
+        (["--prompt=FILE:{tmp}/none"], "none: No such file"),
+        (["--prompt=FILE:{tmp}"], "is a folder"),
+        (["--prompt=FILE:/dev/zero"], "/dev/zero: is not a regular file"),
+        (["--prompt=FILE:{tmp}/fifo"], "fifo: is not a regular file"),
+        (["--prompt=FILE:{tmp}/big"], "big: has 10,485,761 bytes, must have at most 10,485,760"),
+        (["--replay={tmp}/none"], "none: No such file"),
+        (["--replay=/dev/zero"], "/dev/zero: is not a regular file"),
+        (["--interactive", "--save={tmp}/x"], "interactive: takes no save"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_is_told_before_anything_is_written(path, tmp_path, writes_nothing, keys, said):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "big").write_bytes(b"x" * (10 * 2**20 + 1))
+    os.mkfifo(tmp_path / "fifo")
+    argv = [f"--checkpoint={path}", "--device=cpu", *(key.replace("{tmp}", str(tmp_path)) for key in keys)]
+    with pytest.raises((ConfigError, CheckpointError), match=said):
+        sample.main(configurator.load(SampleConfig, argv))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_from_a_pipe_that_never_ends_is_told(path):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    writer = subprocess.Popen(["yes"], stdout=write, stderr=subprocess.DEVNULL)
+    os.set_blocking(write, True)
+    os.close(write)
+    command = [sys.executable, "sample.py", str(path), "--prompt=-", "--device=cpu"]
+    done = subprocess.run(command, stdin=read, capture_output=True, text=True)
+    os.close(read)
+    writer.wait(5)
+    assert done.returncode == 2 and done.stderr == "sample.py: prompt: stdin has more than 10,485,760 bytes\n"
+
+
+def test_what_is_written_by_a_model_of_the_hub_is_saved_and_written_again(path, tmp_path, monkeypatch, capsys):
+    export = tmp_path / "hub"
+    sample.main(configurator.load(SampleConfig, [f"--checkpoint={path}", f"--export={export}", "--device=cpu"]))
+    monkeypatch.setattr(checkpoint, "fetch", lambda name: export)
+    monkeypatch.chdir(tmp_path)
+    (record,) = saved("gpt-emma", tmp_path / "x.jsonl", "--max_new_tokens=5")
+    assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.sha256(export)
+    capsys.readouterr()
+    sample.replay(tmp_path / "x.jsonl")
+    assert "1 passages, each as it was" in capsys.readouterr().out
+
+
+def test_a_hash_that_can_not_be_had_is_told_before_anything_is_written(path, tmp_path, monkeypatch, writes_nothing):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sha256", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        saved(path, tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(poet, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("before\n")
+    passages = poet.begin("a" * 300, max_new_tokens=3)
+    for _ in poet.stream(passages):
+        pass
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            sample.save(file, poet, passages)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_text() == "before\n"
 
 
 def test_wrong_settings_are_named(poet):
@@ -163,8 +384,8 @@ def test_prompt_comes_from_text_file_or_stdin(tmp_path, monkeypatch):
     assert sample.read_prompt(r"ROMEO\n\tO") == "ROMEO\n\tO"
     (tmp_path / "x.txt").write_text("from a ☃", encoding="utf-8")
     assert sample.read_prompt(f"FILE:{tmp_path}/x.txt") == "from a ☃"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
-    assert sample.read_prompt("-") == "from a pipe"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a\r\npipe")))
+    assert sample.read_prompt("-") == "from a\npipe"
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="byte 2 is not UTF-8"):
         sample.read_prompt(f"FILE:{tmp_path}/bad.txt")
@@ -222,7 +443,7 @@ def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
     for changes, said in (
         ({"text": record["text"] + "x"}, "line 1 comes out otherwise"),
         ({"ids": record["ids"][1:]}, "line 1 comes out otherwise"),
-        ({"sha256": "0"}, "line 1 was written by another"),
+        ({"sha256": "0" * 64}, "line 1: was written by another"),
     ):
         file.write_text(json.dumps(record | changes))
         with pytest.raises(ConfigError, match=said):
@@ -231,6 +452,119 @@ def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
         file.write_text(line)
         with pytest.raises(ConfigError, match="line 1 is not a saved passage"):
             sample.replay(file)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda r: r["settings"].pop("top_p"), r"missing required field `top_p` - at `\$.settings`"),
+        (lambda r: r["settings"].update(mood="sad"), r"unknown field `mood` - at `\$.settings`"),
+        (lambda r: r["settings"].update(temperature="hot"), r"`\$.settings.temperature`"),
+        (lambda r: r["settings"].update(temperature=1e-300), "line 2: temperature: found 1e-300"),
+        (lambda r: r["settings"].update(style="bob"), "line 2: style: found 'bob'"),
+        (lambda r: r.update(ids=[-1]), r"`\$.ids\[0\]`"),
+        (lambda r: r.update(prompt=7), r"`\$.prompt`"),
+        (lambda r: r.update(together=10**9), "line 2: says that 1,000,000,000 passages were written together, of"),
+        (lambda r: r.update(together=101), "line 2: says that 101 passages"),
+        (lambda r: r.update(number=5), "number is 5, but it was written together with 1 from 0 on"),
+        (lambda r: r.update(device="cuda:99"), "line 2: device: found cuda:99"),
+        (lambda r: r.update(checkpoint="nope/x.pt"), "line 2: nope/x.pt: not found"),
+    ],
+    ids=range(12),
+)
+def test_a_saved_passage_that_can_not_be_is_told_by_line_and_place(path, tmp_path, change, said):
+    file = tmp_path / "passages.jsonl"
+    (record,) = saved(path, file, "--max_new_tokens=5", "--dtype=float32")
+    wrong = copy.deepcopy(record)
+    change(wrong)
+    file.write_text(json.dumps(record) + "\n" + json.dumps(wrong))
+    with pytest.raises((ConfigError, CheckpointError), match=said) as e:
+        sample.replay(file)
+    assert "line 2" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_replay_ends_with_the_first_token_that_differs(path, tmp_path):
+    file = tmp_path / "passages.jsonl"
+    (record,) = saved(path, file, "--max_new_tokens=8", "--until=tokens", "--seed=3")
+    assert len(record["ids"]) == 8 and record["ids"][-1] < len(ALPHABET)  # no END
+    record["settings"]["max_new_tokens"] = 10**12
+    for ids in (record["ids"], [*record["ids"][:3], (record["ids"][3] + 1) % 20, *record["ids"][4:]]):
+        file.write_text(json.dumps(record | {"ids": ids}))
+        with pytest.raises(ConfigError, match="line 1 comes out otherwise"):
+            sample.replay(file)
+
+
+def test_some_of_the_passages_written_together_are_enough(path, tmp_path, capsys):
+    file = tmp_path / "passages.jsonl"
+    records = saved(path, file, "--num_samples=4", "--max_new_tokens=20")
+    file.write_text("".join(json.dumps(records[i]) + "\n" for i in (3, 1)))
+    sample.replay(file)
+    assert "2 passages, each as it was" in capsys.readouterr().out
+
+
+WRONG = [None, True, -1, 0, 1, 1.5, 2**53 + 1, 10**9, 10**12, 10**400, 1e308, 1e-300, math.nan, "", "x", "\0", "cuda"]
+WRONG += ["x" * 100_000, "../..", "/dev/null", "é☃" * 9, "bard:1," * 1000]
+WRONG += [[], [[]], {}, {"x": 1}, [1] * 1000, ["x"] * 200]
+
+
+def mutate(records: list[dict], rng: random.Random) -> bytes:
+    """Lines of JSON, one value, key or byte of which is another."""
+    records = copy.deepcopy(records)
+    record = rng.choice(records)
+    where = record["settings"] if rng.random() < 0.5 else record
+    key = rng.choice(list(where))
+    match rng.randrange(8):
+        case 0:
+            del where[key]
+        case 1:
+            where[rng.choice(["x", key + "x", ""])] = rng.choice(WRONG)
+        case 2:
+            items = where[key] if isinstance(where[key], list) and where[key] else [0]
+            items[rng.randrange(len(items))] = rng.choice(WRONG)
+            where[key] = items
+        case 3:
+            raw = bytearray("\n".join(map(json.dumps, records)).encode())
+            place = rng.randrange(len(raw))
+            bad = rng.choice([b"", b"\xff", b"[" * 9999, b"9" * 500, b"\n", b"\0", b"{", b"-"])
+            raw[place : place + rng.randrange(3)] = bad
+            return bytes(raw[: rng.choice([len(raw), place])])
+        case _:
+            where[key] = rng.choice(WRONG)
+    return "\n".join(map(json.dumps, records)).encode()
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_no_other_error_leaves_a_replay_of_mutated_passages(path, tmp_path, monkeypatch, capsys, count):
+    def fetch(name):
+        raise CheckpointError(f"{name}: not asked for in a test")
+
+    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    file, rng = tmp_path / "passages.jsonl", random.Random(count)
+    saved(path, file, "--num_samples=2", "--max_new_tokens=4", "--style=bard:0.3,alice", "--dtype=float32")
+    records = saved(path, file, "--max_new_tokens=4", "--stop=x", "--repetition_penalty=1.1", "--dtype=float32")
+    outcomes, before = {"replayed": 0, "refused": 0}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def too_long(*args):
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, too_long)
+    try:
+        for _ in range(count):
+            file.write_bytes(mutate(records, rng))
+            signal.setitimer(signal.ITIMER_REAL, 5)
+            try:
+                sample.replay(file)
+                outcomes["replayed"] += 1
+            except (ConfigError, CheckpointError, DataError) as e:
+                assert "\n" not in str(e) and len(str(e)) < 1000
+                outcomes["refused"] += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GB
+    assert outcomes["refused"] > 0.7 * count and outcomes["replayed"] > 0.02 * count
 
 
 # --- the session
@@ -316,6 +650,18 @@ def test_a_passage_is_taken_up_again(poet, monkeypatch, capsys, tmp_path):
     (record,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert record["prompt"] == first and record["number"] == 2 and record["text"] != more[0].text
     sample.replay(file)
+
+
+@pytest.mark.parametrize("word", ["/quit", "quit", "exit", " exit ", "/exit"])
+def test_a_session_ends_with_a_word(poet, monkeypatch, capsys, word):
+    interact(poet, monkeypatch, [word, "/settings"])
+    assert capsys.readouterr().out == "Type a prompt, or /help.\n"
+
+
+def test_a_session_whose_input_is_no_text_ends_in_one_line(poet, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/settings\n\xff\n"), "utf-8"))
+    with pytest.raises(ConfigError, match=r"stdin: byte .* is not UTF-8"):
+        sample.Session(poet, Settings()).run()
 
 
 def test_a_session_over_a_pipe(path):
