@@ -507,6 +507,9 @@ WRONG += ["x" * 100_000, "../..", "/dev/null", "é☃" * 9, "bard:1," * 1000]
 WRONG += [[], [[]], {}, {"x": 1}, [1] * 1000, ["x"] * 200]
 
 
+NUMBERS = [-1, 0, 1, 2, 99, 100, 101, 10**5, 10**9, 10**12, 2**53, 2**64, 0.5, 1e-300, 1e308]
+
+
 def mutate(records: list[dict], rng: random.Random) -> bytes:
     """Lines of JSON, one value, key or byte of which is another."""
     records = copy.deepcopy(records)
@@ -528,6 +531,9 @@ def mutate(records: list[dict], rng: random.Random) -> bytes:
             bad = rng.choice([b"", b"\xff", b"[" * 9999, b"9" * 500, b"\n", b"\0", b"{", b"-"])
             raw[place : place + rng.randrange(3)] = bad
             return bytes(raw[: rng.choice([len(raw), place])])
+        case 4 | 5:
+            key = rng.choice([key for key, value in where.items() if isinstance(value, int | float)])
+            where[key] = rng.choice(NUMBERS)
         case _:
             where[key] = rng.choice(WRONG)
     return "\n".join(map(json.dumps, records)).encode()
