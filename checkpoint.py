@@ -138,16 +138,19 @@ def _digest(f: BinaryIO, size: int) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256, in hexadecimal, of the file at `path`, or of a folder's weights: which model it is."""
+    """The SHA-256, in hexadecimal, of the file at `path`, or of a folder's weights; raises CheckpointError."""
     sha = hashlib.sha256()
     for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         untrusted.check_regular(part, CheckpointError)
-        with open(part, "rb") as f:
-            hashlib.file_digest(f, lambda: sha)
+        try:
+            with open(part, "rb") as f:
+                hashlib.file_digest(f, lambda: sha)
+        except OSError as e:
+            raise CheckpointError(f"{part}: {e.strerror}") from None
     return sha.hexdigest()
 
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 FILE_ENDINGS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".zip", ".json", ".yaml", ".md", ".txt"}
 
 
@@ -159,7 +162,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_ENDINGS:
-            raise CheckpointError(f"{path}: not found; train first, or name another checkpoint")
+            name = untrusted.shorten(str(path))
+            raise CheckpointError(f"{name}: not found; train first, or name another checkpoint")
         path = fetch(str(path))
     if os.path.isfile(path / "config.json"):
         return load_huggingface(path)

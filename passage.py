@@ -1,10 +1,7 @@
 """A passage: how it is to be written, its text as it grows, and where it ends."""
 
-import copy
 import dataclasses
 import difflib
-import functools
-import math
 import re
 from array import array
 from dataclasses import dataclass
@@ -17,7 +14,19 @@ import untrusted
 from configurator import ConfigError
 from data.tokenizer import END, StreamDecoder, Tokenizer
 
-MAX_STOPS, MAX_STOP_CHARS = 100, 1_000  # each character written is compared with each stop
+MAX_STOPS, MAX_STOP_CHARS = 20, 200  # each character is compared with each of them
+MOST_HELD = 4_000  # characters that are held back: a text without ends is not searched over and over
+LOOK_BEHIND = 10_000  # characters before those by which a unit is known: a speech by its speaker
+SPEAKER = r"(?:[A-Z][A-Z .,'’&-]+|[A-Z][\w .,'’-]*:)"  # a line of its own: FIRST WITCH, or First Citizen:
+SPEECH = re.compile(rf"^{SPEAKER}\n(?=.*\S)", re.M)
+ENDS = {  # what closes a unit, up to its last visible character; what follows must be there already
+    "word": re.compile(r"\S(?=\s)"),
+    "line": re.compile(r"\S(?=[ \t]*\n)"),
+    "sentence": re.compile(r"[.!?][\"')\]’”]*(?=\s)"),
+    "paragraph": re.compile(r"\S(?=[ \t]*\n[ \t]*\n)"),
+    "speech": re.compile(r"\S(?=[ \t]*\n[ \t]*\n)"),  # of a paragraph that has a speaker
+    "scene": re.compile(r"\S(?=\s*\n(?:ACT|SCENE) )"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,159 +78,21 @@ def make_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where units and stops are, in a text that comes in pieces
-
-RUNS = re.compile(r"\s+|\S+")
-SPEAKER = r"(?:[A-Z][A-Z .,'’&-]+|[A-Z][\w .,'’-]*:)"  # a line of its own: FIRST WITCH, or First Citizen:
-SPEECH = re.compile(rf"^{SPEAKER}\n(?=.*\S)", re.M)
-IS_SPEAKER = re.compile(SPEAKER)
-HEADINGS = ("ACT", "SCENE")
-CLOSING = "\"')]’”"  # what may stand behind a full stop in its sentence
-
-
-class Units:
-    """Where a text's words, lines, sentences, paragraphs, speeches and scenes end, found as it grows behind `prompt`.
-
-    A unit ends behind its last visible character, a place counted from the prompt's end; it is whole when what follows
-    shows it: white space, a line's end, a blank line, or, for a scene, a line that begins with ACT or SCENE. A speech
-    is a paragraph that begins with a speaker's line. The time this takes is linear in the text, however it is cut.
-    """
-
-    def __init__(self, prompt: str = ""):
-        self.first: dict[str, int] = {}  # unit -> where the first one ends, behind the prompt
-        self.last: dict[str, int] = {}  # and where the last
-        self.has_speech = bool(SPEECH.search(prompt))  # begun, anywhere
-        tail = prompt[max(prompt.rfind("\n\n"), 0) :]  # the paragraph that goes on
-        self.n = self.place = -len(tail)  # characters read; those up to the last visible one
-        self.line_place = self.n  # those up to the last visible one before the last line end
-        self._line: list[str] = []  # what there is of the last line
-        self._line_number = 0  # in its paragraph
-        self._newlines = 0  # since the last visible character; -1: and other white space than blanks
-        self._closes = False  # a sentence, unless a visible character follows
-        self._after_newline = self._after_speaker = self._in_speech = False
-        self.read(tail)
-        self._line = ["".join(self._line)]
-
-    def read(self, piece: str) -> None:
-        """Take the characters that come next."""
-        for run in RUNS.findall(piece):
-            if run.isspace():
-                self._read_space(run)
-            else:
-                self._read_visible(run)
-
-    def undecided(self, unit: str) -> float:
-        """Where a unit may yet turn out to have ended, by what comes next; inf if nowhere so far."""
-        if unit == "scene" and self.place == self.n and self._is_heading(partly=True):
-            return self.line_place
-        opens = {"line": self._newlines == 0, "paragraph": 0 <= self._newlines < 2, "scene": True}
-        opens["speech"] = opens["paragraph"] and self._in_speech
-        return self.place if opens.get(unit) and self.place > 0 else math.inf
-
-    def _is_heading(self, partly: bool = False) -> bool:
-        """Whether the last line, behind a line of the passage, is the word that begins a scene."""
-        line = "".join(self._line) if self.line_place > 0 and len(self._line) < 7 else ""
-        return bool(line) and any(heading.startswith(line) if partly else heading == line for heading in HEADINGS)
-
-    def _read_visible(self, run: str) -> None:
-        self.n += len(run)
-        self.place, self._newlines, self._after_newline = self.n, 0, False
-        self._line.append(run)
-        if bare := run.rstrip(CLOSING):
-            self._closes = bare[-1] in ".!?"
-        if self._after_speaker:
-            self.has_speech = True
-            self._in_speech |= self._line_number == 1
-
-    def _read_space(self, run: str) -> None:
-        if self.place == self.n:
-            self._end("word", self.place)
-            if self._closes:
-                self._end("sentence", self.place)
-            if run[0] == " " and self._is_heading():
-                self._end("scene", self.line_place)
-        self._closes = False
-        for char in run:
-            self.n += 1
-            if char == "\n":
-                self._read_newline()
-            else:
-                self._after_newline = False
-                self._line.append(char)
-                if char not in " \t":
-                    self._newlines = -1
-
-    def _read_newline(self) -> None:
-        self.line_place = self.place
-        if self._newlines >= 0:
-            self._newlines += 1
-            if self._newlines == 1:
-                self._end("line", self.place)
-            elif self._newlines == 2:
-                self._end("paragraph", self.place)
-                if self._in_speech:
-                    self._end("speech", self.place)
-        self._after_speaker = bool(IS_SPEAKER.fullmatch("".join(self._line)))
-        if self._after_newline:
-            self._line_number, self._in_speech = 0, False
-        else:
-            self._line_number += 1
-        self._line, self._after_newline = [], True
-
-    def _end(self, unit: str, place: int) -> None:
-        if place > 0:
-            self.first.setdefault(unit, place)
-            self.last[unit] = place
-
-
-@functools.lru_cache(maxsize=1)
-def _units_behind(prompt: str) -> Units:
-    return Units(prompt)
-
-
-@functools.lru_cache(maxsize=MAX_STOPS)
-def _borders(text: str) -> list[int]:
-    """For each beginning of `text`, how long a beginning of it is its end, too (Knuth, Morris and Pratt 1977)."""
-    borders, k = [0], 0
-    for char in text[1:]:
-        while k and char != text[k]:
-            k = borders[k - 1]
-        k += char == text[k]
-        borders.append(k)
-    return borders
-
-
-class Stop:
-    """Finds `text` in what comes in pieces; `matched` of its characters are what was read last."""
-
-    def __init__(self, text: str):
-        self.text, self.matched, self._n = text, 0, 0
-
-    def read(self, piece: str) -> list[int]:
-        """Take the characters that come next; returns where `text` begins, for each that they complete."""
-        text, borders, k, places = self.text, _borders(self.text), self.matched, []
-        for n, char in enumerate(piece, self._n + 1):
-            while k and char != text[k]:
-                k = borders[k - 1]
-            k += char == text[k]
-            if k == len(text):
-                places.append(n - k)
-                k = borders[k - 1]
-        self.matched, self._n = k, self._n + len(piece)
-        return places
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+def ends(text: str, unit: str, start: int) -> list[int]:
+    """Where in `text`, from `start` on, a unit is complete: the places behind its last visible character."""
+    places = [match.end() for match in ENDS[unit].finditer(text, max(start - 50, 0))]  # 50: a full stop and its quotes
+    if unit == "speech":
+        places = [place for place in places if SPEECH.match(text[:place].rsplit("\n\n", 1)[-1])]
+    return [place for place in places if place >= start]
 
 
 class Passage:
     """One row's text as it grows: whole characters only, and nothing that may have to be taken back.
 
-    It ends where a stop begins or, with until=UNIT, where the first whole unit ends, whichever place comes first in the
-    text; with until=UNIT it comes a line at a time. Without, or if no unit comes in time, it ends where a reader would:
-    from half of max_new_tokens on, what follows the last whole speech (sentence, where no one speaks) is held back, and
-    left out if no other is finished.
+    It ends with the character that completes a stop or, with until=UNIT, shows that the first unit is whole; what is
+    kept then ends where either begins. With until=UNIT it comes a line at a time. Without, or if no unit comes in time,
+    it ends where a reader would: from half of max_new_tokens on, what follows the last whole speech (sentence, where no
+    one speaks) is held back, and left out if no other is finished.
 
     ids: of its tokens, "i". logprobs: of the ids, where they are asked for: nats, "d".
     """
@@ -230,11 +101,9 @@ class Passage:
         self.prompt, self.settings, self.number, self.done = prompt, settings, number, False
         self.ids, self.logprobs = array("i"), array("d")
         self._decoder, self._end_id = StreamDecoder(tok), tok.specials.get(END)
-        self._units, self._stops = copy.deepcopy(_units_behind(prompt)), [Stop(text) for text in settings.stop]
         self._certain: list[str] = []
-        self._held: list[str] = []
-        self._n = self._n_certain = 0  # characters, in all and certain
-        self._end: float = math.inf  # where it ends, as far as is known
+        self._before, self._held = prompt[-LOOK_BEHIND:], ""
+        self._blank, self._drama = True, bool(SPEECH.search(prompt))
 
     @property
     def text(self) -> str:
@@ -248,58 +117,60 @@ class Passage:
             return ""
         self.ids.append(id)
         if id == self._end_id:
-            return self._finish(min(self._end, self._n))
-        self._read(self._decoder.push([id]))
-        undecided = self._undecided()
-        if self._end <= undecided:
-            return self._finish(self._end)
-        return self._release(min(undecided, self._end, self._will_stay()))
+            return self._finish(len(self._held))
+        piece, until, stops = self._decoder.push([id]), self.settings.until, self.settings.stop
+        # what ends it is looked for at each character, so that it doesn't depend on how the text is cut into tokens
+        for part in piece if stops or until not in ("auto", "tokens") else [piece]:
+            self._held += part
+            places = [len(self._held) - len(stop) for stop in stops if self._held.endswith(stop)]
+            if part.isspace() and until not in ("auto", "tokens"):
+                places += self._ends(until)
+            if places:
+                return self._finish(min(places))
+        self._drama = self._drama or ("\n" in piece and self._has_speech())
+        return self._release(self._will_stay())
 
     def finish(self) -> str:
         """No more tokens come; returns the text that was held back and may stay."""
         if self.done:
             return ""
-        self._read(self._decoder.push([], final=True))
-        if self._end < math.inf:
-            return self._finish(self._end)
+        self._held += self._decoder.push([], final=True)
+        self._drama = self._drama or self._has_speech()
         for unit in (self._unit(), "sentence", "line", "word") if self.settings.until != "tokens" else ():
-            if (place := self._units.last.get(unit, -1)) >= self._n_certain:
-                return self._finish(place)
-        return self._finish(self._n)
+            if places := self._ends(unit):
+                return self._finish(places[-1])
+        return self._finish(len(self._held))
 
-    def _read(self, piece: str) -> None:
-        self._held.append(piece)
-        self._n += len(piece)
-        for stop in self._stops:
-            self._end = min([self._end, *stop.read(piece)])
-        if self.settings.until != "tokens":
-            self._units.read(piece)
-            self._end = min(self._end, self._units.first.get(self.settings.until, math.inf))
-
-    def _undecided(self) -> float:
-        """Where the passage may yet turn out to end, by what comes next; all its characters if nowhere before."""
-        stop = self._n - max((stop.matched for stop in self._stops), default=0)
-        return min(stop, self._units.undecided(self.settings.until)) if self._end < math.inf else stop
+    def _has_speech(self) -> bool:
+        return bool(SPEECH.search(self._before + self._held))
 
     def _unit(self) -> str:
         """What `auto` ends with."""
-        return "speech" if self._units.has_speech else "sentence"
+        return "speech" if self._drama else "sentence"
+
+    def _ends(self, unit: str) -> list[int]:
+        """Where in what is held a unit is complete that has something of this passage in it."""
+        places = [place - len(self._before) for place in ends(self._before + self._held, unit, len(self._before))]
+        return [place for place in places if not self._blank or self._held[:place].strip()]
 
     def _will_stay(self) -> int:
-        """How many characters will stay whatever comes, but for stops."""
+        """How many of the characters held will stay, whatever comes."""
         until, halfway = self.settings.until, len(self.ids) > self.settings.max_new_tokens // 2
         if until != "tokens" and halfway:
-            return self._units.last.get(self._unit(), 0)
-        return self._n if until in ("auto", "tokens") else self._units.line_place
+            stays = max(self._ends(self._unit()), default=0)
+        elif until in ("auto", "tokens"):
+            stays = len(self._held)
+        else:
+            stays = len(self._held[: max(self._held.rfind("\n"), 0)].rstrip())
+        begun = max((n for s in self.settings.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        return min(max(stays, len(self._held) - MOST_HELD), len(self._held) - begun)
 
     def _release(self, n: int) -> str:
-        """Let the first n characters be certain; returns those that were not."""
-        if n <= self._n_certain:
-            return ""
-        held, size = "".join(self._held), n - self._n_certain
-        self._certain.append(held[:size])
-        self._held, self._n_certain = [held[size:]], n
-        return held[:size]
+        certain, self._held = self._held[:n], self._held[n:]
+        self._certain.append(certain)
+        self._before = (self._before + certain)[-LOOK_BEHIND:]
+        self._blank = self._blank and not certain.strip()
+        return certain
 
     def _finish(self, n: int) -> str:
         self.done = True

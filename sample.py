@@ -38,8 +38,6 @@ from passage import Passage, SavedSettings, Settings, make_settings
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_PASSAGES = 10_000  # written together
 MAX_PROMPT = 10 * 2**20  # bytes of a file, characters of a text
-MAX_LINE = untrusted.JSON_BYTES  # bytes of a saved passage: some millions of tokens
-MAX_UNSAVED = 100  # passages that were written together, for each that a file has
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,9 @@ class Poet:
             raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
         self.machine = configurator.find_machine(device, dtype)
         self.path, self.record = Path(checkpoint_path), record
-        try:
-            if self.path.suffix == ".pt" and not self.path.exists():
-                raise CheckpointError(f"{self.path}: not found; {_models()}")
-            loaded = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
-        except OSError as e:
-            raise CheckpointError(f"checkpoint: found {str(self.path)[:100]!r}: {e.strerror}") from None
-        self.model, self.tokenizer, content = loaded
+        if self.path.suffix == ".pt" and not os.path.exists(self.path):
+            raise CheckpointError(f"{self.path}: not found; {_models()}")
+        self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
         self.model.prepack()
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.styles = styles(self.tokenizer)
@@ -101,10 +95,7 @@ class Poet:
     def sha256(self) -> str:
         """Of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
         path = self.path if self.path.exists() else checkpoint.fetch(str(self.path))  # the Hub's are here already
-        try:
-            return checkpoint.sha256(path)
-        except OSError as e:
-            raise CheckpointError(f"{path}: {e.strerror}") from None
+        return checkpoint.sha256(path)
 
     def write(self, prompt: str = "", n: int = 1, **settings: Any) -> list[str]:
         """`n` passages that go on from `prompt`, each with the prompt before it; `settings` are those of Settings.
@@ -375,31 +366,18 @@ def read_saved(path: Path) -> Iterator[list[tuple[int, Saved]]]:
 
     Raises ConfigError for a line that is none, or does not fit those beside it.
     """
-    untrusted.check_regular(path, ConfigError)
-
-    def lines() -> Iterator[tuple[int, Saved]]:
-        with open(path, "rb") as f:
-            for number in itertools.count(1):
-                if not (line := f.readline(MAX_LINE + 1)):
-                    return
-                where = f"{path}: line {number} is not a saved passage"
-                if len(line) > MAX_LINE:
-                    raise ConfigError(f"{where}: has over {MAX_LINE:,} bytes")
-                yield number, untrusted.decode_json(line, Saved, where, ConfigError, "remove it")
-
-    for _, company in itertools.groupby(lines(), lambda numbered: numbered[1].company()):
+    lines = (
+        (number, untrusted.decode_json(line, Saved, f"{path}: line {number}", ConfigError, "it is no saved passage"))
+        for number, line in untrusted.read_lines(path, ConfigError)
+    )
+    for _, company in itertools.groupby(lines, lambda numbered: numbered[1].company()):
         group = list(company)
         for line, saved in group:
             if not saved.first <= saved.number < saved.first + saved.together:
                 raise ConfigError(
-                    f"{path}: line {line} is not a saved passage: number is {saved.number}, but it was written "
-                    f"together with {saved.together} from {saved.first} on; remove it"
+                    f"{path}: line {line}: number is {saved.number}, but it was written together with "
+                    f"{saved.together} from {saved.first} on; it is no saved passage"
                 )
-        if saved.together > min(MAX_UNSAVED * len(group), MAX_PASSAGES):
-            raise ConfigError(
-                f"{path}: line {line}: says that {saved.together:,} passages were written together, of which "
-                f"{len(group)} are here; that is too many to write again"
-            )
         yield group
 
 

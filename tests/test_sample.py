@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pty
-import random
 import resource
 import signal
 import subprocess
@@ -270,7 +269,7 @@ def test_without_a_model_those_that_there_are_are_named(path, tmp_path, monkeypa
     assert Poet(advice, device="cpu").write("a", max_new_tokens=2)
     makefile = (Path(sample.__file__).parent / "Makefile").read_text()
     assert "\npoem:" in makefile
-    with pytest.raises(CheckpointError, match="name too long"):
+    with pytest.raises(CheckpointError, match="not found; train first"):
         Poet("x" * 5000, device="cpu")
 
 
@@ -338,10 +337,10 @@ def test_what_is_written_by_a_model_of_the_hub_is_saved_and_written_again(path, 
 
 
 def test_a_hash_that_can_not_be_had_is_told_before_anything_is_written(path, tmp_path, monkeypatch, writes_nothing):
-    def fail(path):
+    def fail(file, digest):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "sha256", fail)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         saved(path, tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
@@ -450,7 +449,7 @@ def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
             sample.replay(file)
     for line in ("{", "[1]", json.dumps({"text": ""})):
         file.write_text(line)
-        with pytest.raises(ConfigError, match="line 1 is not a saved passage"):
+        with pytest.raises(ConfigError, match=r"line 1: .*; it is no saved passage"):
             sample.replay(file)
 
 
@@ -464,13 +463,12 @@ def test_a_replay_that_differs_or_can_not_be_is_told(path, tmp_path):
         (lambda r: r["settings"].update(style="bob"), "line 2: style: found 'bob'"),
         (lambda r: r.update(ids=[-1]), r"`\$.ids\[0\]`"),
         (lambda r: r.update(prompt=7), r"`\$.prompt`"),
-        (lambda r: r.update(together=10**9), "line 2: says that 1,000,000,000 passages were written together, of"),
-        (lambda r: r.update(together=101), "line 2: says that 101 passages"),
+        (lambda r: r.update(together=10**9), "line 2: n: found 1000000000, must be a whole number"),
         (lambda r: r.update(number=5), "number is 5, but it was written together with 1 from 0 on"),
         (lambda r: r.update(device="cuda:99"), "line 2: device: found cuda:99"),
         (lambda r: r.update(checkpoint="nope/x.pt"), "line 2: nope/x.pt: not found"),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 def test_a_saved_passage_that_can_not_be_is_told_by_line_and_place(path, tmp_path, change, said):
     file = tmp_path / "passages.jsonl"
@@ -500,77 +498,6 @@ def test_some_of_the_passages_written_together_are_enough(path, tmp_path, capsys
     file.write_text("".join(json.dumps(records[i]) + "\n" for i in (3, 1)))
     sample.replay(file)
     assert "2 passages, each as it was" in capsys.readouterr().out
-
-
-WRONG = [None, True, -1, 0, 1, 1.5, 2**53 + 1, 10**9, 10**12, 10**400, 1e308, 1e-300, math.nan, "", "x", "\0", "cuda"]
-WRONG += ["x" * 100_000, "../..", "/dev/null", "é☃" * 9, "bard:1," * 1000]
-WRONG += [[], [[]], {}, {"x": 1}, [1] * 1000, ["x"] * 200]
-
-
-NUMBERS = [-1, 0, 1, 2, 99, 100, 101, 10**5, 10**9, 10**12, 2**53, 2**64, 0.5, 1e-300, 1e308]
-
-
-def mutate(records: list[dict], rng: random.Random) -> bytes:
-    """Lines of JSON, one value, key or byte of which is another."""
-    records = copy.deepcopy(records)
-    record = rng.choice(records)
-    where = record["settings"] if rng.random() < 0.5 else record
-    key = rng.choice(list(where))
-    match rng.randrange(8):
-        case 0:
-            del where[key]
-        case 1:
-            where[rng.choice(["x", key + "x", ""])] = rng.choice(WRONG)
-        case 2:
-            items = where[key] if isinstance(where[key], list) and where[key] else [0]
-            items[rng.randrange(len(items))] = rng.choice(WRONG)
-            where[key] = items
-        case 3:
-            raw = bytearray("\n".join(map(json.dumps, records)).encode())
-            place = rng.randrange(len(raw))
-            bad = rng.choice([b"", b"\xff", b"[" * 9999, b"9" * 500, b"\n", b"\0", b"{", b"-"])
-            raw[place : place + rng.randrange(3)] = bad
-            return bytes(raw[: rng.choice([len(raw), place])])
-        case 4 | 5:
-            key = rng.choice([key for key, value in where.items() if isinstance(value, int | float)])
-            where[key] = rng.choice(NUMBERS)
-        case _:
-            where[key] = rng.choice(WRONG)
-    return "\n".join(map(json.dumps, records)).encode()
-
-
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
-def test_no_other_error_leaves_a_replay_of_mutated_passages(path, tmp_path, monkeypatch, capsys, count):
-    def fetch(name):
-        raise CheckpointError(f"{name}: not asked for in a test")
-
-    monkeypatch.setattr(checkpoint, "fetch", fetch)
-    file, rng = tmp_path / "passages.jsonl", random.Random(count)
-    saved(path, file, "--num_samples=2", "--max_new_tokens=4", "--style=bard:0.3,alice", "--dtype=float32")
-    records = saved(path, file, "--max_new_tokens=4", "--stop=x", "--repetition_penalty=1.1", "--dtype=float32")
-    outcomes, before = {"replayed": 0, "refused": 0}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def too_long(*args):
-        raise TimeoutError
-
-    handler = signal.signal(signal.SIGALRM, too_long)
-    try:
-        for _ in range(count):
-            file.write_bytes(mutate(records, rng))
-            signal.setitimer(signal.ITIMER_REAL, 5)
-            try:
-                sample.replay(file)
-                outcomes["replayed"] += 1
-            except (ConfigError, CheckpointError, DataError) as e:
-                assert "\n" not in str(e) and len(str(e)) < 1000
-                outcomes["refused"] += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GB
-    assert outcomes["refused"] > 0.7 * count and outcomes["replayed"] > 0.02 * count
 
 
 # --- the session

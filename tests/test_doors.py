@@ -1,0 +1,343 @@
+"""All that comes from outside, mutated: each door ends in one line of a class of ours, soon and in little memory.
+
+A door reads a file or folder into typed values. A mutation changes values, keys or the shape of what stands there, or
+bytes of the file; then the door gives what it always gives, or raises ConfigError, DataError or CheckpointError.
+"""
+
+import copy
+import gzip
+import json
+import pickle
+import random
+import re
+import resource
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+import checkpoint
+import configurator
+import sample
+import train
+from checkpoint import CheckpointError
+from configurator import ConfigError, Machine
+from data import DataError, batches, corpus
+from log import Log
+
+OURS = (ConfigError, DataError, CheckpointError)
+SECONDS, BYTES = 5, 2**30
+CPU = Machine(torch.device("cpu"), torch.float32)
+DEEP = "@deep@"  # stands for brackets in brackets
+VALUES = (None, True, -1, 0, 1, 7, 255, 2**16, 10**5, 10**9, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e-300, 1e308)
+VALUES += ("", "x", "\0", "a\nb", "é" * 1000, "\ud800", "/dev/zero", "../../../etc/passwd", "nan", "1e999", "(a*)*b")
+VALUES += ([], [[]], {}, {"a": 1}, [0] * 1000, "[", DEEP)
+BITS = (b"\0", b"\xff\xfe", b"[" * 10**5, b"{", b'"', b"\n\n", b" " * 10**4, b"9" * 400)
+
+
+class Door(NamedTuple):
+    """A file with valid content, as a tree that `dump` turns into bytes, and what reads it."""
+
+    path: Path
+    content: Any
+    dump: Callable[[Any], bytes]
+    read: Callable[[], Any]
+
+
+def mutated(content: Any, rng: random.Random) -> Any:
+    """A copy of a tree of dicts and lists that differs in one to three places."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.choice([1, 1, 1, 3])):
+        if not keys_of(content):
+            return rng.choice(VALUES)
+        parent, key = place_in(content, rng)
+        value, what = parent[key], rng.randrange(5)
+        if what == 0:
+            del parent[key]
+        elif what == 1 and isinstance(parent, dict):
+            parent[rng.choice(["x", "", "__class__", f"{key}s"])] = parent.pop(key)
+        elif what == 2 and isinstance(value, int | float) and not isinstance(value, bool):
+            parent[key] = rng.choice([-value, value + 1, value * 10**6, value + 0.5])
+        elif what == 3:
+            other, its_key = place_in(content, rng)
+            parent[key] = copy.deepcopy(other[its_key])
+        else:
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
+    return content
+
+
+def place_in(value: Any, rng: random.Random) -> tuple[Any, Any]:
+    """A container and one of its keys: short branches are met as often as long ones."""
+    key = rng.choice(keys_of(value))
+    return place_in(value[key], rng) if keys_of(value[key]) and rng.random() < 0.6 else (value, key)
+
+
+def keys_of(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+
+
+def mutated_bytes(raw: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, cut out, doubled or put in."""
+    damaged = bytearray(raw)
+    for _ in range(rng.choice([1, 3, 30])):
+        at = rng.randrange(len(damaged) + 1)
+        part = slice(at, at + rng.randrange(1, 100))
+        what = rng.randrange(4)
+        if what == 0:
+            damaged[at : at + 1] = bytes([rng.randrange(256)])
+        elif what == 1:
+            del damaged[part]
+        else:
+            damaged[at:at] = damaged[part] if what == 2 else rng.choice(BITS)
+    return bytes(damaged)
+
+
+def as_json(content: Any) -> bytes:
+    deep = "[" * 10**5 + "]" * 10**5
+    return json.dumps(content).replace(f'"{DEEP}"', deep).encode()
+
+
+def as_yaml(content: Any) -> bytes:
+    return yaml.dump(content).replace(DEEP, "[" * 10**4).encode("utf-8", "surrogatepass")
+
+
+# --- the doors
+
+
+def config_yaml(small: dict, folder: Path) -> Door:
+    path = folder / "config.yaml"
+    keys = {key: str(value) for key, value in small.items()}
+    return Door(path, keys, as_yaml, lambda: configurator.load(train.TrainConfig, [str(path)]))
+
+
+def corpus_yaml(small: dict, folder: Path) -> Door:
+    (folder / "a.txt").write_text("To be, or not to be.\n\nThat is the question.\n" * 9)
+    source = {"style": "a", "licence": "none", "file": "a.txt", "clean": "prose", "remove": ["[0-9]+", "x y"]}
+    source |= {"sha256": corpus.file_sha256(str(folder / "a.txt"))}
+    content = {"sources": [source], "splits": ["0.8", "0.1", "0.1"], "tags": "true", "text_sha256": "0" * 64}
+    return Door(folder / "corpus.yaml", content, as_yaml, lambda: read_corpus(folder))
+
+
+def read_corpus(folder: Path) -> None:
+    manifest = corpus.read_manifest(folder)
+    if any(source.url or source.package for source in manifest.sources):
+        return  # the network is no part of this
+    for _ in corpus.documents(manifest):
+        pass
+
+
+def text(small: dict, folder: Path) -> Door:
+    path = folder / "a.txt"
+    book = (
+        "\ufeff*** START OF THE PROJECT GUTENBERG EBOOK A ***\n\nProduced by B\n\n# ACT I\n\n**ROMEO**\n_[Aside]_ O!\n"
+    )
+    (folder / "corpus.yaml").write_bytes(as_yaml({"sources": [{"style": "a", "file": "a.txt", "clean": "drama"}]}))
+    return Door(path, None, lambda content: (book * 9).encode(), lambda: read_corpus(folder))
+
+
+def json_lines(small: dict, folder: Path) -> Door:
+    path = folder / "a.jsonl"
+    (folder / "corpus.yaml").write_bytes(as_yaml({"sources": [{"style": "a", "file": "a.jsonl"}]}))
+    lines = [{"text": "To be, or not to be.", "more": 1}, {"text": "That is the question."}]
+    return Door(path, lines, lambda content: as_lines(content), lambda: read_corpus(folder))
+
+
+def as_lines(content: Any) -> bytes:
+    return b"\n".join(map(as_json, content if isinstance(content, list) else [content]))
+
+
+def zipped_lines(small: dict, folder: Path) -> Door:
+    door = json_lines(small, folder)
+    (folder / "corpus.yaml").write_bytes(as_yaml({"sources": [{"style": "a", "file": "a.jsonl.gz"}]}))
+    return door._replace(path=folder / "a.jsonl.gz", dump=lambda content: gzip.compress(as_lines(content), 1))
+
+
+def meta_json(small: dict, folder: Path) -> Door:
+    source = Path(small["dataset"])
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = json.loads((folder / "meta.json").read_text())
+    del content["sha256"]
+
+    def dump(content: Any) -> bytes:
+        body = as_json(content).removesuffix(b"}")
+        return body + batches._seal(body)  # so that it is looked at beyond its hash
+
+    return Door(folder / "meta.json", content, dump, lambda: read_dataset(folder))
+
+
+def read_dataset(folder: Path) -> None:
+    meta = batches.read_meta(folder)
+    for name in ("train", "val", "test"):
+        split = batches.open_split(folder, name, meta, 16, CPU.device)
+        for _ in batches.eval_batches(split, 16, 8, CPU.device):
+            pass
+
+
+def trained(small: dict) -> Path:
+    """The best.pt of a run of two steps."""
+    train.main(train.TrainConfig(**small | {"n_layer": 1, "n_embd": 8, "max_iters": 2, "eval_interval": 2}))
+    return Path(small["out_dir"]) / "best.pt"
+
+
+def arguments(small: dict, folder: Path) -> Door:
+    whole = checkpoint.load(trained(small))
+    path = folder / "best.pt"
+    keys = ("model_args", "model_extra", "tokenizer", "config", "iter_num", "best_val_loss", "licences", "text_sha256")
+    content = {key: whole[key] for key in keys if key in whole}
+
+    def dump(content: Any) -> bytes:
+        checkpoint.save(path, {"model": whole["model"], **content} if isinstance(content, dict) else content)
+        return path.read_bytes()
+
+    return Door(path, content, dump, lambda: sample.Poet(str(path), "cpu", "float32").write("O", max_new_tokens=2))
+
+
+def huggingface(name: str) -> Callable[[dict, Path], Door]:
+    def door(small: dict, folder: Path) -> Door:
+        export, loaded = folder / "poet", checkpoint.load_model(trained(small), CPU.device, CPU.dtype)
+        checkpoint.export(*loaded, "O", export)
+        content = json.loads((export / name).read_text())
+        return Door(export / name, content, as_json, lambda: checkpoint.load_model(export, CPU.device, CPU.dtype))
+
+    return door
+
+
+def safetensors_header(small: dict, folder: Path) -> Door:
+    door = huggingface("config.json")(small, folder)
+    path = door.path.with_name("model.safetensors")
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+
+    def dump(content: Any) -> bytes:
+        header = as_json(content)
+        return struct.pack("<Q", len(header)) + header + raw[8 + size :]
+
+    return Door(path, json.loads(raw[8 : 8 + size]), dump, door.read)
+
+
+def nanogpt_meta(small: dict, folder: Path) -> Door:
+    content = checkpoint.load(trained(small))
+    for key in ("tokenizer", "model_extra"):
+        del content[key]
+    checkpoint.save(folder / "ckpt.pt", content)
+    itos = dict(enumerate("".join(map(chr, range(32, 32 + content["model_args"]["vocab_size"])))))
+    stoi = {char: id for id, char in itos.items()}
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
+    read = lambda: checkpoint.load_model(folder / "ckpt.pt", CPU.device, CPU.dtype)  # noqa: E731
+    return Door(folder / "meta.pkl", meta, pickle.dumps, read)
+
+
+def passages(small: dict, folder: Path) -> Door:
+    poet, path = sample.Poet(str(trained(small)), "cpu", "float32"), folder / "passages.jsonl"
+    written = poet.begin("O", 2, max_new_tokens=5)
+    for _ in poet.stream(written, logprobs=True):
+        pass
+    sample.save(path, poet, written)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return Door(path, lines, as_lines, lambda: sample.replay(path))
+
+
+def metrics(small: dict, folder: Path) -> Door:
+    path = folder / "metrics.jsonl"
+    lines = [{"kind": "train", "iter": i, "loss": 1.0, "run": "a"} for i in range(4)]
+    return Door(path, lines, as_lines, lambda: Log(folder, 2, "a", CPU, []))
+
+
+def prompt(small: dict, folder: Path) -> Door:
+    return Door(
+        folder / "p", None, lambda content: "O Romeo é\n".encode(), lambda: sample.read_prompt(f"FILE:{folder}/p")
+    )
+
+
+DOORS = {
+    "a config": config_yaml,
+    "corpus.yaml": corpus_yaml,
+    "a text": text,
+    "JSON lines": json_lines,
+    "JSON lines, zipped": zipped_lines,
+    "meta.json": meta_json,
+    "a checkpoint's arguments": arguments,
+    "config.json": huggingface("config.json"),
+    "tokenizer.json": huggingface("tokenizer.json"),
+    "safetensors": safetensors_header,
+    "meta.pkl": nanogpt_meta,
+    "passages": passages,
+    "metrics.jsonl": metrics,
+    "a prompt": prompt,
+}
+
+
+def attack(door: Door, seed: int, times: int) -> int:
+    """Read that many mutations; returns how many of them were refused."""
+    rng, refused = random.Random(seed), 0
+    door.path.write_bytes(door.dump(door.content))
+    door.read()
+    for number in range(times):
+        if door.content is None or rng.random() < 0.25:
+            raw = mutated_bytes(door.dump(door.content), rng)
+        else:
+            try:
+                raw = door.dump(mutated(door.content, rng))
+            except Exception:  # what its format has no way to say
+                continue
+        door.path.write_bytes(raw)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            door.read()
+        except OURS as e:
+            refused += 1
+            assert str(e) and len(str(e)) < 2000, number
+            assert all(len(line) < 1000 for line in str(e).splitlines()), number
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    return refused
+
+
+@pytest.fixture
+def bounded_memory():
+    """No more than BYTES beside what there is: beyond it there is a MemoryError, which is no class of ours."""
+    now = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.fixture(autouse=True)
+def without_hub(monkeypatch):
+    def fetch(name: str) -> Path:
+        raise CheckpointError(f"{name}: not asked for in a test")
+
+    monkeypatch.setattr(checkpoint, "fetch", fetch)
+
+
+@pytest.fixture
+def bounded_time():
+    """A door that takes longer than SECONDS raises TimeoutError, which is no class of ours."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"over {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_mutations_of_what_comes_from_outside_end_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
+    (tmp_path / "door").mkdir()
+    refused = attack(DOORS[name](small, tmp_path / "door"), 0, 250)
+    assert refused or name == "metrics.jsonl"  # whose bad lines are dropped, with a warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOORS)
+def test_thousands_of_mutations_end_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
+    (tmp_path / "door").mkdir()
+    attack(DOORS[name](small, tmp_path / "door"), 1, 1500)
