@@ -26,7 +26,7 @@ import checkpoint
 import configurator
 from checkpoint import CheckpointError
 from configurator import ConfigError
-from data import DataError, batches, corpus, tokenizer
+from data import DataError, batches, corpus, sources, tokenizer
 from data.batches import FORMAT, Meta, Span, SplitMeta
 from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 
@@ -152,8 +152,8 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
         if source.file:
-            for path in corpus.files(source, manifest.folder):
-                digest.update(f"{os.path.basename(path)} {corpus.file_sha256(path)}".encode())
+            for path in sources.files(source, manifest.folder):
+                digest.update(f"{os.path.basename(path)} {sources.file_sha256(path)}".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,9 @@
-"""A small corpus of two styles, prepared once, and a small config that trains on it in seconds."""
+"""A small corpus of two styles, prepared once, a small config that trains on it in seconds; and a corpus.yaml."""
 
+import contextlib
+import hashlib
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 import prepare
 import train
+from data import corpus
 from data.tokenizer import Tokenizer
 from train import TrainConfig
 
@@ -26,6 +30,30 @@ def make_book(seed: int, n_paragraphs: int) -> str:
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    """Ends what hangs: regular expressions look for signals too."""
+
+    def refuse(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, refuse)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_all(manifest: corpus.Manifest) -> list[tuple[str, str, str]]:
+    return [(doc.name, doc.style, doc.text) for doc in corpus.documents(manifest)]
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +98,16 @@ def shapeless(small: dict) -> dict:
 def small_config(small: dict) -> TrainConfig:
     """That config."""
     return TrainConfig(**small)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Writes a corpus.yaml, and files beside it, and reads it."""
+
+    def read(text: str, **files: bytes) -> corpus.Manifest:
+        (tmp_path / "corpus.yaml").write_text(text)
+        for name, content in files.items():
+            (tmp_path / f"{name}.txt").write_bytes(content)
+        return corpus.read_manifest(tmp_path)
+
+    return read

@@ -1,0 +1,359 @@
+"""What cleaning keeps of a text, and what it takes."""
+
+import re
+import signal
+import textwrap
+import threading
+
+import pytest
+from conftest import read_all, within
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import DataError, cleaning, corpus
+from data.cleaning import clean_drama, clean_prose, clean_text
+from data.corpus import Document
+
+# --- cleaning plays
+
+PLAY = r"""# The Tragedy of Tests
+
+## ACT I
+
+### SCENE II. A platform\--before the &ldquo;castle&rdquo;.
+
+_Enter BERNARDO and
+FRANCISCO, with torches_
+
+**Bernardo**  
+Who's there? A &amp; B, & c.  
+Speak. _\[Aside]_ He comes.
+
+**FIRST WITCH**  
+Nay, _\[To the
+king]_ answer me.
+
+*Exit.*
+
+**All**  
+_Exeunt_
+"""  # noqa: W291
+
+CLEANED_PLAY = """The Tragedy of Tests
+
+ACT I
+
+SCENE II. A platform--before the “castle”.
+
+[Enter BERNARDO and
+FRANCISCO, with torches]
+
+BERNARDO
+Who's there? A & B, &c.
+Speak. [Aside] He comes.
+
+FIRST WITCH
+Nay, [To the
+king] answer me.
+
+[Exit.]
+
+ALL
+[Exeunt]
+"""
+
+
+def test_a_play_keeps_its_words_and_loses_its_markup():
+    assert clean_drama(PLAY) == CLEANED_PLAY
+
+
+def test_a_play_with_other_line_ends_is_the_same_play():
+    assert clean_drama(PLAY.replace("\n", "\r\n")) == CLEANED_PLAY
+
+
+def test_cleaning_a_cleaned_play_changes_nothing():
+    assert clean_drama(CLEANED_PLAY) == CLEANED_PLAY
+
+
+def test_only_the_abbreviation_loses_its_gap():
+    assert clean_drama("Tom & company, & c.\n") == "Tom & company, &c.\n"
+
+
+# --- cleaning prose
+
+BOOK = (
+    "\r\n\r\n            THE TITLE  \r\n\r\n\r\n\r\n  It was late.\t\r\nShe slept.\r\n\r\n"
+    "    Twinkle, little bat!\r\n      How I wonder\r\n    what you're at!\r\n\r\n   The end.\r\n\x1a"
+)
+CLEANED_BOOK = (
+    "THE TITLE\n\nIt was late.\nShe slept.\n\nTwinkle, little bat!\n  How I wonder\nwhat you're at!\n\nThe end.\n"
+)
+
+
+def test_prose_loses_indents_and_line_ends_but_verse_keeps_its_shape():
+    assert clean_prose(BOOK) == CLEANED_BOOK
+    assert clean_prose(CLEANED_BOOK) == CLEANED_BOOK
+
+
+def test_plain_text_keeps_its_indents():
+    assert clean_text(BOOK) == (
+        "            THE TITLE\n\n  It was late.\nShe slept.\n\n"
+        "    Twinkle, little bat!\n      How I wonder\n    what you're at!\n\n   The end.\n"
+    )
+
+
+def test_old_macintosh_line_ends_become_line_feeds():
+    assert clean_text("one\rtwo\r\rthree") == "one\ntwo\n\nthree\n"
+
+
+@pytest.mark.parametrize("clean", [clean_text, clean_prose, clean_drama])
+@pytest.mark.parametrize("blank", ["", "\n", " \t\r\n \x1a"])
+def test_nothing_cleaned_is_nothing(clean, blank):
+    assert clean(blank) == ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé字. \t\n\r*\x1a"), max_size=60))
+def test_plain_cleaning_keeps_every_visible_character_in_order(text):
+    cleaned = clean_text(text)
+    assert "".join(cleaned.split()) == "".join(text.replace("\x1a", "").split())
+    assert not any(line != line.rstrip(" \t") for line in cleaned.split("\n"))
+    assert "\n\n\n" not in cleaned
+    assert clean_text(cleaned) == cleaned
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab \t\x0b\n"), max_size=60))
+def test_indents_go_as_textwrap_has_them_go(text):
+    paragraph = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    assert cleaning._dedent(paragraph) == textwrap.dedent(paragraph)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("aB_ _[\n"), max_size=40))
+def test_a_stage_direction_that_opens_late_is_mended_as_by_the_plain_pattern(text):
+    expected = re.sub(r"_(\w+) _\[", r"_[\1 ", text)
+    assert re.sub(r"(?<!\w)([^\W_]*)_(\w+) _\[", r"\1_[\2 ", text) == expected  # as in clean_drama
+
+
+CHARACTERS = [" ", "\t", "\n", "\r", "a", "é", "7", *"*_[]#-&\\"]
+MIXED = [
+    " \n",
+    "\n ",
+    "\n\n",
+    "x ",
+    "x\n y\n\n  ",
+    " " * 500 + "x\n\n",
+    "& c",
+    "&#",
+    "&amp;",
+    "\\[",
+    "**",
+    "** ",
+    "**a** ",
+]
+MIXED += [
+    "_[",
+    "_a",
+    "_a _[",
+    "_x _",
+    "[ ",
+    "[]",
+    "*[",
+    "_*",
+    "# ",
+    "\n#",
+    "***\n",
+    "*** END OF ",
+    "\n*** ",
+    "Gutenberg",
+]
+MIXED += ["*** START OF THE PROJECT GUTENBERG ", "***START OF THE PROJECT GUTENBERG x\n", "*END*THE SMALL PRINT!"]
+MIXED += ["END OF PROJECT GUTENBERG ", "END OF PROJECT GUTENBERG\n", "Produced by ", "prepared by x\n"]
+SURROUNDED = [("", ""), (" ", "x \n"), ("**", ""), ("_", ""), ("[", ""), ("&#", ";")]
+SURROUNDED += [(f"*** START OF THE PROJECT GUTENBERG {end}", "") for end in ("", "X ***\n", "X ***\nProduced by X\n")]
+SURROUNDED += [("gutenberg\n", "\nEND OF PROJECT GUTENBERG")]
+
+
+def take_linear_time(unit: str, size: int, *surrounded: tuple[str, str]) -> None:
+    for before, after in surrounded:
+        text = before + (unit * (size // len(unit) + 1))[:size] + after
+        for name in ("prose", "drama"):
+            with within(5):
+                cleaning.CLEANERS[name](text)
+        for pattern in (cleaning.GUTENBERG_START, cleaning.GUTENBERG_END, cleaning.GUTENBERG_CREDIT):
+            with within(5):
+                list(pattern.finditer(text)) if pattern is not cleaning.GUTENBERG_CREDIT else pattern.match(text)
+
+
+@pytest.mark.parametrize("unit", CHARACTERS, ids=repr)
+def test_a_megabyte_of_one_character_is_cleaned(unit):
+    take_linear_time(unit, 10**6, (" ", "x \n"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", CHARACTERS + MIXED, ids=lambda unit: repr(unit)[:30])
+def test_a_megabyte_of_anything_that_starts_a_pattern_is_cleaned(unit):
+    take_linear_time(unit, 10**6, ("", ""))
+    take_linear_time(unit, 200_000, *SURROUNDED)
+
+
+def test_numbers_of_characters_that_are_too_long_are_no_character():
+    assert clean_drama("a&#65;b&#" + "9" * 5000 + ";c&#0000000066;\n") == "aAb\ufffdcB\n"
+
+
+# --- Project Gutenberg
+
+STORY = "CHAPTER I\n\nThe project began at *** START.\nIt was long.\n\nCHAPTER II\n\nThe end of the project.\n"
+OLD_HEADER = (
+    "The Project Gutenberg Etext of A Story, by Nobody\n\n"
+    "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nYou may not sue.\n\n"
+)
+NEW_HEADER = (
+    "The Project Gutenberg eBook of A Story\n\nThis eBook is for the use of anyone anywhere.\n\nTitle: A Story\n\n"
+)
+LICENCE = "\n\nUpdated editions will replace the previous one.\n\nSection 1. General Terms of Use\n"
+SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        NEW_HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\n",
+        NEW_HEADER
+        + "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Ann O. Nym\nand others\n\n\n",
+        NEW_HEADER + "***START OF THE PROJECT GUTENBERG EBOOK A STORY***\n\n\nE-text prepared by Ann O. Nym\n\n",
+        OLD_HEADER + SMALL_PRINT + "\n\n",
+        OLD_HEADER + "*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*\n\n",
+    ],
+)
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***" + LICENCE,
+        "\n***END OF THIS PROJECT GUTENBERG EBOOK A STORY***" + LICENCE,
+        "\n\nEnd of the Project Gutenberg EBook of A Story\n\n*** END OF THIS PROJECT GUTENBERG EBOOK" + LICENCE,
+        "\nEnd of Project Gutenberg's A Story, by Nobody\n" + LICENCE,
+        "\n\nEnd of The Project Gutenberg Etext of A Story, by Nobody\n",
+        "\n\nend oF pRoject gutenBerg\n",
+        "",
+    ],
+)
+def test_project_gutenbergs_frame_goes_and_the_whole_story_stays(start, end):
+    assert clean_text((start + STORY + end).replace("\n", "\r\n")) == STORY
+
+
+def test_small_print_behind_the_story_takes_nothing_of_it():
+    text = STORY + "\nEnd of the Project Gutenberg Etext of A Story\n\n" + SMALL_PRINT
+    assert clean_text(text) == STORY
+
+
+def test_a_book_that_is_not_from_project_gutenberg_is_left_whole():
+    assert clean_text(STORY) == STORY
+    credits = "Produced by me.\nIn my own house.\n\nAnd so on.\n"
+    assert clean_text(credits) == credits
+
+
+def test_blank_lines_that_hold_a_blank_are_blank():
+    lines = f"*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\nand you\n\n{STORY}\n".split("\n")
+    assert clean_text("\r\n".join(line or " " for line in lines)) == STORY
+
+
+BOTCHAN = "BOTCHAN\nBy the late Mr. Natsume\n" + "Because of an hereditary recklessness, I have been a loser.\n" * 300
+
+
+def test_a_credit_that_no_blank_line_ends_is_one_line():
+    start = (
+        "Title: Botchan\n*** START OF THIS PROJECT GUTENBERG EBOOK BOTCHAN ***\nProduced by David Starner and others\n"
+    )
+    end = "End of Project Gutenberg's Botchan\n*** END OF THIS PROJECT GUTENBERG EBOOK BOTCHAN ***\n" + LICENCE
+    assert clean_text(start + BOTCHAN + end) == BOTCHAN
+
+
+def test_a_credit_is_eight_lines_at_most():
+    start = "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\n"
+    for n in range(1, 20):
+        credit = "Produced by Ann O. Nym\n" + "".join(f"and helper {i}\n" for i in range(1, n))
+        expected = STORY if n <= 8 else credit.split("\n", 1)[1] + "\n" + STORY
+        assert clean_text(f"{start}{credit}\n{STORY}") == expected
+    long = "Produced by Ann O. Nym\n" + 3 * ("A paragraph of the book on a single line, as some have them. " * 5 + "\n")
+    assert clean_text(f"{start}{long}\n{STORY}").startswith("A paragraph of the book")
+
+
+def test_of_several_books_in_one_file_each_is_kept():
+    books = [STORY.replace("CHAPTER", f"BOOK {i} CHAPTER") for i in range(3)]
+    framed = [
+        f"{NEW_HEADER}*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\n\n{book}\n"
+        f"*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***{LICENCE}"
+        for book in books
+    ]
+    assert clean_text("".join(framed)) == "\n".join(books)
+
+
+# --- what cleaning takes is told
+
+
+def told(*texts: str, clean: str = "text") -> tuple[str, ...]:
+    docs = [
+        Document(f"d{i}", "s", cleaning.CLEANERS[clean](text), text, f"my/d{i}.txt") for i, text in enumerate(texts)
+    ]
+    return corpus.survey(docs).warnings
+
+
+def test_gutenbergs_own_frame_is_no_loss(capsys):
+    licence = "You may copy it, give it away or re-use it under the terms of the licence.\n" * 250
+    start = NEW_HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\n\n"
+    end = "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***\n"
+    assert told(start + STORY + end + licence) == ()
+    [said] = told(start + STORY + end + licence * 10)  # that is no licence
+    assert (
+        said.startswith("my/d0.txt: cleaning kept 0% of its letters; the ") and "begin '*** END OF THE PROJECT" in said
+    )
+    [said] = told("Poems, by me\n" * 5000 + start + STORY)
+    assert "begin 'Poems, by me Poems" in said
+
+
+def test_what_else_is_lost_is_told_by_its_first_words():
+    text = "It began.\n\n" + "\n\n".join(["Nobody must lose this, whoever cleans."] * 9) + "\n\nThe end.\n"
+    doc = Document("d", "s", clean_text("It began.\n\nThe end.\n"), text, "my/d.txt")
+    [said] = corpus.survey([doc]).warnings
+    assert said == (
+        "my/d.txt: cleaning kept 4% of its letters; the 279 that went begin "
+        "'Nobody must lose this, whoever cleans. Nobody must lose this' (clean: none in a corpus.yaml keeps all)"
+    )
+    assert (
+        told("&eacute;&eacute;t&eacute; &ldquo;caf&eacute;&rdquo;\n" * 9, clean="drama") == ()
+    )  # marks are no letters
+
+
+@pytest.mark.parametrize("kept, warns", [(9000, False), (8999, True)])
+def test_ninety_per_cent_are_enough(kept, warns):
+    doc = Document("d", "s", "a" * kept, "a" * kept + "b" * (10_000 - kept), "d.txt")
+    assert bool(corpus.survey([doc]).warnings) == warns
+
+
+# --- patterns to remove
+
+
+def test_patterns_to_remove_are_removed_before_cleaning(manifest):
+    read = manifest(
+        r"sources: [{style: s, file: a.txt, remove: ['\[edition \d\]\r\n', X+]}]", a=b"[edition 2]\r\noXXne"
+    )
+    assert read_all(read)[0][2] == "one\n"
+
+
+def test_a_pattern_to_remove_that_never_ends_is_refused(manifest):
+    read = manifest(r"sources: [{style: s, file: a.txt, remove: ['x', '(a+)+$']}]", a=b"x" + b"a" * 60 + b"b")
+    before = signal.getsignal(signal.SIGALRM)
+    with within(5), pytest.raises(DataError, match=r"a\.txt: remove: '\(a\+\)\+\$' takes over 2 s"):
+        read_all(read)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_patterns_are_removed_in_a_thread_too(manifest):
+    read, found = manifest("sources: [{style: s, file: a.txt, remove: [b+]}]", a=b"abc"), []
+    thread = threading.Thread(target=lambda: found.extend(read_all(read)))
+    thread.start()
+    thread.join()
+    assert found == [("a", "s", "ac\n")]
