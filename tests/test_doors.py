@@ -27,7 +27,7 @@ import sample
 import train
 from checkpoint import CheckpointError
 from configurator import ConfigError, Machine
-from data import DataError, batches, corpus
+from data import DataError, batches, corpus, sources
 from log import Log
 
 OURS = (ConfigError, DataError, CheckpointError)
@@ -118,7 +118,7 @@ def config_yaml(small: dict, folder: Path) -> Door:
 def corpus_yaml(small: dict, folder: Path) -> Door:
     (folder / "a.txt").write_text("To be, or not to be.\n\nThat is the question.\n" * 9)
     source = {"style": "a", "licence": "none", "file": "a.txt", "clean": "prose", "remove": ["[0-9]+", "x y"]}
-    source |= {"sha256": corpus.file_sha256(str(folder / "a.txt"))}
+    source |= {"sha256": sources.file_sha256(str(folder / "a.txt"))}
     content = {"sources": [source], "splits": ["0.8", "0.1", "0.1"], "tags": "true", "text_sha256": "0" * 64}
     return Door(folder / "corpus.yaml", content, as_yaml, lambda: read_corpus(folder))
 
