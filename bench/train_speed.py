@@ -291,9 +291,8 @@ def main(cfg: SpeedConfig) -> None:
     machine = find_machine(cfg)
     limit_vram(machine, cfg.vram_limit_gb)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = train.find_dataset(cfg.dataset)
+        folder = Path(scratch) if cfg.vocab_size else train.find_dataset(cfg.dataset)
         if cfg.vocab_size:
-            folder = Path(scratch)
             write_random_corpus(folder, cfg)
         result = measure(cfg, machine, folder)
     print(table([result]))
