@@ -119,7 +119,7 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
 
 def beside_scripts(path: str | Path) -> Path:
     """`path`, or the same path beside the scripts where the working folder has none."""
-    return Path(path) if os.path.exists(path) or not (HOME / path).exists() else HOME / path
+    return HOME / path if not os.path.exists(path) and os.path.exists(HOME / path) else Path(path)
 
 
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}

@@ -61,8 +61,12 @@ class SampleConfig(Settings):
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
-        if self.interactive and (self.save or self.export):
-            found.append("interactive: takes no save and no export; type /save FILE there")
+        modes = {"replay": "interactive prompt num_samples check save export"}
+        modes["interactive"] = "prompt num_samples check save export"
+        for mode, unread in modes.items():
+            given = [key for key in unread.split() if getattr(self, key) != getattr(SampleConfig, key)]
+            if getattr(self, mode) and given:
+                found.append(f"{mode}: takes no {', '.join(given)}; leave it out")
         return found
 
 
@@ -398,6 +402,8 @@ def replay(path: Path) -> None:
         except (ConfigError, DataError, CheckpointError) as e:
             raise type(e)(f"{path}: line {line}: {untrusted.describe(e)}") from None
         tell(poet, passages, as_saved(poet.stream(passages), passages, group, path))
+    if not count:
+        raise ConfigError(f"{path}: holds no saved passage")
     print(f"{path}: {count} passages, each as it was")
 
 

@@ -411,8 +411,16 @@ def load_start(cfg: TrainConfig) -> tuple[dict[str, Any] | None, Path, bool]:
     if cfg.init_from == "scratch" or (cfg.init_from == "auto" and not latest.exists() and not previous.exists()):
         if cfg.eval_only:
             raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, as --init_from=out/demo/best.pt")
+        if cfg.init_from == "auto" and (out / "previous" / "ckpt.pt").exists():
+            configurator.warn(
+                f"{out} has no ckpt.pt, a new run begins; --out_dir={out / 'previous'} resumes the one there"
+            )
         return None, latest, False
     if cfg.init_from not in ("resume", "auto"):
+        if (out / "previous").resolve() in Path(cfg.init_from).resolve().parents and not cfg.eval_only:
+            raise ConfigError(
+                f"init_from: {cfg.init_from} may be replaced by a new run in {out}; choose another out_dir"
+            )
         return checkpoint.load(Path(cfg.init_from)), Path(cfg.init_from), False
     try:
         return checkpoint.load(latest), latest, True
@@ -459,18 +467,18 @@ def differences(cfg: TrainConfig, saved: dict[str, Any]) -> str:
 def check_fit(start: dict[str, Any], path: Path, resumes: bool, cfg: TrainConfig, meta: Meta) -> None:
     """Raise CheckpointError if the data is not the checkpoint's or, on resuming, the optimizer."""
     problems = []
+    if resumes and start.get("text_sha256") != meta.text_sha256:
+        raise CheckpointError(
+            f"{path}: it was trained on another text than {cfg.dataset}; a new run can start from its weights: "
+            f"prepare.py --tokenizer={path}, then --init_from={path} with another --out_dir"
+        )
     theirs, ours = checkpoint.tokenizer_of(start, path).to_json(), meta.tokenizer.to_json()
     if not resumes:  # a new run may have special tokens that the checkpoint has not
         ours["specials"] = ours["specials"][: len(theirs["specials"])]
     if theirs != ours:
         problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
-    if resumes:
-        if start.get("text_sha256") != meta.text_sha256:
-            problems.append(
-                "it was trained on another text than the dataset's; --init_from=PATH starts a new run from it"
-            )
-        if (saved := checkpoint.read_header(start, path).config.optimizer) != cfg.optimizer:
-            problems.append(f"optimizer: the checkpoint has {saved}, the config {cfg.optimizer}")
+    if resumes and (saved := checkpoint.read_header(start, path).config.optimizer) != cfg.optimizer:
+        problems.append(f"optimizer: the checkpoint has {saved}, the config {cfg.optimizer}")
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
 
@@ -544,7 +552,7 @@ def prepare_out_dir(out: Path) -> BinaryIO:
     return lock
 
 
-CHECKPOINTS = ("best.pt", "ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt")
+CHECKPOINTS = ("ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt", "best.pt")
 
 
 def check_space(out: Path, model: GPT, resumes: bool) -> None:
@@ -564,18 +572,21 @@ def check_space(out: Path, model: GPT, resumes: bool) -> None:
 def set_aside(out: Path) -> bool:
     """Move an earlier run's files from `out` to out/previous, in place of those there; whether there was such a run.
 
-    A process that is killed on the way has lost nothing: the next call finishes what it began.
+    A process that is killed on the way has lost nothing: the next call finishes what it began. Raises ConfigError if a
+    run is writing to out/previous.
     """
     part, previous = out / "previous.part", out / "previous"
     found = [path for name in CHECKPOINTS if (path := out / name).exists()]
-    if found:
-        part.mkdir(exist_ok=True)
-        for path in (*out.glob("events.out.tfevents.*"), *out.glob("metrics.jsonl"), *found):  # the checkpoints last
-            os.replace(path, part / path.name)
-    if part.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(part, previous)
-    return bool(found)
+    if not found and not part.exists():
+        return False
+    if previous.exists():
+        prepare_out_dir(previous).close()
+    part.mkdir(exist_ok=True)
+    for path in (*found, *out.glob("metrics.jsonl"), *out.glob("events.out.tfevents.*")):  # what is resumed from first
+        os.replace(path, part / path.name)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(part, previous)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,13 +654,14 @@ def main(cfg: TrainConfig) -> None:
     log.say(f"{machine.device}, {str(machine.dtype)[6:]}, {size}")
     if was_there:
         log.say(f"{out} held an earlier run: moved to {out / 'previous'}, in place of what was there")
-        log.say("to resume a run instead of beginning another: --init_from=auto")
+        log.say(f"to resume that one instead: --init_from=auto --out_dir={out / 'previous'}")
     if resumes:
         log.say(f"resuming from {start_path}, step {progress.iter_num}")
         if changed := differences(cfg, start["config"]):
             log.say(f"other than in the checkpoint: {changed}")
         if progress.iter_num >= cfg.max_iters:
-            log.say(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger --max_iters trains on")
+            larger = "--epochs" if cfg.epochs else "--max_iters"
+            log.say(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
     del start
 
     # --- loop
@@ -696,6 +708,8 @@ def main(cfg: TrainConfig) -> None:
     close(machine)
     if unsaved:
         raise ConfigError(unsaved)
+    if cfg.patience and progress.bad_evals >= cfg.patience:
+        log.say(f"stopped: {progress.bad_evals} evaluations without a better val loss; a larger --patience trains on")
     if end and progress.iter_num < cfg.max_iters:
         log.say(f"ended by a signal; --init_from=auto goes on from step {progress.iter_num}")
         raise SystemExit(0 if machine.launched else RESUMABLE)

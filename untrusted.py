@@ -43,7 +43,7 @@ def read_bytes(path: Path, error: type[Exception], limit: int = JSON_BYTES) -> b
         raise error(f"{path}: has {size:,} bytes, must have at most {limit:,}")
     try:
         with open(path, "rb") as f:
-            return f.read(limit)
+            return f.read(size)  # read(limit) would allocate so much
     except OSError as e:
         raise error(f"{path}: {e.strerror}") from None
 

@@ -43,7 +43,10 @@ def find_dataset(name: str) -> Path:
     known = ", ".join(sorted({path.parent.name for place in places for path in place.glob("*/meta.json")}))
     has_manifest = any((place / name / "corpus.yaml").is_file() for place in places)
     advice = f"data/{name}" if has_manifest else f"--input='my/*.txt' --out=data/{Path(name).name or 'mine'}"
-    raise DataError(f"dataset: {name!r} is not prepared ({known or 'nothing'} is); run `python prepare.py {advice}`")
+    raise DataError(
+        f"dataset: {name!r} is not prepared ({known or 'nothing'} is); run `python prepare.py {advice}`, or if it is "
+        "in another folder, name that one, --dataset=PATH, or start from where it was trained"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def loss(raw: str, text: str, before: int, kept: int) -> str:
     books = _books(raw)
     edges = [0, *(edge for book in books for edge in book), len(raw)]
     gaps = [raw[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    too_long = [gap for gap in gaps if count_letters(gap) > FRAME_LETTERS]
+    too_long = [gap for gap in gaps if not _is_frame(gap)]
     inside = _unescape("\n\n".join(raw[start:stop] for start, stop in books))
     whole = count_letters(inside) + sum(map(count_letters, too_long))
     if kept >= KEPT * whole:
@@ -165,6 +165,12 @@ def loss(raw: str, text: str, before: int, kept: int) -> str:
         f"cleaning kept {kept / whole:.0%} of its letters; the {whole - kept:,} that went begin "
         f"{' '.join(went[:300].split())[:60]!r} (clean: none in a corpus.yaml keeps all)"
     )
+
+
+def _is_frame(gap: str) -> bool:
+    """Whether what stands outside a book is Project Gutenberg's, which names itself beside the line that parts them."""
+    letters = count_letters(gap)
+    return letters <= 500 or (letters <= FRAME_LETTERS and gap.encode().lower().count(b"gutenberg") > 1)
 
 
 def _first_lost(raw: str, text: str) -> str:

@@ -301,7 +301,7 @@ def told(*texts: str, clean: str = "text") -> tuple[str, ...]:
 
 
 def test_gutenbergs_own_frame_is_no_loss(capsys):
-    licence = "You may copy it, give it away or re-use it under the terms of the licence.\n" * 250
+    licence = "You may copy it, give it away or re-use it under the terms of Project Gutenberg.\n" * 250
     start = NEW_HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\n\n"
     end = "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***\n"
     assert told(start + STORY + end + licence) == ()
@@ -311,6 +311,14 @@ def test_gutenbergs_own_frame_is_no_loss(capsys):
     )
     [said] = told("Poems, by me\n" * 5000 + start + STORY)
     assert "begin 'Poems, by me Poems" in said
+
+
+@pytest.mark.parametrize(
+    "line", ["End of Project Gutenberg is what he said", "*** START OF THE PROJECT GUTENBERG EBOOK A ***"]
+)
+def test_a_line_like_the_frames_in_a_book_without_one_loses_nothing_in_silence(line):
+    [said] = told(f"{STORY * 20}\n{line}\n{STORY * 20}")
+    assert "cleaning kept 5" in said or "cleaning kept 4" in said
 
 
 def test_what_else_is_lost_is_told_by_its_first_words():

@@ -340,4 +340,4 @@ def test_mutations_of_what_comes_from_outside_end_in_one_line(name, small, tmp_p
 @pytest.mark.parametrize("name", DOORS)
 def test_thousands_of_mutations_end_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
     (tmp_path / "door").mkdir()
-    attack(DOORS[name](small, tmp_path / "door"), 1, 1500)
+    attack(DOORS[name](small, tmp_path / "door"), 1, 1430)

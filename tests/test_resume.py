@@ -48,7 +48,8 @@ def test_a_new_run_moves_the_one_before_to_previous_and_keeps_one_generation(sma
     capsys.readouterr()
     run(small, seed=1, tensorboard=True)
     told = capsys.readouterr().out
-    assert hashes(out / "previous") == first and f"moved to {out}/previous" in told and "--init_from=auto" in told
+    assert hashes(out / "previous") == first and f"moved to {out}/previous" in told
+    assert f"--init_from=auto --out_dir={out}/previous" in told
     second = hashes(out)
     assert any(name.startswith("events.out.tfevents") for name in second)
     run(small, seed=2)
@@ -59,15 +60,29 @@ def test_a_new_run_moves_the_one_before_to_previous_and_keeps_one_generation(sma
     assert (out / "mine.txt").read_text() == "a user's own" and (out / "previous" / "best.pt").exists()
 
 
-def test_a_run_without_a_checkpoint_is_no_reason_to_drop_the_one_before(small):
+def test_a_run_without_a_checkpoint_is_no_reason_to_drop_the_one_before(small, capsys):
     out = Path(small["out_dir"])
     run(small)
     first = hashes(out)
     with pytest.raises(DivergedAtOnceError):
         killed_before_its_first_save(small)
     assert hashes(out / "previous") == first and (out / "metrics.jsonl").exists()
+    capsys.readouterr()
     run(small, init_from="auto", seed=2)
     assert hashes(out / "previous") == first
+    assert f"--out_dir={out}/previous resumes the one there" in capsys.readouterr().err
+
+
+def test_a_new_run_never_takes_the_place_of_one_that_is_going_or_that_it_starts_from(small):
+    out = Path(small["out_dir"])
+    run(small)
+    run(small, seed=1)
+    found, before = hashes(out), hashes(out / "previous")
+    with pytest.raises(ConfigError, match="may be replaced by a new run"):
+        run(small, init_from=str(out / "previous" / "best.pt"))
+    with train.prepare_out_dir(out / "previous"), pytest.raises(ConfigError, match="another run is writing to"):
+        run(small, seed=2)
+    assert hashes(out) == found and hashes(out / "previous") == before
 
 
 class DivergedAtOnceError(Exception):
@@ -86,7 +101,7 @@ def killed_before_its_first_save(keys: dict) -> None:
         run(keys, seed=5, init_from="scratch")
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+@pytest.mark.parametrize("moved", range(5))
 def test_a_process_killed_while_it_moves_a_run_loses_none_of_it(small, monkeypatch, moved):
     out = Path(small["out_dir"])
     run(small)
@@ -160,6 +175,17 @@ def test_resuming_takes_what_is_not_given_from_the_checkpoint(small, capsys):
     assert "finished: step 6 of max_iters 2" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="n_layer: the checkpoint has 2, the config 6; leave it out"):
         run(out, init_from="resume", n_layer=6)  # the default, but given
+
+
+def test_a_run_that_patience_has_stopped_says_so_and_resumes_with_more(small, capsys):
+    keys = small | {"learning_rate": 1e-12, "muon_learning_rate": 1e-12, "eval_interval": 1, "max_iters": 5}
+    keys |= {"decay_lr": False}
+    run(keys, patience=2)
+    said = "stopped: 2 evaluations without a better val loss; a larger --patience trains on"
+    assert said in capsys.readouterr().out
+    run(keys, init_from="auto")
+    assert said in capsys.readouterr().out
+    assert run(keys, init_from="auto", patience=9)[-1]["iter"] == 5
 
 
 def test_a_number_of_steps_that_is_given_overrules_the_epochs_of_the_checkpoint(small):

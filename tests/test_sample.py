@@ -297,7 +297,8 @@ def writes_nothing(monkeypatch):
         (["--prompt=FILE:{tmp}/big"], "big: has 10,485,761 bytes, must have at most 10,485,760"),
         (["--replay={tmp}/none"], "none: No such file"),
         (["--replay=/dev/zero"], "/dev/zero: is not a regular file"),
-        (["--interactive", "--save={tmp}/x"], "interactive: takes no save"),
+        (["--replay=x", "--save={tmp}/x", "--check"], "replay: takes no check, save; leave it out"),
+        (["--interactive", "--save={tmp}/x"], "interactive: takes no save; leave it out"),
     ],
     ids=str,
 )
