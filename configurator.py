@@ -82,7 +82,8 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
                 if following is None or difflib.get_close_matches(following, hints, n=1):
                     problems.append(f"--{key}: has no value; write --{key}=VALUE")
                 else:  # no key: the value itself begins with --
-                    problems.append(f"--{key}: has no value; if that is {args[0]}, write --{key}={args.pop(0)}")
+                    meant = args.pop(0)
+                    problems.append(f"--{key}: has no value; if that is {meant}, write --{key}={meant}")
             elif get_origin(hints.get(key)) is tuple:
                 flags.setdefault(key, []).append(value)
             else:
