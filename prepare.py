@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import configurator
-from checkpoint import CheckpointError
 from configurator import ConfigError
-from data import DataError, batches, corpus, sources, tokenizer
-from data.batches import FORMAT, Meta, Span, SplitMeta
-from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from robopoet.errors import CheckpointError, DataError
+from robopoet.text import batches, corpus, sources, tokenizer
+from robopoet.text.batches import FORMAT, Meta, Span, SplitMeta
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from robopoet.weights import checkpoint
 
 KINDS = ("bpe", "char", "gpt2")  # of tokenizers
 

@@ -23,17 +23,17 @@ from typing import Any, Literal, get_args
 import msgspec
 import torch
 
-import checkpoint
 import configurator
-import untrusted
-from checkpoint import CheckpointError
-from choose import Chooser
 from configurator import ConfigError, bounds
-from data import DataError
-from data.batches import find_dataset
-from data.tokenizer import END, UNKNOWN, styles
-from originality import Originality
-from passage import Passage, SavedSettings, Settings, make_settings
+from robopoet import untrusted
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import find_machine
+from robopoet.text.batches import find_dataset
+from robopoet.text.tokenizer import END, UNKNOWN, styles
+from robopoet.weights import checkpoint
+from robopoet.writing.originality import Originality
+from robopoet.writing.passage import Passage, SavedSettings, Settings, make_settings
+from robopoet.writing.sampler import Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_PASSAGES = 10_000  # written together
@@ -82,7 +82,7 @@ class Poet:
     ):
         if dtype not in get_args(Dtype):
             raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
-        self.machine = configurator.find_machine(device, dtype)
+        self.machine = find_machine(device, dtype)
         self.path, self.record = Path(checkpoint_path), record
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found; {_models()}")
@@ -160,7 +160,7 @@ class Poet:
         idx = torch.tensor(rows * len(passages), device=self.machine.device)
         tags = torch.tensor(list(blend) * len(passages), device=self.machine.device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
-        choose = Chooser(chosen, self.forbidden, numbers, weights, heads[0] + ids, logprobs)
+        choose = Sampler(chosen, self.forbidden, numbers, weights, heads[0] + ids, logprobs)
         writing = self.model.generate(idx, chosen.max_new_tokens, choose, tags, self.record)
         written, going = list(range(len(passages))), None  # the passages that the model's rows are
         with contextlib.suppress(StopIteration):

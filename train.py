@@ -27,16 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-import checkpoint
 import configurator
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, RankError, Signals, bounds
-from data import DataError, tokenizer
-from data.batches import Meta, Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
-from log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
+from configurator import ConfigError, bounds
 from model import GPT, GPTConfig, Graphed
-from optimizer import configure_optimizers, shared_as, whole
-from untrusted import convert
+from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
+from robopoet.machine import Machine, Signals, find_machine, why_no_compile
+from robopoet.text import tokenizer
+from robopoet.text.batches import Meta, Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
+from robopoet.training.log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
+from robopoet.training.optimizer import configure_optimizers, shared_as, whole
+from robopoet.untrusted import convert
+from robopoet.weights import checkpoint
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     optimizers = configure_optimizers(model, cfg.optimizer, *rates, cfg.weight_decay, betas, machine.dtype, records)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        if reason := configurator.why_no_compile(machine.device):
+        if reason := why_no_compile(machine.device):
             configurator.warn(f"compile: {reason} on this machine; going on uncompiled")
         else:
             forward = torch.compile(model)
@@ -595,10 +596,6 @@ def set_aside(out: Path) -> bool:
 RESUMABLE = 75  # exit code (EX_TEMPFAIL): ended by a signal, saved, --init_from=auto goes on
 
 
-class DivergedError(ArithmeticError):
-    """A loss or gradient that is not finite; the message names the step, the ranks and their rows."""
-
-
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
     # --- config and machine
@@ -606,7 +603,7 @@ def main(cfg: TrainConfig) -> None:
     start, start_path, resumes = load_start(cfg)
     if start:
         cfg = complete(cfg, start, start_path, resumes)
-    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
+    machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
     micro_batches(cfg, machine)
 
     # --- data and model

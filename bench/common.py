@@ -15,12 +15,13 @@ import msgspec
 import torch
 
 import train
-import untrusted
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine
-from data import tokenizer
-from data.batches import open_split, read_meta
+from configurator import ConfigError
 from model import GPT
+from robopoet import untrusted
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine
+from robopoet.text import tokenizer
+from robopoet.text.batches import open_split, read_meta
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import checkpoint
 import configurator
 from bench.common import evaluate_checkpoint, markdown, origin, read_records, write_result
 from bench.learn import read_curve
-from checkpoint import CheckpointError
 from configurator import ConfigError
-from data import DataError
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import find_machine
+from robopoet.weights import checkpoint
 
 OLDER_LSTM_VAL_LOSS = 6.5  # nats per token; the model that this project replaces
 
@@ -35,7 +35,7 @@ class DemoConfig:
 
 def main(cfg: DemoConfig) -> None:
     """Collect the figures, evaluate the test split, print the figures and keep them."""
-    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    machine = find_machine(cfg.device, cfg.dtype)
     path = Path(cfg.run) / "best.pt"
     best = checkpoint.load(path)
     if not {"iter_num", "seconds"} <= best.keys():

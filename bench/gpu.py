@@ -22,7 +22,8 @@ from bench import common, gpu_stages
 from bench.common import markdown
 from bench.gpu_stages import ROOT, Lab
 from bench.peer import SCRIPTS
-from configurator import ConfigError, Machine, bounds
+from configurator import ConfigError, bounds
+from robopoet.machine import Machine, find_machine
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def missing(stage: Stage, cfg: GpuConfig) -> str:
 
 def sources() -> str:
     """A hash of the code that the stages run: results count while it stays as it is, committed or not."""
-    sha, patterns = hashlib.sha256(), ("*.py", "data/*.py", "robopoet/**/*.py", "bench/*.py", "config/*.yaml")
+    sha, patterns = hashlib.sha256(), ("*.py", "robopoet/**/*.py", "bench/*.py", "config/*.yaml")
     for path in sorted({*(path for pattern in patterns for path in ROOT.glob(pattern)), ROOT / "tests/test_cuda.py"}):
         sha.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return sha.hexdigest()[:12]
@@ -187,7 +188,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(cfg: GpuConfig) -> None:
     """Run the stages that are asked for and not done yet, print the table; exit code 1 if one has failed."""
-    start, machine = time.monotonic(), configurator.find_machine(cfg.device, "auto")
+    start, machine = time.monotonic(), find_machine(cfg.device, "auto")
     device = common.slug(common.describe_machine(machine)["device"])
     for number in cfg.numbers:
         if lacks := missing(STAGES[number], cfg):

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-import checkpoint
 import configurator
 import train
 from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
 from bench.peer import iteration_ms, launch
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, bounds
-from data import DataError, tokenizer
-from data.batches import open_split, read_meta
+from configurator import ConfigError, bounds
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import Machine, find_machine
+from robopoet.text import tokenizer
+from robopoet.text.batches import open_split, read_meta
+from robopoet.weights import checkpoint
 
 Curve = list[dict[str, float]]  # an evaluation each: iter, tokens, seconds of training, val loss (nats/token), bpb
 
@@ -119,7 +120,7 @@ def best(curve: Curve) -> dict[str, float]:
 
 def main(cfg: LearnConfig) -> None:
     """Train both, seed by seed in turns, print the figures and keep them."""
-    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    machine = find_machine(cfg.device, cfg.dtype)
     folder = train.find_dataset(cfg.dataset)
     ours: list[Curve] = []
     theirs: list[Curve] = []

@@ -13,7 +13,8 @@ from types import ModuleType
 
 import torch
 
-from configurator import ConfigError, Machine
+from configurator import ConfigError
+from robopoet.machine import Machine
 from train import TrainConfig
 
 SCRIPTS = ("train.py", "model.py", "configurator.py")

@@ -22,9 +22,11 @@ import prepare
 from bench.common import markdown, origin, show, spread, write_result
 from bench.peer import resident_mb
 from configurator import ConfigError, bounds
-from data import DataError, corpus, tokenizer
-from data.batches import read_meta
-from data.tokenizer import BPETokenizer
+from robopoet.errors import DataError
+from robopoet.machine import find_machine
+from robopoet.text import corpus, tokenizer
+from robopoet.text.batches import read_meta
+from robopoet.text.tokenizer import BPETokenizer
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def main(cfg: PrepareSpeedConfig) -> None:
         seconds, peak_mem_mb = run_prepare(path, out, cfg)
         tok = tokenizer.from_json(read_meta(out).tokenizer)
     ours, theirs = time_encoders(tok, list(documents(cfg, cfg.lap_megabytes)), cfg.repeats)
-    result = origin("prepare_speed", configurator.find_machine("cpu", "float32")) | {
+    result = origin("prepare_speed", find_machine("cpu", "float32")) | {
         "documents": count,
         "megabytes": size / 1e6,
         "vocab_size": cfg.vocab_size,

@@ -15,8 +15,9 @@ import configurator
 import train
 from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
 from configurator import ConfigError, bounds
-from data import DataError
-from data.batches import find_dataset, read_meta
+from robopoet.errors import DataError
+from robopoet.machine import find_machine
+from robopoet.text.batches import find_dataset, read_meta
 
 # Milliseconds of an all_reduce of as many numbers as there are gradients, by itself: the least that ranks cost a step.
 REDUCE = """
@@ -74,7 +75,7 @@ def tok_per_sec(cfg: RanksConfig, ranks: int) -> float:
 
 def main(cfg: RanksConfig) -> None:
     """Time each, in turns, print the figures and keep them."""
-    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    machine = find_machine(cfg.device, cfg.dtype)
     meta = read_meta(find_dataset(cfg.dataset))
     parameters = train.new_model(cfg, meta.vocab_size).num_params()
     speed: dict[int, list[float]] = {1: [], cfg.ranks: []}

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import torch
 
-import checkpoint
 import configurator
 from bench.common import evaluate_checkpoint, markdown, origin, show, spread, write_result
 from bench.peer import load_model_module, resident_mb
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, bounds
-from data import DataError
+from configurator import ConfigError, bounds
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import Machine, find_machine
+from robopoet.weights import checkpoint
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
@@ -181,7 +181,7 @@ def seconds_of(*command: str) -> float:
 
 def main(cfg: SampleSpeedConfig) -> None:
     """Time everyone in turns, see that they agree, print the figures and keep them."""
-    machine = configurator.find_machine(cfg.device, cfg.dtype)
+    machine = find_machine(cfg.device, cfg.dtype)
     model = read_model(cfg)
     before_mb = resident_mb("self", "VmRSS")
     poet = our_poet(cfg, model, cfg.device, cfg.dtype)

@@ -17,10 +17,12 @@ import torch
 import configurator
 import train
 from bench.common import config_name, markdown, origin, show, spread, write_result
-from bench.train_speed import build, find_machine, lap
-from configurator import Machine, bounds
-from data import DataError, batches
-from data.batches import TrainWindows, bin_sha256, encode_meta, open_split, read_meta
+from bench.train_speed import build, find_one_machine, lap
+from configurator import bounds
+from robopoet.errors import DataError
+from robopoet.machine import Machine
+from robopoet.text import batches
+from robopoet.text.batches import TrainWindows, bin_sha256, encode_meta, open_split, read_meta
 
 TIMES = 4
 CAN_DROP = hasattr(os, "posix_fadvise")  # pages from memory; macOS has no such call
@@ -94,7 +96,7 @@ class Variant:
 
 def main(cfg: ScalingConfig) -> None:
     """Time each variant on as many tokens, in turns, print the figures and keep them."""
-    machine = find_machine(cfg)
+    machine = find_one_machine(cfg)
     larger = dataclasses.replace(cfg, batch_size=TIMES * cfg.batch_size)
     folder, steps = train.find_dataset(cfg.dataset), TIMES * cfg.steps
     own_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # compiled as in a run of their own

@@ -22,10 +22,10 @@ import torch
 import configurator
 import train
 from bench.common import markdown, origin, read_records, train_command, write_result
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine, bounds
-from data import DataError
-from data.batches import TrainWindows, open_split, read_meta
+from configurator import ConfigError, bounds
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import Machine, Signals, find_machine
+from robopoet.text.batches import TrainWindows, open_split, read_meta
 
 FAULTS = ("kill", "terminate", "flip a bit", "cut")
 
@@ -88,7 +88,7 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     split = open_split(folder, "train", meta, keys.block_size, machine.device)
     windows = TrainWindows(split, keys.block_size, keys.seed, keys.tag_prob)
     state = train.build_state(keys, machine, train.new_model(keys, meta.vocab_size))
-    signals, one = configurator.Signals(machine, keys.timeout_s), torch.ones(())
+    signals, one = Signals(machine, keys.timeout_s), torch.ones(())
 
     def watch() -> None:
         train.look_for_trouble(state, machine, torch.zeros((), dtype=torch.int64), one, one)
@@ -114,7 +114,7 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
 
 def main(cfg: TortureConfig) -> None:
     """Torture a run for so many minutes, then make the same steps unbroken, and report."""
-    machine, rng = configurator.find_machine("cpu", "auto"), random.Random(cfg.seed)
+    machine, rng = find_machine("cpu", "auto"), random.Random(cfg.seed)
     counts = dict.fromkeys([*FAULTS, "resumes", "checkpoints verified", "losses compared"], 0)
     wrong = {"lost steps": 0, "losses that differ": 0, "codes that are wrong": 0}
     with tempfile.TemporaryDirectory() as folder:

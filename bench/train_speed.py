@@ -21,16 +21,27 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import configurator
 import train
 from bench.common import config_name, forget_peak, markdown, origin, show, spread, train_command, write_result
 from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
-from configurator import ConfigError, Machine, bounds
-from data import DataError
-from data.batches import FORMAT, Meta, Span, SplitMeta, TrainWindows, bin_sha256, encode_meta, open_split, read_meta
-from data.tokenizer import CharTokenizer
+from configurator import ConfigError, bounds
 from model import GPT, linear
+from robopoet.errors import DataError
+from robopoet.machine import Machine, find_machine
+from robopoet.text.batches import (
+    FORMAT,
+    Meta,
+    Span,
+    SplitMeta,
+    TrainWindows,
+    bin_sha256,
+    encode_meta,
+    open_split,
+    read_meta,
+)
+from robopoet.text.tokenizer import CharTokenizer
+from robopoet.weights import checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,9 +94,9 @@ def limit_vram(machine: Machine, limit_gb: float) -> None:
         configurator.warn(f"vram_limit_gb: not applicable to {machine.device}")
 
 
-def find_machine(cfg: train.TrainConfig) -> Machine:
+def find_one_machine(cfg: train.TrainConfig) -> Machine:
     """As train.py finds it; raises ConfigError when there is more than one process, for this times one."""
-    machine = configurator.find_machine(cfg.device, cfg.dtype, cfg.backend)
+    machine = find_machine(cfg.device, cfg.dtype, cfg.backend)
     if machine.world_size > 1:
         raise ConfigError("this times one process; start it without torchrun")
     return machine
@@ -288,7 +299,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
 
 def main(cfg: SpeedConfig) -> None:
     """Time the steps that train.py would take, print the figures and keep them."""
-    machine = find_machine(cfg)
+    machine = find_one_machine(cfg)
     limit_vram(machine, cfg.vram_limit_gb)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if cfg.vocab_size else train.find_dataset(cfg.dataset)

@@ -14,18 +14,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-import checkpoint
 import configurator
 import train
 from bench import coders
 from bench.common import evaluate_checkpoint, markdown, origin, write_result
-from checkpoint import CheckpointError
 from configurator import bounds
-from data import DataError, tokenizer
-from data.batches import Meta, find_dataset, open_split, read_meta
-from data.tokenizer import Tokenizer
-from originality import Originality, read_texts
-from passage import Settings
+from robopoet.errors import CheckpointError, DataError
+from robopoet.text import tokenizer
+from robopoet.text.batches import Meta, find_dataset, open_split, read_meta
+from robopoet.text.tokenizer import Tokenizer
+from robopoet.weights import checkpoint
+from robopoet.writing.originality import Originality, read_texts
+from robopoet.writing.passage import Settings
 from sample import Poet
 
 HUMAN_PASSAGES = 500  # of each style at most; they overlap where a style's test text is short

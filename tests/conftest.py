@@ -11,8 +11,8 @@ import torch
 
 import prepare
 import train
-from data import corpus
-from data.tokenizer import Tokenizer
+from robopoet.text import corpus
+from robopoet.text.tokenizer import Tokenizer
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core

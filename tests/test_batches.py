@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import train
-from configurator import ConfigError, Machine
-from data import DataError, batches
-from data.batches import (
+from configurator import ConfigError
+from robopoet.errors import DataError
+from robopoet.machine import Machine
+from robopoet.text import batches
+from robopoet.text.batches import (
     FORMAT,
     Meta,
     Span,
@@ -26,7 +28,7 @@ from data.batches import (
     open_split,
     read_meta,
 )
-from data.tokenizer import END, CharTokenizer
+from robopoet.text.tokenizer import END, CharTokenizer
 
 CPU = torch.device("cpu")
 STYLES = {"alice": 60_001, "king": 60_002}

@@ -34,11 +34,13 @@ from bench import (
 from bench import (
     peer as nanogpt,
 )
-from checkpoint import CheckpointError, save
 from configurator import ConfigError
-from data import tokenizer
-from data.batches import read_meta
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine, find_machine
+from robopoet.text import tokenizer
+from robopoet.text.batches import read_meta
+from robopoet.weights.checkpoint import save
 
 TINY = ["--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu"]
 TINY += ["--dtype=float32", "--compile=false", "--max_iters=4", "--warmup_iters=0"]
@@ -157,7 +159,7 @@ def test_the_first_status_line_stops_the_clock_and_the_run(run, tmp_path, monkey
 def test_time_shares(run):
     keys = [*TINY, "--n_embd=128", "--batch_size=64", "--dropout=0.1"]
     cfg = configurator.load(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *keys])
-    machine = train_speed.find_machine(cfg)
+    machine = train_speed.find_one_machine(cfg)
     state, windows = train_speed.build(cfg, machine, run / "data")
     shares = train_speed.time_shares(state, windows, cfg, machine)
     assert sum(shares.values()) == pytest.approx(1) and set(shares) == {*train_speed.OPERATIONS, "rest"}
@@ -189,7 +191,7 @@ def test_kernels_are_counted_by_the_kind_of_device_they_ran_on():
 
 def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, monkeypatch):
     peaks = iter([1e3, 2e3, 1.5e3])  # FLOP/s, less than any step makes
-    monkeypatch.setattr(configurator.Machine, "matmul_flops", lambda machine, product: next(peaks))
+    monkeypatch.setattr(Machine, "matmul_flops", lambda machine, product: next(peaks))
     args = [f"{run}/tiny.yaml", *TINY, "--repeats=3", "--steps=1", "--start=false"]
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     assert result["mfu"]["max"] == 1 and 0 < result["mfu"]["min"] <= 1
@@ -203,14 +205,14 @@ def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, m
 
 def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):
     modes = []
-    monkeypatch.setattr(configurator, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(train, "why_no_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or torch.nn.Sequential(model)[0])
     args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=1", "--start=false", "--dtype=float16"]
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     assert modes == [] and len(result["loss_scales"]) == 2 and result["loss_scales"][0] > 1
     assert len(result["repeats_loss"]) == 2 and result["repeats_loss"][-1] == result["loss"]
     cfg = configurator.load(train_speed.SpeedConfig, [*args, "--compile=true", "--compile_mode=reduce-overhead"])
-    machine, wrapped = train_speed.find_machine(cfg), torch.nn.Identity()
+    machine, wrapped = train_speed.find_one_machine(cfg), torch.nn.Identity()
     monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or wrapped)
     assert train_speed.build(cfg, machine, run / "data")[0].forward is wrapped and modes == ["", "reduce-overhead"]
 
@@ -268,7 +270,7 @@ def test_ranks(run, results, monkeypatch):
 def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_path):
     scaling.tile(run / "data", tmp_path)
     cfg = configurator.load(scaling.ScalingConfig, [f"{run}/tiny.yaml", *TINY, "--tag_prob=1"])
-    machine = scaling.find_machine(cfg)
+    machine = scaling.find_one_machine(cfg)
     _, windows = scaling.build(cfg, machine, run / "data")
     _, tiled = scaling.build(cfg, machine, tmp_path)
     n = len(windows.split.tokens)
@@ -371,7 +373,7 @@ def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
     with pytest.raises(CheckpointError, match="does not say"):
         demo.main(demo.DemoConfig(run=str(tmp_path), device="cpu"))
     model = train.new_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
-    machine = configurator.find_machine("cpu", "float32")
+    machine = find_machine("cpu", "float32")
     with pytest.raises(CheckpointError, match="does not say what it was trained on"):
         common.evaluate_checkpoint(kept, tmp_path / "best.pt", model, "val", machine)
 
@@ -445,7 +447,7 @@ def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
     cfg = configurator.load(
         learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}", "--peer_args=--max_iters=4"]
     )
-    machine = configurator.find_machine("cpu", "float32")
+    machine = find_machine("cpu", "float32")
     curve = learn.run_peer(cfg, machine, run / "data", 3, None)
     vocab_size = read_meta(run / "data").vocab_size
     torch.manual_seed(1337 + 3)
@@ -471,7 +473,7 @@ def test_when_a_curve_comes_down_to_a_loss(loss, seconds):
 def test_a_peer_without_max_iters_is_refused(run, peer):
     cfg = configurator.load(learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}"])
     with pytest.raises(ConfigError, match="peer_args"):
-        learn.run_peer(cfg, configurator.find_machine("cpu", "float32"), run / "data", 0, None)
+        learn.run_peer(cfg, find_machine("cpu", "float32"), run / "data", 0, None)
 
 
 def test_sample_speed(run, results, peer, monkeypatch):

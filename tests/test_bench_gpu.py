@@ -15,7 +15,8 @@ import train
 from bench import common, gpu, gpu_stages, learn, sample_speed, table, train_speed
 from bench.gpu import GpuConfig, Stage
 from bench.gpu_stages import Lab
-from configurator import ConfigError, Machine
+from configurator import ConfigError
+from robopoet.machine import Machine
 
 ROOT = Path(gpu.__file__).parents[1]
 H100 = {"device": "NVIDIA H100 80GB HBM3", "memory_gb": 79.1, "dtype": "bfloat16", "threads": 8, "torch": "2.13.0"}
@@ -83,7 +84,7 @@ def h100(tmp_path, books, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the commands run
     monkeypatch.setattr(Lab, "run", run)
     monkeypatch.setattr(common, "describe_machine", lambda machine: H100)
-    monkeypatch.setattr(configurator, "find_machine", lambda *args: Machine(torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(gpu, "find_machine", lambda *args: Machine(torch.device("cuda"), torch.bfloat16))
     keys = {"dataset": str(books), "char_dataset": str(books), "checkpoint": str(tmp_path / "best.pt")}
     return GpuConfig(**keys, results=str(tmp_path / "results")), commands, ends
 
@@ -271,7 +272,7 @@ def test_what_is_looked_for_is_what_is_printed(small, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         configurator.launch(main, train_speed.SpeedConfig)
     assert gpu_stages.ADVICE in capsys.readouterr().err
-    monkeypatch.setattr(configurator, "why_no_compile", lambda device: "no compiler")
+    monkeypatch.setattr(train, "why_no_compile", lambda device: "no compiler")
     cfg = train.TrainConfig(**small | {"compile": "true"})
     train.build_state(cfg, Machine(torch.device("cpu"), torch.float32), train.new_model(cfg, 61))
     assert gpu_stages.UNCOMPILED in capsys.readouterr().err

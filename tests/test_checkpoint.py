@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError
-from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError
+from robopoet.text.tokenizer import CharTokenizer
+from robopoet.weights import checkpoint
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, gelu="tanh", bias=False)
 

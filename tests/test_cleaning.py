@@ -10,9 +10,10 @@ from conftest import read_all, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, cleaning, corpus
-from data.cleaning import clean_drama, clean_prose, clean_text
-from data.corpus import Document
+from robopoet.errors import DataError
+from robopoet.text import cleaning, corpus
+from robopoet.text.cleaning import clean_drama, clean_prose, clean_text
+from robopoet.text.corpus import Document
 
 # --- cleaning plays
 

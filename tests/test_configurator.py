@@ -15,9 +15,11 @@ import torch
 
 import configurator
 import prepare
+import robopoet.machine
 import sample
 import train
 from configurator import ConfigError, load
+from robopoet.machine import find_machine
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -378,7 +380,7 @@ def alone(monkeypatch):
 
 
 def test_cpu_is_always_to_be_had(alone):
-    machine = configurator.find_machine("cpu", "bfloat16")
+    machine = find_machine("cpu", "bfloat16")
     assert (machine.device, machine.dtype) == (torch.device("cpu"), torch.bfloat16)
     assert (machine.rank, machine.world_size, machine.is_main) == (0, 1, True)
 
@@ -387,33 +389,33 @@ def test_a_missing_gpu_names_the_way_out(alone):
     alone.setattr(torch.cuda, "device_count", lambda: 0)
     for device in ("cuda", "cuda:3"):
         with pytest.raises(ConfigError, match=r"--device=cpu.*config/demo\.yaml"):
-            configurator.find_machine(device, "float32")
+            find_machine(device, "float32")
 
 
 def test_missing_mps_is_said(alone):
     alone.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="mps"):
-        configurator.find_machine("mps", "float32")
+        find_machine("mps", "float32")
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x", "cuda:-1", "meta", "xpu"])
 def test_an_unknown_device_is_told_the_known(alone, device):
     with pytest.raises(ConfigError, match=r"device.*auto, cpu, cuda"):
-        configurator.find_machine(device, "float32")
+        find_machine(device, "float32")
 
 
 def test_auto_takes_cuda_then_mps_then_cpu(alone):
     alone.setattr(torch.cuda, "is_available", lambda: False)
     alone.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert configurator.find_machine("auto", "float32").device.type == "cpu"
+    assert find_machine("auto", "float32").device.type == "cpu"
     alone.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert configurator.find_machine("auto", "float32").device.type == "mps"
+    assert find_machine("auto", "float32").device.type == "mps"
 
 
 def test_torchruns_environment_must_be_numbers(alone):
     alone.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK"):
-        configurator.find_machine("cpu", "float32")
+        find_machine("cpu", "float32")
 
 
 @pytest.mark.parametrize("kept", ["True", "False"])
@@ -421,9 +423,9 @@ def test_several_agents_are_warned_of_a_store_that_names_dead_ranks(alone, capsy
     names = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": kept}
     for name, value in names.items():
         alone.setenv(name, value)
-    alone.setattr(configurator.dist, "rendezvous", lambda *args, **keys: iter([(None, 0, 2)]))
-    alone.setattr(configurator.dist, "init_process_group", lambda *args, **keys: None)
-    configurator._join("gloo", 0, 2, 10.0, None)
+    alone.setattr(robopoet.machine.dist, "rendezvous", lambda *args, **keys: iter([(None, 0, 2)]))
+    alone.setattr(robopoet.machine.dist, "init_process_group", lambda *args, **keys: None)
+    robopoet.machine._join("gloo", 0, 2, 10.0, None)
     assert ("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == (kept == "True")
 
 

@@ -13,8 +13,9 @@ from conftest import read_all, sha256, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, cleaning, corpus, sources
-from data.corpus import Document
+from robopoet.errors import DataError
+from robopoet.text import cleaning, corpus, sources
+from robopoet.text.corpus import Document
 
 REPO = Path(__file__).parent.parent
 

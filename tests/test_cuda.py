@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_model
-from configurator import Machine
-from data.batches import TrainWindows, open_split, read_meta
+from robopoet.machine import Machine
+from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.weights.checkpoint import load_model
 from train import TrainConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

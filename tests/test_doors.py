@@ -21,14 +21,15 @@ import pytest
 import torch
 import yaml
 
-import checkpoint
 import configurator
 import sample
 import train
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine
-from data import DataError, batches, corpus, sources
-from log import Log
+from configurator import ConfigError
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import Machine
+from robopoet.text import batches, corpus, sources
+from robopoet.training.log import Log
+from robopoet.weights import checkpoint
 
 OURS = (ConfigError, DataError, CheckpointError)
 SECONDS, BYTES = 5, 2**30

@@ -16,17 +16,17 @@ import torch
 import transformers
 from conftest import decode, make_book
 
-import checkpoint
 import configurator
 import prepare
 import sample
 import train
-from checkpoint import CheckpointError
-from data import tokenizer
-from data.batches import read_meta
-from data.tokenizer import END, BPETokenizer
 from model import GPT, GPTConfig
-from originality import Originality
+from robopoet.errors import CheckpointError
+from robopoet.text import tokenizer
+from robopoet.text.batches import read_meta
+from robopoet.text.tokenizer import END, BPETokenizer
+from robopoet.weights import checkpoint
+from robopoet.writing.originality import Originality
 from sample import Poet, SampleConfig
 from train import TrainConfig
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import configurator
+import robopoet.machine
 import train
-from configurator import Machine
-from data import batches
-from optimizer import configure_optimizers
+from robopoet.machine import Machine, why_no_compile
+from robopoet.text import batches
+from robopoet.training.optimizer import configure_optimizers
 from train import TrainConfig
 
 HERE = Path(__file__).parent
@@ -50,16 +50,16 @@ def test_a_gpu_too_old_for_triton_trains_uncompiled(monkeypatch):
     monkeypatch.setattr(
         device_interface, "get_interface_for_device", lambda device: fake if device == "cuda" else nothing
     )
-    monkeypatch.setattr(configurator, "has_triton", _triton.has_triton.__wrapped__)
-    monkeypatch.setattr(configurator.shutil, "which", lambda name: name)
-    monkeypatch.setattr(configurator.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(robopoet.machine, "has_triton", _triton.has_triton.__wrapped__)
+    monkeypatch.setattr(robopoet.machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(robopoet.machine.os.path, "exists", lambda path: True)
     for capability, is_known in (((6, 1), False), ((7, 5), True)):
         made["gpu"] = SimpleNamespace(major=capability[0], minor=capability[1])
-        reason = configurator.why_no_compile(torch.device("cuda"))
+        reason = why_no_compile(torch.device("cuda"))
         assert reason is None if is_known else "Triton" in reason
-        assert configurator.why_no_compile(torch.device("cpu")) is None
+        assert why_no_compile(torch.device("cpu")) is None
     monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
-    assert "Triton" in configurator.why_no_compile(torch.device("cuda"))
+    assert "Triton" in why_no_compile(torch.device("cuda"))
 
 
 def test_a_step_seeds_its_own_device_alone(monkeypatch):
@@ -97,16 +97,16 @@ def test_on_gpus_the_votes_time_out_before_nccl_does(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     store = SimpleNamespace()
-    monkeypatch.setattr(configurator.dist, "rendezvous", lambda *args, **keys: iter([(store, 0, 2)]))
-    monkeypatch.setattr(configurator.dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(robopoet.machine.dist, "rendezvous", lambda *args, **keys: iter([(store, 0, 2)]))
+    monkeypatch.setattr(robopoet.machine.dist, "PrefixStore", lambda prefix, store: store)
     monkeypatch.setattr(
-        configurator.dist, "init_process_group", lambda *args, **keys: timeouts.update(all=keys["timeout"])
+        robopoet.machine.dist, "init_process_group", lambda *args, **keys: timeouts.update(all=keys["timeout"])
     )
-    monkeypatch.setattr(configurator.dist, "new_group", lambda **keys: timeouts.update(keys) or "the votes")
-    assert configurator._join("cpu:gloo,cuda:nccl", 0, 2, 10.0, torch.device("cuda", 0)) == "the votes"
+    monkeypatch.setattr(robopoet.machine.dist, "new_group", lambda **keys: timeouts.update(keys) or "the votes")
+    assert robopoet.machine._join("cpu:gloo,cuda:nccl", 0, 2, 10.0, torch.device("cuda", 0)) == "the votes"
     assert timeouts == {"all": timedelta(seconds=20), "timeout": timedelta(seconds=10), "backend": "gloo"}
     timeouts.clear()
-    assert configurator._join("gloo", 0, 2, 10.0, None) is None
+    assert robopoet.machine._join("gloo", 0, 2, 10.0, None) is None
     assert timeouts == {"all": timedelta(seconds=10)}
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import log
 import train
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine
-from data.batches import FORMAT, Meta, SplitMeta
-from data.tokenizer import CharTokenizer
+from configurator import ConfigError
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine
+from robopoet.text.batches import FORMAT, Meta, SplitMeta
+from robopoet.text.tokenizer import CharTokenizer
+from robopoet.training import log
+from robopoet.weights import checkpoint
 from train import TrainConfig
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -401,7 +402,7 @@ def test_a_torn_or_foreign_line_of_metrics_is_dropped_when_a_run_goes_on(small, 
 
 def sources() -> list[tuple[Path, ast.AST]]:
     """Every script of the repository, parsed; tests left out."""
-    paths = [*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("bench/*.py")]
+    paths = [*REPO.glob("*.py"), *REPO.glob("robopoet/**/*.py"), *REPO.glob("bench/*.py")]
     return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 

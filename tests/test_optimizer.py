@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import Muon, configure_optimizers, orthogonalize
+from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 SHAPES = [(8, 24), (24, 8), (16, 16), (8, 24)]

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from data import DataError, tokenizer
-from originality import Originality
+from robopoet.errors import DataError
+from robopoet.text import tokenizer
+from robopoet.writing.originality import Originality
 
 WORDS = "a b to be, née — \u2019tis".split()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configurator import ConfigError
-from data.tokenizer import END, BPETokenizer
-from passage import MAX_STOPS, Passage, Settings, make_settings
+from robopoet.text.tokenizer import END, BPETokenizer
+from robopoet.writing.passage import MAX_STOPS, Passage, Settings, make_settings
 
 BYTES = BPETokenizer([bytes([b]) for b in range(256)], [END])
 PLAY = """ROMEO

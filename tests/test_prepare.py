@@ -17,8 +17,9 @@ from conftest import decode
 import configurator
 import prepare
 from configurator import ConfigError
-from data import DataError, batches, corpus, tokenizer
-from data.tokenizer import END, BPETokenizer, CharTokenizer
+from robopoet.errors import DataError
+from robopoet.text import batches, corpus, tokenizer
+from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer
 
 REPO = Path(__file__).parent.parent
 WORDS = "the rabbit queen of hearts said never more and rose again by night, went home!".split()

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import configurator
 import train
-from configurator import Machine
-from data import tokenizer
-from data.batches import open_split, read_meta
+from robopoet.machine import Machine, why_no_compile
+from robopoet.text import tokenizer
+from robopoet.text.batches import open_split, read_meta
+from robopoet.weights import checkpoint
 from train import TrainConfig
 
 pytestmark = pytest.mark.slow
@@ -28,8 +27,8 @@ REPO = Path(__file__).parents[1]
 FAULTY = """
 import os, pathlib, signal, sys, time
 import configurator, train
-from checkpoint import CheckpointError
-from data import DataError
+from robopoet.errors import CheckpointError
+from robopoet.errors import DataError
 what, step, flag = sys.argv.pop(1), int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
 train_step, forward = train.train_step, train.GPT.forward
 poison = ""
@@ -212,7 +211,7 @@ configurator.launch(train.main, train.TrainConfig)
 """
 
 
-@pytest.mark.skipif(configurator.why_no_compile(torch.device("cpu")) is not None, reason="can't compile here")
+@pytest.mark.skipif(why_no_compile(torch.device("cpu")) is not None, reason="can't compile here")
 @pytest.mark.parametrize("shard", [False, True])
 def test_compiled_ranks_learn_as_plain_ones(small, tmp_path, shard):
     (tmp_path / "buckets.py").write_text(BUCKETS)

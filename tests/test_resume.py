@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import prepare
 import train
-from checkpoint import CheckpointError
 from configurator import ConfigError
-from log import Meter
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine
+from robopoet.training.log import Meter
+from robopoet.weights import checkpoint
 from train import TrainConfig
 
 REPO = Path(__file__).parent.parent
@@ -275,20 +276,13 @@ def test_a_corpus_beside_the_scripts_is_prepared_from_any_folder_and_once(tmp_pa
     assert "prepared already" in capsys.readouterr().out
 
 
-def test_installing_says_in_one_line_that_it_is_run_from_a_checkout():
-    done = subprocess.run([sys.executable, REPO / "setup.py"], capture_output=True, text=True)
-    assert (
-        done.returncode and done.stderr.startswith("RoboPoet is run from its checkout") and done.stderr.count("\n") == 1
-    )
-
-
 # --- the peak that MFU is a share of
 
 
 def test_mfu_is_never_above_one_and_its_peak_is_measured_again_when_passed(small_config, monkeypatch):
     peaks = iter([1.0, 2e15, 1.0, 1.0])
-    machine = configurator.Machine(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(configurator.Machine, "matmul_flops", lambda self, product: next(peaks))
+    machine = Machine(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(Machine, "matmul_flops", lambda self, product: next(peaks))
     meter = Meter(machine, train.new_model(small_config, 64), 100)
     loss = torch.tensor(1.0)
     meter.steps = 1

@@ -16,18 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import originality
 import sample
 import train
-from checkpoint import CheckpointError
-from choose import Chooser
 from configurator import ConfigError
-from data import DataError
-from data.tokenizer import END, CharTokenizer
 from model import GPT, GPTConfig
-from passage import Settings
+from robopoet.errors import CheckpointError, DataError
+from robopoet.text.tokenizer import END, CharTokenizer
+from robopoet.weights import checkpoint
+from robopoet.writing import originality
+from robopoet.writing.passage import Settings
+from robopoet.writing.sampler import Sampler
 from sample import Poet, SampleConfig
 
 ALPHABET = "\n !abcdefghijklmnopqrstuvwxyz"
@@ -154,7 +153,7 @@ def naive_ids(poet, prompt, number, settings):
     """One passage's ids, each chosen with the whole text at hand: windows read anew, penalties by their definition."""
     blend = poet.blend_of(settings.style) or {None: 1.0}
     plain = dataclasses.replace(settings, repetition_penalty=1.0, no_repeat_ngram=0)
-    chooser = Chooser(plain, poet.forbidden, [number], [1.0], [])
+    chooser = Sampler(plain, poet.forbidden, [number], [1.0], [])
     text = [tag for tag in blend if tag is not None][:1] + poet.tokenizer.encode(prompt)
     ids = []
     while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:

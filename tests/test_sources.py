@@ -21,7 +21,8 @@ from conftest import read_all, sha256, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, corpus, sources
+from robopoet.errors import DataError
+from robopoet.text import corpus, sources
 
 
 @contextlib.contextmanager

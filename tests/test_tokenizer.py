@@ -15,8 +15,9 @@ from conftest import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, tokenizer
-from data.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, StreamDecoder
+from robopoet.errors import DataError
+from robopoet.text import tokenizer
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, StreamDecoder
 
 SPECIALS = [END, "<|a|>", "<|b|>"]
 WORDS = "The and rose queen's heart HE'LL 1599 42 -- night! «été» naïve 東京 🙂👩‍👩‍👧 nevermore".split()

@@ -18,14 +18,14 @@ from functorch.compile import make_boxed_func
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.backends.common import aot_autograd
 
-import checkpoint
-import configurator
 import train
-from checkpoint import CheckpointError
-from configurator import ConfigError, Machine
-from data import tokenizer
-from data.batches import TrainWindows, encode_meta, eval_batches, open_split, read_meta
+from configurator import ConfigError
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine, why_no_compile
+from robopoet.text import tokenizer
+from robopoet.text.batches import TrainWindows, encode_meta, eval_batches, open_split, read_meta
+from robopoet.weights import checkpoint
 from train import State, TrainConfig
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -268,7 +268,7 @@ def test_a_compiled_backward_is_given_no_gradient_for_the_logits(small):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(configurator.why_no_compile(CPU.device) is not None, reason="can't compile here")
+@pytest.mark.skipif(why_no_compile(CPU.device) is not None, reason="can't compile here")
 @pytest.mark.parametrize("dtype, precision", [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
     machine, windows, found = Machine(CPU.device, getattr(torch, dtype)), windows_of(small), []

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import untrusted
+import configurator
+from robopoet import untrusted
 
 
 class OursError(ValueError):
@@ -62,7 +63,7 @@ def test_a_message_that_quotes_a_long_text_is_cut():
 def test_values_of_yaml_are_text_and_convert_by_their_types(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("rate: 6e-4\nnames: [a, off]\ndeep: {er: 1}\n")
-    assert untrusted.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
+    assert configurator.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
     assert untrusted.convert({"start": "7"}, Span, "here", OursError, "", is_text=True) == Span(7)
     with pytest.raises(OursError, match=r"here: .*\$\.start"):
         untrusted.convert({"start": "x"}, Span, "here", OursError, "", is_text=True)
@@ -86,20 +87,20 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     ],
     ids=["aliases", "deep", "deeper", "many", "large", "cut", "key"],
 )
-@pytest.mark.parametrize("loader", [untrusted.BaseLoader, yaml.BaseLoader])
+@pytest.mark.parametrize("loader", [configurator.BaseLoader, yaml.BaseLoader])
 def test_yaml_that_would_blow_up_is_refused(tmp_path, monkeypatch, loader, text, told):
-    monkeypatch.setattr(untrusted, "BaseLoader", loader)
+    monkeypatch.setattr(configurator, "BaseLoader", loader)
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(OursError, match=told):
-        untrusted.read_yaml(path, OursError)
+        configurator.read_yaml(path, OursError)
 
 
 def test_yaml_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"a: \xff")
     with pytest.raises(OursError, match="is not YAML"):
-        untrusted.read_yaml(path, OursError)
+        configurator.read_yaml(path, OursError)
 
 
 def test_only_regular_files_are_read(tmp_path):

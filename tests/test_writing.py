@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bench import coders, writing
-from data import DataError
-from data.tokenizer import END, CharTokenizer
+from robopoet.errors import DataError
+from robopoet.text.tokenizer import END, CharTokenizer
 
 
 def test_words_are_letters_in_lower_case():

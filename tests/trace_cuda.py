@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from configurator import Machine
 from model import GPT, GPTConfig, KVCache
+from robopoet.machine import Machine
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 2}

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 import tiktoken
 
-import untrusted
-from data import DataError
+from robopoet import untrusted
+from robopoet.errors import DataError
 
 END = "<|endoftext|>"
 UNKNOWN = "<|unk|>"

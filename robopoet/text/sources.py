@@ -23,9 +23,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-import untrusted
-from data import DataError
-from untrusted import JSON_BYTES, Positive, Sha256
+from robopoet import untrusted
+from robopoet.errors import DataError
+from robopoet.untrusted import JSON_BYTES, Positive, Sha256
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 TEXTS = (".txt", *JSON_LINES)  # what is read of a folder

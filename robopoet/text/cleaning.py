@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data import DataError
+from robopoet.errors import DataError
 
 COUNTED_CHARS = 2**20  # looked at together
 KEPT = 0.9  # of a work's letters; cleaning that keeps fewer is told

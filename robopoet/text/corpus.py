@@ -25,10 +25,12 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-import untrusted
-from data import DataError, cleaning, sources
-from data.sources import Source
-from untrusted import Sha256
+import configurator
+from robopoet import untrusted
+from robopoet.errors import DataError
+from robopoet.text import cleaning, sources
+from robopoet.text.sources import Source
+from robopoet.untrusted import Sha256
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
@@ -68,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "corpus.yaml"
     if not os.path.exists(path):
         raise DataError(f"{path}: not found; name a folder that holds one, or its texts, as --input={folder}")
-    content = untrusted.read_yaml(path, DataError)
+    content = configurator.read_yaml(path, DataError)
     problems = _unknown_keys(content, Manifest)
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
         problems += [problem for entry in content["sources"] for problem in _unknown_keys(entry, Source)]
@@ -78,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
             problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
     if problems:
-        raise DataError(f"{path}: {untrusted.shorten('; '.join(problems))}")
+        raise DataError(f"{path}: {configurator.shorten('; '.join(problems))}")
     return dataclasses.replace(manifest, folder=folder)
 
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 import transformers
 
-import choose
-from choose import Chooser
-from data.tokenizer import END
-from passage import Settings, make_settings
+from robopoet.text.tokenizer import END
+from robopoet.writing import sampler
+from robopoet.writing.passage import Settings, make_settings
+from robopoet.writing.sampler import Sampler
 
 
 def test_repetition_penalty_is_ctrls():
     logits, seen = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[True, True, False, False]])
-    assert choose.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
+    assert sampler.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_top_k_keeps_the_k_largest(k):
     logits = torch.randn(4, 20)
-    kept = choose.keep_top_k(logits, k)
+    kept = sampler.keep_top_k(logits, k)
     for row, row_kept in zip(logits.tolist(), kept.tolist(), strict=True):
         best = sorted(row, reverse=True)[:k]
         assert [x if x in best else -math.inf for x in row] == row_kept
@@ -30,7 +30,7 @@ def test_top_k_keeps_the_k_largest(k):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_likely_set(p):
     logits = torch.randn(4, 20, dtype=torch.float64)
-    kept = choose.keep_top_p(logits, p)
+    kept = sampler.keep_top_p(logits, p)
     for row, row_kept in zip(logits.softmax(-1).tolist(), kept.tolist(), strict=True):
         total, expected = 0.0, set()
         for i in sorted(range(20), key=lambda i: -row[i]):
@@ -44,29 +44,29 @@ def test_top_p_keeps_the_smallest_likely_set(p):
 def test_draw_inverts_the_cumulative_distribution():
     probs = torch.tensor([[1 / 8, 2 / 8, 0.0, 5 / 8]]).expand(800, 4)
     uniforms = (torch.arange(800).double() + 0.5) / 800
-    assert collections.Counter(choose.draw(probs, uniforms).tolist()) == {0: 100, 1: 200, 3: 500}
+    assert collections.Counter(sampler.draw(probs, uniforms).tolist()) == {0: 100, 1: 200, 3: 500}
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert choose.draw(probs[:2], ends).tolist() == [0, 3]
-    assert choose.draw(torch.tensor([[0.0, 1.0]] * 2), ends).tolist() == [1, 1]
+    assert sampler.draw(probs[:2], ends).tolist() == [0, 3]
+    assert sampler.draw(torch.tensor([[0.0, 1.0]] * 2), ends).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("k, p", [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 0.999)])
 def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
     logits = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    left = choose.keep_top_p(choose.keep_top_k(logits, k or 20), p) > -math.inf
+    left = sampler.keep_top_p(sampler.keep_top_k(logits, k or 20), p) > -math.inf
     for id in range(20):
         ids = torch.full((30,), id)
-        assert torch.equal(choose.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
+        assert torch.equal(sampler.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
 
 
 def without_repeats(logits, text, n):
     """What `forbid` leaves behind texts (B, n) int64."""
     repeats = []
     for row in text.tolist():
-        grams = choose.Grams(n)
+        grams = sampler.Grams(n)
         grams.push(row)
         repeats.append(grams.repeats())
-    return choose.forbid(logits, repeats)
+    return sampler.forbid(logits, repeats)
 
 
 def test_each_rule_is_that_of_transformers():
@@ -74,13 +74,13 @@ def test_each_rule_is_that_of_transformers():
     logits, text = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
     seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
     for ours, theirs in (
-        (choose.penalize_repetition(logits, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
+        (sampler.penalize_repetition(logits, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
         (without_repeats(logits, text, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
         (without_repeats(logits, text, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
         (without_repeats(logits, text, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
-        (choose.keep_top_k(logits, 7), transformers.TopKLogitsWarper(7)),
-        (choose.keep_top_p(logits, 0.8), transformers.TopPLogitsWarper(0.8)),
-        (choose.keep_min_p(logits, 0.05), transformers.MinPLogitsWarper(0.05)),
+        (sampler.keep_top_k(logits, 7), transformers.TopKLogitsWarper(7)),
+        (sampler.keep_top_p(logits, 0.8), transformers.TopPLogitsWarper(0.8)),
+        (sampler.keep_min_p(logits, 0.05), transformers.MinPLogitsWarper(0.05)),
     ):
         expected = theirs(text, logits)
         assert torch.equal(ours, expected) and not torch.equal(ours, logits), type(theirs).__name__
@@ -95,7 +95,7 @@ def test_where_every_token_would_repeat_something_is_written_all_the_same():
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities():
     logits, shares = torch.randn(6, 9, dtype=torch.float64), [0.7, 0.3]
-    blended = choose.blend(logits, torch.tensor(shares, dtype=torch.float64)).softmax(-1)
+    blended = sampler.blend(logits, torch.tensor(shares, dtype=torch.float64)).softmax(-1)
     for i in range(3):
         probs = logits[2 * i].softmax(-1) ** 0.7 * logits[2 * i + 1].softmax(-1) ** 0.3
         torch.testing.assert_close(blended[i], probs / probs.sum())
@@ -105,7 +105,7 @@ def test_a_blend_is_the_weighted_mean_of_log_probabilities():
 def test_log_probabilities_are_the_models_whatever_the_filters(shares):
     logits = torch.randn(3 * len(shares), 9, dtype=torch.float64)
     settings = Settings(temperature=0.3, top_k=2, repetition_penalty=1.5, no_repeat_ngram=1)
-    chooser = Chooser(settings, torch.tensor([8]), range(3), shares, [0], True)
+    chooser = Sampler(settings, torch.tensor([8]), range(3), shares, [0], True)
     ids = chooser(logits).view(3, -1)
     assert (ids == ids[:, :1]).all()
     for i in range(3):
@@ -122,7 +122,7 @@ def test_log_probabilities_are_the_models_whatever_the_filters(shares):
 def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
     n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     settings = Settings(temperature=0.7, top_k=k, top_p=p, min_p=min_p)
-    chooser = Chooser(settings, torch.tensor([5]), range(n), [1.0], [0])
+    chooser = Sampler(settings, torch.tensor([5]), range(n), [1.0], [0])
     counts = torch.bincount(chooser(logits.expand(n, -1)), minlength=12)
     expected = logits[0] / 0.7
     expected[5] = -math.inf
@@ -139,7 +139,7 @@ def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
 
 def test_only_the_end_token_of_the_specials_is_ever_written():
     specials = {END: 10, "<|alice|>": 11, "<|unk|>": 12}
-    chooser = Chooser(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], [0])
+    chooser = Sampler(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], [0])
     for name, id in specials.items():
         logits = torch.zeros(1, 13, dtype=torch.float64)
         logits[0, id] = 50.0
@@ -166,7 +166,7 @@ def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, pena
     steps, rows, kept = 60, 4, [2, 0]
     logits = torch.randn(steps, rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     settings, prompt = Settings(temperature=0, no_repeat_ngram=n, repetition_penalty=penalty), [3, 1, 3, 1, 3, 5]
-    chooser, found = Chooser(settings, torch.tensor([], dtype=torch.long), range(rows), [1.0], prompt), []
+    chooser, found = Sampler(settings, torch.tensor([], dtype=torch.long), range(rows), [1.0], prompt), []
     for step, now in enumerate(logits):
         if step == 30:
             chooser.keep(kept)
@@ -180,7 +180,7 @@ def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, pena
 
 def test_what_is_kept_of_a_text_is_no_larger_than_what_differs_in_it():
     settings = Settings(temperature=0, no_repeat_ngram=3, repetition_penalty=1.1)
-    chooser = Chooser(settings, torch.tensor([], dtype=torch.long), range(1), [1.0], [0])
+    chooser = Sampler(settings, torch.tensor([], dtype=torch.long), range(1), [1.0], [0])
     for _ in range(3000):
         chooser(torch.randn(1, 6))
     assert chooser.seen.shape == (1, 6)
@@ -210,7 +210,7 @@ EXTREMES = [
 def test_the_extremes_of_each_setting_draw_from_probabilities(extreme, shares, dtype):
     settings = make_settings({"top_p": 1.0} | extreme)
     generator = torch.Generator().manual_seed(1)
-    chooser = Chooser(settings, torch.tensor([7]), range(50), shares, [2, 3])
+    chooser = Sampler(settings, torch.tensor([7]), range(50), shares, [2, 3])
     for _ in range(20):
         logits = (torch.randn(50 * len(shares), 8, generator=generator) * 100).to(dtype)
         logits[:, 4] = 0

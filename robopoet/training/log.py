@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from configurator import ConfigError, Machine
+from configurator import ConfigError
 from model import GPT, linear
-from untrusted import Count, decode_json, read_lines
+from robopoet.machine import Machine
+from robopoet.untrusted import Count, decode_json, read_lines
 
 PATIENCE_S = 10.0  # how long the end of a run waits for a logger
 Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)

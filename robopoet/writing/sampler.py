@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from passage import Settings
+from robopoet.writing.passage import Settings
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -97,7 +97,7 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
 
 
-class Chooser:
+class Sampler:
     """Picks each row's next token by `settings`, never one of `forbidden` (ids, int64).
 
     Row i draws from a random stream of its own, made from (seed, passages[i]), so that a passage is the same whatever

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_type_hints
 import msgspec
 
 import configurator
-import untrusted
 from configurator import ConfigError
-from data.tokenizer import END, StreamDecoder, Tokenizer
+from robopoet import untrusted
+from robopoet.text.tokenizer import END, StreamDecoder, Tokenizer
 
 MAX_STOPS, MAX_STOP_CHARS = 20, 200  # each character is compared with each of them
 MOST_HELD = 4_000  # characters that are held back: a text without ends is not searched over and over

@@ -26,11 +26,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-import untrusted
-from data import DataError, tokenizer
-from data.tokenizer import END, SavedBPE, SavedChar
+import configurator
 from model import GPT, GPTConfig
-from untrusted import Count
+from robopoet import untrusted
+from robopoet.errors import CheckpointError, DataError
+from robopoet.text import tokenizer
+from robopoet.text.tokenizer import END, SavedBPE, SavedChar
+from robopoet.untrusted import Count
 
 NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 LABEL = b"sha256:"
@@ -41,10 +43,6 @@ DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(max_length=100)]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read or doesn't fit; the message names the file, what was found and what to do."""
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,7 +160,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_ENDINGS:
-            name = untrusted.shorten(str(path))
+            name = configurator.shorten(str(path))
             raise CheckpointError(f"{name}: not found; train first, or name another checkpoint")
         path = fetch(str(path))
     if os.path.isfile(path / "config.json"):

@@ -1,6 +1,6 @@
 """How much of a passage is copied from the text that the model was trained on.
 
-from originality import Originality
+from robopoet.writing.originality import Originality
 print(Originality(Path("data/robopoet"), text_sha256).check(passage).describe())
 """
 
@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 import torch
 
-from data import DataError, tokenizer
-from data.batches import Meta, check_bin, open_split, read_meta
+from robopoet.errors import DataError
+from robopoet.text import tokenizer
+from robopoet.text.batches import Meta, check_bin, open_split, read_meta
 
 LENGTHS = (4, 8, 12)  # of word sequences
 FORMAT = 1  # of the cache; a higher one makes earlier ones stale

@@ -18,10 +18,12 @@ import msgspec
 import numpy as np
 import torch
 
-import untrusted
-from data import DataError, tokenizer
-from data.tokenizer import END, SavedBPE, SavedChar
-from untrusted import Count, Positive, Sha256
+from configurator import HOME
+from robopoet import untrusted
+from robopoet.errors import DataError
+from robopoet.text import tokenizer
+from robopoet.text.tokenizer import END, SavedBPE, SavedChar
+from robopoet.untrusted import Count, Positive, Sha256
 
 FORMAT = 3  # of bins and meta.json; a higher one makes earlier ones stale
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
@@ -36,7 +38,7 @@ def find_dataset(name: str) -> Path:
 
     Raises DataError, which lists those that there are.
     """
-    places = Path("data"), Path(__file__).parent
+    places = Path("data"), HOME / "data"
     for folder in (Path(name), *(place / name for place in places)):
         if name and (folder / "meta.json").is_file():
             return folder

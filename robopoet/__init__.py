@@ -1,0 +1,1 @@
+"""What stands behind the scripts: text, weights, training and writing, each in a room of its own."""

@@ -1,0 +1,246 @@
+"""The machine that a run has: device, dtype, rank among torchrun's ranks, and the signals that it hears."""
+
+import contextlib
+import ctypes
+import datetime
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._triton import has_triton
+
+from configurator import ConfigError, warn
+from robopoet.errors import RankError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process computes: device, the dtype of its matrix products, its rank among torchrun's ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    launched: bool = False  # by torchrun
+    votes: dist.ProcessGroup | None = None  # where ranks agree on the CPU (None: the group that they all are)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints, logs and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """A context in which matrix products run in `dtype`; parameters stay float32."""
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext()
+
+    def seed(self, seed: int) -> None:
+        """Seed what a step draws from; torch.manual_seed also formats stack traces for devices that are not there."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(seed)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it, so that a clock read next is honest."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    @contextlib.contextmanager
+    def expecting_others(self, timeout_s: float) -> Iterator[None]:
+        """A context in which ranks work together; raises RankError when another is gone or has not answered."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                raise RankError(
+                    f"rank {self.rank}: another rank is gone or has not answered for {timeout_s:g} s "
+                    f"({str(e).splitlines()[0][:120]}); --init_from=auto goes on from what was saved"
+                ) from None
+            raise
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, where `tensor` is."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def peak_mem_mb(self) -> float:
+        """Most memory this process has held, in MB: reserved on a CUDA device, resident elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def matmul_flops(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        """The best FLOP/s seen of `product` on square matrices of `dtype`, ever larger ones: what MFU is a share of."""
+        best = 0.0
+        for n in (1024, 2048, 4096, 8192):
+            a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+            best_s = math.inf
+            for _ in range(5):
+                self.synchronize()
+                start = time.perf_counter()
+                product(a, b)
+                self.synchronize()
+                best_s = min(best_s, time.perf_counter() - start)
+            best = max(best, 2 * n**3 / best_s)
+            if best_s > 5e-3:
+                break
+        if self.device.type == "cuda":  # these matrices are no part of training's memory
+            del a, b
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return best
+
+
+class Signals:
+    """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
+
+    They are heard at the end of a step, and all ranks agree which. A second SIGINT ends the process at once; so does an
+    alarm, `timeout_s` after it was told to end: a step that has not ended by then is stuck.
+    """
+
+    def __init__(self, machine: Machine, timeout_s: float):
+        self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
+
+    def __enter__(self) -> "Signals":
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
+        handlers[signal.SIGHUP] = signal.SIG_IGN
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.end:
+            raise KeyboardInterrupt
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.end = True
+            signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
+
+    def agreed(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
+        heard, self.save = (self.end, self.save), False
+        if self.machine.world_size == 1:
+            return heard
+        votes = torch.tensor(heard, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU: the device need not stop for it
+        return bool(votes[0]), bool(votes[1])
+
+
+def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:
+    """Choose device and dtype where they are `auto`, and join torchrun's process group when its environment is set.
+
+    timeout_s: how long a rank waits for the others. Raises ConfigError when the device or dtype is not to be had here.
+    """
+    launched = any(name in os.environ for name in TORCHRUN)
+    try:
+        rank, local_rank, world_size = (int(os.environ[name]) for name in TORCHRUN) if launched else (0, 0, 1)
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"environment: sets some of {', '.join(TORCHRUN)}, but not all to numbers, as torchrun does"
+        ) from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except RuntimeError:
+        raise ConfigError(f"device: found {device!r}, must be auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda":
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: found {device}, but this machine has {torch.cuda.device_count()} CUDA devices for its "
+                f"process {local_rank}; use --device=cpu, or config/demo.yaml which trains on any machine"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: found mps, but this machine has none; use --device=auto")
+    if dtype == "auto":
+        dtype = _fastest_dtype(chosen)
+    if chosen.type == "cpu":
+        _keep_freed_memory()
+    votes = None
+    if launched and not dist.is_initialized():
+        if chosen.type == "cuda" and backend != "gloo":
+            backend = "cpu:gloo,cuda:nccl"
+        elif backend == "auto":
+            backend = "gloo"
+        votes = _join(backend, rank, world_size, timeout_s, chosen if chosen.type == "cuda" else None)
+    return Machine(chosen, getattr(torch, dtype), rank, world_size, launched, votes)
+
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def _join(
+    backend: str, rank: int, world_size: int, timeout_s: float, device_id: torch.device | None
+) -> dist.ProcessGroup | None:
+    """Join the process group, at a place of the store that no earlier start has written to; returns Machine.votes.
+
+    torchrun keeps its store when it restarts the ranks, and in it the addresses of those that are dead. On a GPU the
+    votes have a group of their own, with half the timeout: NCCL's watchdog ends the process without a word, and so must
+    not be the first to notice that a rank hangs.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    told = os.environ.get
+    if told("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start_{told('TORCHELASTIC_RESTART_COUNT')}", store)
+    elif rank == 0 and told("TORCHELASTIC_USE_AGENT_STORE") == "True" and told("TORCHELASTIC_MAX_RESTARTS") != "0":
+        # several agents need not have restarted equally often
+        warn("environment: a machine that falls out can't come back; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    longest = timeout if device_id is None else 2 * timeout
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=longest, device_id=device_id
+    )
+    return None if device_id is None else dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor: the kernel would zero it anew at every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: as it comes
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
+
+
+def _fastest_dtype(device: torch.device) -> str:
+    """The fastest dtype that trains well: bfloat16 where the hardware multiplies it, float16 on older CUDA."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return "bfloat16" if any(found.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    return "float32"
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks for `device` on this machine (a compiler, Python's headers), or None if it can work."""
+    if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "g++"), "clang++")):
+        return "no C++ compiler"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "no Python headers"
+    if device.type == "cuda" and not has_triton():
+        return "no Triton, or a GPU that it does not know (it needs compute capability 7.0)"
+    return None

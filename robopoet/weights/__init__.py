@@ -1,0 +1,1 @@
+"""Weights on disk: ours, nanoGPT's and Hugging Face's."""

@@ -1,0 +1,1 @@
+"""A trained model generates: tokens, passages, sessions."""
