@@ -31,6 +31,7 @@ from robopoet.machine import find_machine
 from robopoet.text.batches import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
 from robopoet.weights import checkpoint
+from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, SavedSettings, Settings, make_settings
 from robopoet.writing.sampler import Sampler
@@ -87,7 +88,7 @@ class Poet:
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found; {_models()}")
         self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
-        self.model.prepack()
+        prepack(self.model)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.styles = styles(self.tokenizer)
         end = self.tokenizer.specials.get(END)
@@ -156,12 +157,12 @@ class Poet:
         blend = self.blend_of(chosen.style)
         heads = [[tag] for tag in blend] or [[]]  # a passage has a row for each of the styles it blends
         ids = self.tokenizer.encode(prompt or "\n")
-        rows = [(head + ids)[self.model.window_start(len(head + ids)) :] for head in heads]
+        rows = [(head + ids)[window_start(len(head + ids), self.model.config.block_size) :] for head in heads]
         idx = torch.tensor(rows * len(passages), device=self.machine.device)
         tags = torch.tensor(list(blend) * len(passages), device=self.machine.device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
         choose = Sampler(chosen, self.forbidden, numbers, weights, heads[0] + ids, logprobs)
-        writing = self.model.generate(idx, chosen.max_new_tokens, choose, tags, self.record)
+        writing = generate(self.model, idx, chosen.max_new_tokens, choose, tags, self.record)
         written, going = list(range(len(passages))), None  # the passages that the model's rows are
         with contextlib.suppress(StopIteration):
             while True:

@@ -29,15 +29,17 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ConfigError, bounds
-from model import GPT, GPTConfig, Graphed
+from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Signals, find_machine, why_no_compile
+from robopoet.recording import Graphed
 from robopoet.text import tokenizer
 from robopoet.text.batches import Meta, Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
 from robopoet.training.log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from robopoet.training.optimizer import configure_optimizers, shared_as, whole
 from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
+from robopoet.writing.generate import generate
 
 
 @dataclass(frozen=True)
@@ -383,7 +385,7 @@ def write_sample(model: GPT, tok: tokenizer.Tokenizer, machine: Machine) -> str:
 
     model.eval()
     start = torch.tensor([tok.encode("\n") or [0]], device=machine.device)
-    ids = [id.item() for id in model.generate(start, 100, choose)]
+    ids = [id.item() for id in generate(model, start, 100, choose)]
     return tok.decode_bytes(ids).decode(errors="replace")
 
 

@@ -25,6 +25,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, find_machine
 from robopoet.weights import checkpoint
+from robopoet.writing.generate import generate, prepack
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
@@ -74,7 +75,7 @@ def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poe
     if cfg.shape == "gpt2":  # the tokenizer's ids are the first of its many
         poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
         poet.model.load_state_dict(model.state_dict())
-        poet.model.prepack()
+        prepack(poet.model)
     specials = list(poet.tokenizer.specials.values())
     specials += range(poet.tokenizer.vocab_size, model.config.vocab_size)
     poet.forbidden = torch.tensor(specials, dtype=torch.long, device=poet.machine.device)
@@ -154,7 +155,7 @@ def likeliest(model: torch.nn.Module, name: str, idx: torch.Tensor, tokens: int)
     """The likeliest continuation of idx, (1, n), by a model in float64, where rounding can't tip it."""
     with torch.inference_mode():
         if name == "RoboPoet":
-            return [int(ids) for ids in model.generate(idx, tokens, lambda logits: logits.argmax(-1))]
+            return [int(ids) for ids in generate(model, idx, tokens, lambda logits: logits.argmax(-1))]
         if name == "nanoGPT":
             return model.generate(idx, tokens, top_k=1)[0, idx.shape[1] :].tolist()
         return model.generate(idx, max_new_tokens=tokens, do_sample=False)[0, idx.shape[1] :].tolist()

@@ -26,9 +26,10 @@ import train
 from bench.common import config_name, forget_peak, markdown, origin, show, spread, train_command, write_result
 from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
 from configurator import ConfigError, bounds
-from model import GPT, linear
+from model import GPT
 from robopoet.errors import DataError
 from robopoet.machine import Machine, find_machine
+from robopoet.ops import linear
 from robopoet.text.batches import (
     FORMAT,
     Meta,

@@ -12,6 +12,7 @@ import train
 from robopoet.machine import Machine
 from robopoet.text.batches import TrainWindows, open_split, read_meta
 from robopoet.weights.checkpoint import load_model
+from robopoet.writing.generate import generate
 from train import TrainConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -107,7 +108,7 @@ def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, d
     model, _, _ = load_model(best, torch.device("cuda"), getattr(torch, dtype))
     prompt = torch.arange(rows * 4, device="cuda").view(rows, 4) % 50
     ids = [
-        torch.stack(list(model.generate(prompt, 80, lambda logits: logits.argmax(-1), record=record)))
+        torch.stack(list(generate(model, prompt, 80, lambda logits: logits.argmax(-1), record=record)))
         for record in (False, True)
     ]
     assert torch.equal(*ids)

@@ -24,7 +24,9 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.tokenizer import END, CharTokenizer
 from robopoet.weights import checkpoint
+from robopoet.writing import generate as generating
 from robopoet.writing import originality
+from robopoet.writing.generate import window_start
 from robopoet.writing.passage import Settings
 from robopoet.writing.sampler import Sampler
 from sample import Poet, SampleConfig
@@ -91,8 +93,8 @@ def test_a_passage_is_the_same_alone_and_beside_others(poet):
 
 
 def test_a_passage_that_is_done_is_no_longer_computed(poet, monkeypatch):
-    rows, decode = [], poet.model.decode
-    monkeypatch.setattr(poet.model, "decode", lambda ids, **keys: rows.append(len(ids)) or decode(ids, **keys))
+    rows, decode = [], generating.decode
+    monkeypatch.setattr(generating, "decode", lambda m, ids, **keys: rows.append(len(ids)) or decode(m, ids, **keys))
     alone = poet.write("o romeo", n=6, max_new_tokens=60, until="tokens")
     letter = max(ALPHABET, key=lambda c: len({text.find(c, 7) for text in alone}))  # ends them in different places
     rows.clear()
@@ -120,7 +122,7 @@ def test_a_blend_is_the_weighted_mean_of_its_styles_log_probabilities(poet):
         mean = 0
         for tag, share in shares.items():
             window = [tag, *ids]
-            start = poet.model.window_start(len(window))
+            start = window_start(len(window), poet.model.config.block_size)
             logits = poet.model(torch.tensor([[tag, *window[start + 1 :]]]))[0][0, -1]
             logits[poet.forbidden] = -math.inf
             mean = mean + share * logits.log_softmax(-1)
@@ -159,7 +161,7 @@ def naive_ids(poet, prompt, number, settings):
     while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:
         rows = []
         for tag in blend:
-            window = text[poet.model.window_start(len(text)) :]
+            window = text[window_start(len(text), poet.model.config.block_size) :]
             rows.append(poet.model(torch.tensor([window if tag is None else [tag, *window[1:]]]))[0][0, 0])
         logits = torch.stack(rows).index_fill(1, poet.forbidden, -math.inf)
         if len(rows) > 1:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train
 from model import GPT, GPTConfig, KVCache
 from robopoet.machine import Machine
+from robopoet.writing.generate import block_weights, decode
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 2}
@@ -58,7 +59,7 @@ def trace_token(rows: int) -> None:
     cache = KVCache(model.config, rows, CUDA, torch.float32)
     with torch.no_grad():
         model(torch.zeros(rows, 5, dtype=torch.long, device=CUDA), cache=cache)
-        logits = model.decode(torch.zeros(rows, dtype=torch.long, device=CUDA), cache, model.block_weights())
+        logits = decode(model, torch.zeros(rows, dtype=torch.long, device=CUDA), cache, block_weights(model))
     assert logits.shape == (rows, 61) and logits.device == CUDA
 
 

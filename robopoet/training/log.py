@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ConfigError
-from model import GPT, linear
+from model import GPT
 from robopoet.machine import Machine
+from robopoet.ops import linear
 from robopoet.untrusted import Count, decode_json, read_lines
 
 PATIENCE_S = 10.0  # how long the end of a run waits for a logger

@@ -1,0 +1,199 @@
+"""Linear, Dropout, attention and cross-entropy: torch's names, arguments and numbers, faster on this hardware.
+
+Where there is nothing to gain, and wherever a compiler is at work, torch's own functions run. Only Dropout draws other
+random bits than torch's. bench/LOG.md has the measurements.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear in float32 via oneDNN: PyTorch picks MKL, which uses only AVX2 on AMD; oneDNN uses AVX-512 there.
+
+    x: (..., K). weight: (N, K). bias: (N,) or None. Returns (..., N).
+    """
+
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return OneDNNLinear.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x, rows = x.flatten(0, -2), grad.flatten(0, -2)  # (M, K), (M, N)
+        if weight.shape[0] < weight.shape[1]:  # the narrower matrix first: up to twice as fast
+            weight_grad = OneDNNLinear.product(rows.t(), x.t())
+        else:
+            weight_grad = OneDNNLinear.product(x.t(), rows.t()).t()
+        bias_grad = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return OneDNNLinear.product(grad, weight.t()), weight_grad, bias_grad
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear: x (..., K), weight (N, K) and bias (N,) to (..., N)."""
+    if weight.is_mkldnn:  # prepacked
+        return OneDNNLinear.product(x, weight, bias)
+    if x.device.type == "cuda" and weight.shape[0] % 64 and bias is None and x.numel() >= 64 * x.shape[-1]:
+        padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % 64))  # tensor cores want a multiple of 64 columns
+        return F.linear(x, padded)[..., : weight.shape[0]]
+    in_float32 = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    if HAS_AVX512 and in_float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the function above."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        return linear(x, self.weight, self.bias)
+
+
+def prepack(layer: nn.Linear) -> None:
+    """Store the weight in oneDNN's own layout, for generation: it can't be trained or saved any more."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(
+        layer.weight.detach(), 32
+    )  # laid out for 32 rows; good for 1 to 128
+    del layer.weight
+    layer.weight = packed
+
+
+def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y + linear(x), fused if the weight is prepacked."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, bias, "add")
+    return y + linear(x, weight, bias)
+
+
+def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+    """gelu(linear(x)), fused if the weight is prepacked."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dropout
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Zero each element with probability p and scale the others by 1 / (1 - p) (Srivastava et al. 2014, JMLR 15).
+
+    On CPU p is rounded to a multiple of 1/65,536, so that 64 random bits decide four elements: three times as fast.
+    """
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    threshold = round(p * 65_536)
+    keep = bits[: x.numel()].view(x.shape).ge_(threshold - 32_768)  # 0 or 1 in int16: bool converts slowly
+    return x * keep.to(x.dtype).mul_(65_536 / (65_536 - threshold))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the function above."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape to the same shape."""
+        return dropout(x, self.p) if self.training else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """softmax(query key' / sqrt(hs) + attn_mask) value: query (B, nh, T, hs), key and value (B, nh, S, hs)."""
+    B, T = query.shape[0], query.shape[-2]
+    if is_causal and query.device.type == "cpu" and T <= 256:  # the flash kernel's backward is slower on short rows
+        return causal_attention(query, key, value, dropout_p)
+    if T == 1 and B > 1 and not is_causal:  # generating several rows: on CPU twice as fast as the fused kernels
+        return single_query_attention(query, key, value, attn_mask)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+    """Causal attention, one operation after another: q, k, v (B, nh, T, hs) -> (B, nh, T, hs)."""
+    T, hs = q.shape[-2:]
+    att = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
+    future = att.new_full((T, T), -math.inf).triu(1)
+    att = F.softmax(att + future, dim=-1)  # adding a mask costs nothing in backward, filling would
+    return dropout(att, dropout_p) @ v
+
+
+def single_query_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of one query in each row: q (B, nh, 1, hs), k and v (B, nh, T, hs), mask (1, T) -> (B, nh, 1, hs)."""
+    shape = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    att = (k @ (q * q.shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # (B * nh, 1, T)
+    return ((att if mask is None else att + mask).softmax(-1) @ v).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cross-entropy
+
+
+def cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
+    """F.cross_entropy, computed in float32 or better: input (N, V) logits, target (N,) int64 -> scalar, or (N,)."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if reduction == "none":  # 64 MB at a time: a float32 copy of all logits would be six times their size in bfloat16
+        rows = max(2**24 // input.shape[1], 1)
+        parts = zip(input.split(rows), target.split(rows), strict=True)
+        losses = [F.cross_entropy(z.to(dtype), t, ignore_index=ignore_index, reduction="none") for z, t in parts]
+        return torch.cat(losses)
+    if input.device.type == "cpu" and reduction == "mean" and not torch.compiler.is_compiling():
+        return RowwiseCrossEntropy.apply(input, target, ignore_index)
+    return F.cross_entropy(input.to(dtype), target, ignore_index=ignore_index, reduction=reduction)
+
+
+class RowwiseCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy on a CPU: loss and gradient of 64 rows at a time, while they are in its cache."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        grad = torch.empty_like(logits)
+        counted = targets != ignore_index
+        weight = counted.to(dtype) / counted.sum()
+        loss = torch.zeros((), dtype=dtype)
+        for z, t, w, d in zip(*(tensor.split(64) for tensor in (logits, targets, weight, grad)), strict=True):
+            probs = torch.softmax(z, dim=1, dtype=dtype)
+            t = t.clamp(min=0)[:, None]
+            gap = z.amax(1).to(dtype) - z.gather(1, t)[:, 0].to(dtype)  # to the likeliest, whose probability is never 0
+            loss += w @ (gap - probs.amax(1).log())
+            probs.scatter_add_(1, t, probs.new_full(t.shape, -1.0))
+            torch.mul(probs, w[:, None], out=probs)
+            d.copy_(probs)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad if scale.item() == 1 else grad * scale), None, None

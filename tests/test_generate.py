@@ -1,0 +1,141 @@
+"""Generation with a cache beside a naive one that reads the window again for every token."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_model import SMALL, ids, make
+
+from model import KVCache
+from robopoet.ops import HAS_AVX512, Linear
+from robopoet.writing import generate as module
+from robopoet.writing.generate import generate, prepack, window_start
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+def seeded(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits):
+        return torch.multinomial(logits.double().softmax(-1), 1, generator=generator)[:, 0]
+
+    return choose
+
+
+@torch.inference_mode()
+def write_naively(model, idx, max_new_tokens, choose, tag=None):
+    """What `generate` must equal: the whole window is read again for every token."""
+    for _ in range(max_new_tokens):
+        window = idx[:, window_start(idx.shape[1], SMALL.block_size) :].clone()
+        if tag is not None:
+            window[:, 0] = tag
+        chosen = choose(model(window)[0][:, -1])
+        idx = torch.cat([idx, chosen[:, None]], dim=1)
+        yield chosen
+
+
+def record_lengths(monkeypatch):
+    """Let a cache on the CPU count as it does on CUDA."""
+    make_cache = KVCache.__init__
+
+    def init(self, *args):
+        make_cache(self, *args)
+        self.length = torch.zeros(1, dtype=torch.long)
+
+    monkeypatch.setattr(KVCache, "__init__", init)
+
+
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+@pytest.mark.parametrize("tag", [None, 60])
+@pytest.mark.parametrize("rows, n_prompt", [(3, 1), (1, 10), (3, 16), (1, 16), (2, 40)])
+def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, rows, n_prompt, tag, as_on_cuda):
+    model, prompt = make(), ids(rows, n_prompt)
+    if as_on_cuda:
+        record_lengths(monkeypatch)
+    for choose in (lambda: greedy, lambda: seeded(5)):
+        tags = None if tag is None else torch.full((rows,), tag)
+        cached = torch.stack(list(generate(model, prompt, 60, choose(), tags)))
+        naive = torch.stack(list(write_naively(model, prompt, 60, choose(), tag)))
+        assert torch.equal(cached, naive)
+        assert len(set(cached[:, 0].tolist())) > 3  # the test would be idle if it wrote one word for ever
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cached_logits_are_within_1e_4_of_naive_in_float32(packed, rows):
+    model, prompt = make(dtype=torch.float32, scale=2.0), ids(rows, 5)
+    written = copy.deepcopy(model)
+    if packed:
+        prepack(written)
+    seen: list[list[torch.Tensor]] = [[], []]
+
+    def recorder(log):
+        def choose(logits):
+            log.append(logits.clone())
+            return (torch.arange(rows) + 7 * len(log) ** 2) % SMALL.vocab_size  # the same text on both paths
+
+        return choose
+
+    list(generate(written, prompt, 50, recorder(seen[0])))
+    list(write_naively(model, prompt, 50, recorder(seen[1])))
+    assert len(seen[0]) == 50
+    for cached, naive in zip(*seen, strict=True):
+        torch.testing.assert_close(cached, naive, atol=1e-4, rtol=0)
+
+
+def test_window_slides_in_half_blocks_and_always_holds_the_end():
+    starts = [window_start(n, SMALL.block_size) for n in range(1, 200)]
+    for n, start in zip(range(1, 200), starts, strict=True):
+        assert start % 8 == 0 and n - start <= 16
+        assert start == 0 if n <= 16 else n - start > 8
+    assert starts == sorted(starts)
+
+
+def test_each_rows_tag_stands_first_in_every_window():
+    model, windows = make(), []
+    handle = model.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
+    list(generate(model, ids(2, 10), 40, greedy, torch.tensor([60, 59])))
+    handle.remove()
+    fills = [window for window in windows if window.shape[1] > 1]
+    assert len(fills) == 1 + math.ceil((10 + 39 - 16) / 8)
+    assert all(window[:, 0].tolist() == [60, 59] for window in fills)
+
+
+def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
+    model, lengths, tokens = make(), [], []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda m, ids, **keys: tokens.append(len(ids)) or decode(m, ids, **keys))
+    list(generate(model, ids(1, 4), 14, greedy))
+    assert lengths == [4, 9] and tokens == [1] * 12  # the window slides when the 17th token is there
+
+
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, as_on_cuda):
+    model, prompt, kept = make(), ids(4, 6), torch.tensor([3, 1])
+    if as_on_cuda:
+        record_lengths(monkeypatch)
+    tags = torch.tensor([60, 59, 58, 57])
+    whole = torch.stack(list(generate(model, prompt, 30, greedy, tags)))
+    writing, found = generate(model, prompt, 30, greedy, tags), []
+    for step in range(30):
+        found.append(writing.send(kept if step == 7 else None))
+    assert [len(chosen) for chosen in found] == [4] * 7 + [2] * 23
+    assert torch.equal(torch.stack(found[7:]), whole[7:, kept])
+
+
+def test_a_prepacked_model_takes_no_more_memory_and_says_the_same():
+    model = make(dtype=torch.float32)
+    packed = copy.deepcopy(model)
+    prepack(packed)
+    idx = ids(2, 16)
+    torch.testing.assert_close(packed(idx)[0], model(idx)[0], atol=1e-5, rtol=1e-5)
+    if HAS_AVX512:
+        assert all(module.weight.is_mkldnn for module in packed.modules() if isinstance(module, Linear))
+    double = make()
+    prepack(double)
+    assert torch.equal(double(idx)[0], make()(idx)[0])
