@@ -30,8 +30,8 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
 from robopoet.text.batches import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
-from robopoet.weights import checkpoint
 from robopoet.writing.generate import generate, prepack, window_start
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, SavedSettings, Settings, make_settings
 from robopoet.writing.sampler import Sampler
@@ -99,7 +99,7 @@ class Poet:
     @functools.cached_property
     def sha256(self) -> str:
         """Of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
-        path = self.path if self.path.exists() else checkpoint.fetch(str(self.path))  # the Hub's are here already
+        path = self.path if self.path.exists() else huggingface.fetch(str(self.path))  # the Hub's are here already
         return checkpoint.sha256(path)
 
     def write(self, prompt: str = "", n: int = 1, **settings: Any) -> list[str]:
@@ -546,7 +546,7 @@ def main(cfg: SampleConfig) -> None:
         save(Path(cfg.save), poet, passages)
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        checkpoint.export(*loaded, prompt + passages[0].text, Path(cfg.export))
+        huggingface.export(*loaded, prompt + passages[0].text, Path(cfg.export))
         print(f"{cfg.export}: AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it")
     return None
 

@@ -15,7 +15,7 @@ import torch
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import CharTokenizer
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, gelu="tanh", bias=False)
 
@@ -263,7 +263,7 @@ def test_names_are_asked_of_the_hub_as_it_allows_them_and_files_are_not(monkeypa
         asked.append(name)
         raise CheckpointError("asked")
 
-    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    monkeypatch.setattr(huggingface, "fetch", fetch)
     monkeypatch.chdir(tmp_path)
     names = ["gpt2", "org/model-1.5B", "org/tiny.en", "a.b/c.d", "org_1/model_2"]
     for name in names:

@@ -29,7 +29,7 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine
 from robopoet.text import batches, corpus, sources
 from robopoet.training.log import Log
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 
 OURS = (ConfigError, DataError, CheckpointError)
 SECONDS, BYTES = 5, 2**30
@@ -199,10 +199,10 @@ def arguments(small: dict, folder: Path) -> Door:
     return Door(path, content, dump, lambda: sample.Poet(str(path), "cpu", "float32").write("O", max_new_tokens=2))
 
 
-def huggingface(name: str) -> Callable[[dict, Path], Door]:
+def exported(name: str) -> Callable[[dict, Path], Door]:
     def door(small: dict, folder: Path) -> Door:
         export, loaded = folder / "poet", checkpoint.load_model(trained(small), CPU.device, CPU.dtype)
-        checkpoint.export(*loaded, "O", export)
+        huggingface.export(*loaded, "O", export)
         content = json.loads((export / name).read_text())
         return Door(export / name, content, as_json, lambda: checkpoint.load_model(export, CPU.device, CPU.dtype))
 
@@ -210,7 +210,7 @@ def huggingface(name: str) -> Callable[[dict, Path], Door]:
 
 
 def safetensors_header(small: dict, folder: Path) -> Door:
-    door = huggingface("config.json")(small, folder)
+    door = exported("config.json")(small, folder)
     path = door.path.with_name("model.safetensors")
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
@@ -264,8 +264,8 @@ DOORS = {
     "JSON lines, zipped": zipped_lines,
     "meta.json": meta_json,
     "a checkpoint's arguments": arguments,
-    "config.json": huggingface("config.json"),
-    "tokenizer.json": huggingface("tokenizer.json"),
+    "config.json": exported("config.json"),
+    "tokenizer.json": exported("tokenizer.json"),
     "safetensors": safetensors_header,
     "meta.pkl": nanogpt_meta,
     "passages": passages,
@@ -315,7 +315,7 @@ def without_hub(monkeypatch):
     def fetch(name: str) -> Path:
         raise CheckpointError(f"{name}: not asked for in a test")
 
-    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    monkeypatch.setattr(huggingface, "fetch", fetch)
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.tokenizer import END, CharTokenizer
-from robopoet.weights import checkpoint
 from robopoet.writing import generate as generating
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing import originality
 from robopoet.writing.generate import window_start
 from robopoet.writing.passage import Settings
@@ -323,7 +323,7 @@ def test_a_prompt_that_never_ends_is_told(path):
 def test_what_is_written_by_a_model_of_the_hub_is_saved_and_written_again(path, tmp_path, monkeypatch, capsys):
     export = tmp_path / "hub"
     sample.main(configurator.load(SampleConfig, [f"--checkpoint={path}", f"--export={export}", "--device=cpu"]))
-    monkeypatch.setattr(checkpoint, "fetch", lambda name: export)
+    monkeypatch.setattr(huggingface, "fetch", lambda name: export)
     monkeypatch.chdir(tmp_path)
     (record,) = saved("gpt-emma", tmp_path / "x.jsonl", "--max_new_tokens=5")
     assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.sha256(export)

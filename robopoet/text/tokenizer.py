@@ -5,12 +5,10 @@ Ids run: pieces of text first, special tokens last. Specials exist only as ids: 
 """
 
 import codecs
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
@@ -289,151 +287,6 @@ def from_json(saved: Any) -> Tokenizer:
     if isinstance(saved, SavedChar):
         return CharTokenizer(saved.chars, saved.specials)
     return BPETokenizer([token.encode("latin-1") for token in saved.tokens], saved.specials, saved.pattern)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's tokenizer.json
-
-_visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's files show as they are
-_others = iter(range(256, 512))
-CHAR_OF_BYTE = {byte: chr(byte if byte in _visible else next(_others)) for byte in range(256)}
-BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
-
-
-def to_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What stands in a tokenizer.json that gives the same ids; characters are its "words"."""
-    if isinstance(tokenizer, BPETokenizer):
-        names = ["".join(map(CHAR_OF_BYTE.__getitem__, token)) for token in tokenizer.tokens]
-        model = {"type": "BPE", "vocab": {name: id for id, name in enumerate(names)}, "merges": _merges(tokenizer)}
-        cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        pre_tokenizer, decoder = {"type": "Sequence", "pretokenizers": [cut, level]}, level
-    else:
-        vocab = {char: id for id, char in enumerate(tokenizer.chars)} | tokenizer.specials
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN}
-        cut = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
-        pre_tokenizer, decoder = cut, {"type": "Fuse"}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": id, "content": name, **flags} for name, id in tokenizer.specials.items()],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
-
-
-def _merges(tokenizer: BPETokenizer) -> list[list[str]]:
-    """The two tokens that each token of several bytes is merged from, in order."""
-    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    merges = []
-    for token in tokenizer.tokens:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append(["".join(map(CHAR_OF_BYTE.__getitem__, part)) for part in parts])
-    return merges
-
-
-LIKE_GPT2 = "it must be one like GPT-2's"
-
-
-@dataclass(frozen=True)
-class Added:
-    """A special token of a tokenizer.json."""
-
-    id: untrusted.Count
-    content: str
-
-
-@dataclass(frozen=True)
-class Regex:
-    """Where text is cut."""
-
-    Regex: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A pre-tokenizer of a tokenizer.json."""
-
-    type: str
-    pattern: Regex = Regex()
-    add_prefix_space: bool = False
-    use_regex: bool = True
-
-
-@dataclass(frozen=True)
-class PreTokenizer(Step):
-    """One, or several one after the other."""
-
-    pretokenizers: tuple[Step, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Merges:
-    """The model of a tokenizer.json: its ids, and which two make which."""
-
-    vocab: Annotated[dict[str, untrusted.Count], msgspec.Meta(max_length=MOST_IDS)]
-    type: str = "BPE"
-    merges: Annotated[tuple[str | tuple[str, str], ...], msgspec.Meta(max_length=MOST_IDS)] = ()
-
-
-@dataclass(frozen=True)
-class TokenizerJson:
-    """What is read of a tokenizer.json."""
-
-    model: Merges
-    added_tokens: Annotated[tuple[Added, ...], msgspec.Meta(max_length=MOST_IDS)] = ()
-    pre_tokenizer: PreTokenizer | None = None
-    normalizer: Any = None
-
-
-def from_huggingface(raw: bytes | str) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes.
-
-    Raises DataError unless it is to_huggingface's or like GPT-2's: bytes, then merges in the order of their ids, then
-    special tokens.
-    """
-    saved = untrusted.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
-    model, specials = saved.model, sorted(saved.added_tokens, key=lambda token: token.id)
-    names = {token.content: token.id for token in specials}
-    vocab = sorted((id, name) for name, id in model.vocab.items() if name not in names)
-    pieces = [name for _, name in vocab]
-    if [id for id, _ in vocab] + [token.id for token in specials] != list(range(len(pieces) + len(specials))):
-        raise _unlike("its special tokens are not the last")
-    if model.type == "WordLevel" and all(len(piece) == 1 for piece in pieces):
-        return _from_huggingface({"kind": "char", "chars": "".join(pieces), "specials": list(names)})
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
-    single = [piece for piece in pieces if len(piece) == 1]
-    if model.type != "BPE" or pieces != single + ["".join(merge) for merge in merges if len(merge) == 2]:
-        raise _unlike("its ids are not in the order of its merges")
-    pre = saved.pre_tokenizer or PreTokenizer("")
-    steps = (pre,) if pre.pretokenizers is None else pre.pretokenizers
-    patterns = [step.pattern.Regex for step in steps if step.type == "Split"]
-    patterns = patterns or [PATTERN for step in steps if step.type == "ByteLevel" and step.use_regex]
-    if {step.type for step in steps} - {"Split", "ByteLevel"} or len(patterns) != 1 or saved.normalizer:
-        raise _unlike("it cuts text in another way")
-    if any(step.add_prefix_space for step in steps):
-        raise _unlike("it puts a space before every text")
-    if unknown := set("".join(pieces)) - BYTE_OF_CHAR.keys():
-        raise _unlike(f"{min(unknown)!r} stands for no byte")
-    tokens = ["".join(chr(BYTE_OF_CHAR[char]) for char in piece) for piece in pieces]
-    return _from_huggingface({"kind": "bpe", "pattern": patterns[0], "tokens": tokens, "specials": list(names)})
-
-
-def _from_huggingface(saved: dict[str, Any]) -> Tokenizer:
-    return from_json(untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
-
-
-def _unlike(why: str) -> DataError:
-    return DataError(f"tokenizer.json: {why}; {LIKE_GPT2}")
 
 
 def style_token(style: str) -> str:

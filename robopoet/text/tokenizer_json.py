@@ -1,0 +1,175 @@
+"""Hugging Face's tokenizer.json: write one for a tokenizer of ours, or read one that is like GPT-2's."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+
+from robopoet import untrusted
+from robopoet.errors import DataError
+from robopoet.text.tokenizer import (
+    MOST_IDS,
+    PATTERN,
+    UNKNOWN,
+    BPETokenizer,
+    SavedBPE,
+    SavedChar,
+    Tokenizer,
+    from_json,
+)
+
+LIKE_GPT2 = "it must be one like GPT-2's"
+
+# GPT-2's files show each byte as one character: printable bytes as themselves, the others from U+0100 on.
+_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_others = iter(range(256, 512))
+CHAR_OF_BYTE = {byte: chr(byte if byte in _printable else next(_others)) for byte in range(256)}
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def to_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives the same ids."""
+    if isinstance(tokenizer, BPETokenizer):
+        names = ["".join(map(CHAR_OF_BYTE.__getitem__, token)) for token in tokenizer.tokens]
+        model = {"type": "BPE", "vocab": {name: id for id, name in enumerate(names)}, "merges": _merges(tokenizer)}
+        split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        pre_tokenizer, decoder = {"type": "Sequence", "pretokenizers": [split, level]}, level
+    else:  # each character is a "word"
+        vocab = {char: id for id, char in enumerate(tokenizer.chars)} | tokenizer.specials
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN}
+        split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+        pre_tokenizer, decoder = split, {"type": "Fuse"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **flags} for name, id in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _merges(tokenizer: BPETokenizer) -> list[list[str]]:
+    """For each token of several bytes, in order, the two tokens that merge into it."""
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    merges = []
+    for token in tokenizer.tokens:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # encode the token as BPE does, up to the last merge
+            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(["".join(map(CHAR_OF_BYTE.__getitem__, part)) for part in parts])
+    return merges
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+@dataclass(frozen=True)
+class Added:
+    """A special token."""
+
+    id: untrusted.Count
+    content: str
+
+
+@dataclass(frozen=True)
+class Regex:
+    """The pattern that a pre-tokenizer splits text by."""
+
+    Regex: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pre-tokenizer."""
+
+    type: str
+    pattern: Regex = Regex()
+    add_prefix_space: bool = False
+    use_regex: bool = True
+
+
+@dataclass(frozen=True)
+class PreTokenizer(Step):
+    """One pre-tokenizer, or a sequence of them."""
+
+    pretokenizers: tuple[Step, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The vocabulary, and the pairs of tokens that merge, in order."""
+
+    vocab: Annotated[dict[str, untrusted.Count], msgspec.Meta(max_length=MOST_IDS)]
+    type: str = "BPE"
+    merges: Annotated[tuple[str | tuple[str, str], ...], msgspec.Meta(max_length=MOST_IDS)] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerJson:
+    """The keys we read of a tokenizer.json."""
+
+    model: Model
+    added_tokens: Annotated[tuple[Added, ...], msgspec.Meta(max_length=MOST_IDS)] = ()
+    pre_tokenizer: PreTokenizer | None = None
+    normalizer: Any = None
+
+
+def from_huggingface(raw: bytes | str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes.
+
+    Raises DataError unless to_huggingface wrote it or it is like GPT-2's: byte-level, its ids in the order of the
+    merges, its special tokens last.
+    """
+    saved = untrusted.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
+    model, specials = saved.model, sorted(saved.added_tokens, key=lambda token: token.id)
+    names = {token.content: token.id for token in specials}
+    vocab = sorted((id, name) for name, id in model.vocab.items() if name not in names)
+    pieces = [name for _, name in vocab]
+    if [id for id, _ in vocab] + [token.id for token in specials] != list(range(len(pieces) + len(specials))):
+        raise _unlike("its special tokens are not the last")
+    if model.type == "WordLevel" and all(len(piece) == 1 for piece in pieces):
+        return _build({"kind": "char", "chars": "".join(pieces), "specials": list(names)})
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
+    single = [piece for piece in pieces if len(piece) == 1]
+    if model.type != "BPE" or pieces != single + ["".join(merge) for merge in merges if len(merge) == 2]:
+        raise _unlike("its ids are not in the order of its merges")
+    pattern = _pattern(saved)
+    if unknown := set("".join(pieces)) - BYTE_OF_CHAR.keys():
+        raise _unlike(f"{min(unknown)!r} stands for no byte")
+    tokens = ["".join(chr(BYTE_OF_CHAR[char]) for char in piece) for piece in pieces]
+    return _build({"kind": "bpe", "pattern": pattern, "tokens": tokens, "specials": list(names)})
+
+
+def _pattern(saved: TokenizerJson) -> str:
+    """The pattern that text is split by before merging; raises DataError if more is done to the text than that."""
+    pre = saved.pre_tokenizer or PreTokenizer("")
+    steps = (pre,) if pre.pretokenizers is None else pre.pretokenizers
+    patterns = [step.pattern.Regex for step in steps if step.type == "Split"]
+    patterns = patterns or [PATTERN for step in steps if step.type == "ByteLevel" and step.use_regex]
+    if {step.type for step in steps} - {"Split", "ByteLevel"} or len(patterns) != 1 or saved.normalizer:
+        raise _unlike("it cuts text in another way")
+    if any(step.add_prefix_space for step in steps):
+        raise _unlike("it puts a space before every text")
+    return patterns[0]
+
+
+def _build(saved: dict[str, Any]) -> Tokenizer:
+    return from_json(untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
+
+
+def _unlike(why: str) -> DataError:
+    return DataError(f"tokenizer.json: {why}; {LIKE_GPT2}")

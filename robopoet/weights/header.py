@@ -1,0 +1,71 @@
+"""The part of a checkpoint beside its tensors, with types and ranges checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+
+from robopoet import untrusted
+from robopoet.errors import CheckpointError
+from robopoet.text.tokenizer import SavedBPE, SavedChar
+from robopoet.untrusted import Count
+
+NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """nanoGPT's seven model arguments."""
+
+    n_layer: Size
+    n_head: Size
+    n_embd: Size
+    block_size: Size
+    vocab_size: Size
+    bias: bool = True
+    dropout: Share = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd is {self.n_embd}, must be divisible by n_head, {self.n_head}")
+
+
+class ModelExtra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Model arguments that nanoGPT does not have."""
+
+    gelu: Literal["none", "tanh"] = "none"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The keys we read of the training config in a checkpoint."""
+
+    dataset: str = ""
+    optimizer: str = ""
+    batch_size: Count = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checkpoint without its tensors and the state of its run; nanoGPT's checkpoints have the first two fields."""
+
+    model_args: ModelArgs
+    config: RunConfig = RunConfig()
+    model_extra: ModelExtra | None = None
+    tokenizer: SavedBPE | SavedChar | None = None
+    iter_num: Count = 0
+    best_val_loss: float | None = None
+    text_sha256: str = ""
+    licences: tuple[str, ...] = ()
+
+
+def read_header(content: dict[str, Any], path: Path) -> Header:
+    """The header in `content`, which was loaded from `path`; raises CheckpointError on a wrong type or range."""
+    loss = content.get("best_val_loss")
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # nanoGPT saves a tensor
+        content = content | {"best_val_loss": float(loss)}
+    return untrusted.convert(content, Header, path, CheckpointError, "it is not a checkpoint, or is damaged")
