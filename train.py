@@ -34,7 +34,16 @@ from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Signals, find_machine, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
-from robopoet.text.batches import Meta, Split, TrainWindows, eval_batches, find_dataset, open_split, read_meta
+from robopoet.text.batches import (
+    EvalPlan,
+    Meta,
+    Split,
+    TrainWindows,
+    eval_batches,
+    find_dataset,
+    open_split,
+    read_meta,
+)
 from robopoet.training.log import Log, Meter, Sink, describe, status, tensorboard_sink, wandb_sink
 from robopoet.training.optimizer import configure_optimizers, shared_as, whole
 from robopoet.untrusted import convert
@@ -322,8 +331,8 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, cfg: TrainConfig
     lengths = torch.from_numpy(token_bytes).to(machine.device)
     # per style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
     sums = torch.zeros(6, len(names), dtype=torch.float64)
-    shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
-    for inputs, targets, span in eval_batches(split, *shape, even=cfg.shard):
+    plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
+    for inputs, targets, span in eval_batches(split, plan, machine, even=cfg.shard):
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
         losses, targets = losses[: len(span)], targets[: len(span)]  # less the row that evens batches out
@@ -360,8 +369,8 @@ def compare_tags(
     # per style and tag: windows, differences of their mean losses, squares of these
     sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
     tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
-    shape = cfg.block_size, cfg.batch_size, machine.device, cfg.eval_iters, machine.rank, machine.world_size
-    for right, *others in zip(*(eval_batches(each, *shape) for each in (split, *tagged)), strict=True):
+    plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
+    for right, *others in zip(*(eval_batches(each, plan, machine) for each in (split, *tagged)), strict=True):
         with machine.autocast():
             loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
         more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)

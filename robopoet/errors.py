@@ -1,17 +1,17 @@
-"""What can go wrong by no fault of the code; each message names the file or key, what was found and what to do."""
+"""Errors that are no bug: each message names the file or key, what was found and what to do."""
 
 
 class DataError(ValueError):
-    """A corpus, tokenizer or bin that can't be used."""
+    """A corpus, tokenizer or bin can't be used."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read or doesn't fit."""
+    """A checkpoint can't be read, or does not fit."""
 
 
 class RankError(RuntimeError):
-    """Another of torchrun's ranks is gone or hangs."""
+    """Another of torchrun's ranks is gone, or does not answer."""
 
 
 class DivergedError(ArithmeticError):
-    """A loss or gradient that is not finite; the message names the step, the ranks and their rows."""
+    """A loss or gradient is not finite; the message names the step, the ranks and their rows."""

@@ -1,7 +1,7 @@
-"""Every file from outside is decoded once, bounded in size, into a frozen dataclass; msgspec checks types and ranges.
+"""Files from outside: bounded in size, decoded once, into frozen dataclasses whose types and ranges msgspec checks.
 
-Code behind this module sees no raw dict: a wrong type, a number out of range or a missing key ends here, in one line
-that says where in the file it stands, as `$.splits.val.documents[0].start`.
+The rest of the code sees no raw dict. A wrong type, a number out of range or a missing key is refused here, in one line
+that gives its place in the file, such as `$.splits.val.documents[0].start`.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 def read_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, bytes]]:
-    """Each line of a regular file and its number, from 1; raises `error`, also for one of over 100 MB."""
+    """Each line of a regular file with its number, from 1; raises `error`, also on a line of over 100 MB."""
     check_regular(path, error)
     try:
         with open(path, "rb") as f:
@@ -34,7 +34,7 @@ def read_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, bytes]
 
 
 def decode_json(raw: bytes | str, kind: type[T], where: object, error: type[Exception], advice: str) -> T:
-    """`raw` as a `kind`; raises `error` with `where` it comes from, what is wrong at which place, and `advice`."""
+    """Decode JSON into a `kind`; raises `error` with `where` (a file or line), what is wrong, and `advice`."""
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
@@ -42,13 +42,21 @@ def decode_json(raw: bytes | str, kind: type[T], where: object, error: type[Exce
 
 
 def read_json(path: Path, kind: type[T], error: type[Exception], advice: str) -> T:
-    """The JSON file at `path` as a `kind`; raises `error`."""
+    """Read the JSON file at `path` into a `kind`; raises `error` as `decode_json` does."""
     return decode_json(read_bytes(path, error), kind, path, error, advice)
 
 
-def convert(value: Any, kind: type[T], where: object, error: type[Exception], advice: str, is_text: bool = False) -> T:
-    """A decoded value as a `kind`; is_text: numbers and booleans are still text in it, as YAML leaves them here."""
+def convert(value: Any, kind: type[T], where: object, error: type[Exception], advice: str) -> T:
+    """Convert dicts, lists and numbers into a `kind`; raises `error` as `decode_json` does."""
     try:
-        return msgspec.convert(value, kind, strict=not is_text)
+        return msgspec.convert(value, kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
+        raise error(f"{where}: {describe(e)}; {advice}") from None
+
+
+def convert_yaml(value: Any, kind: type[T], where: object, error: type[Exception], advice: str) -> T:
+    """As `convert`, for what configurator.read_yaml returns: its numbers and booleans are still text."""
+    try:
+        return msgspec.convert(value, kind, strict=False)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
         raise error(f"{where}: {describe(e)}; {advice}") from None

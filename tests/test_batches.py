@@ -17,6 +17,7 @@ from robopoet.machine import Machine
 from robopoet.text import batches
 from robopoet.text.batches import (
     FORMAT,
+    EvalPlan,
     Meta,
     Span,
     Split,
@@ -31,6 +32,7 @@ from robopoet.text.batches import (
 from robopoet.text.tokenizer import END, CharTokenizer
 
 CPU = torch.device("cpu")
+ALONE = Machine(CPU, torch.float32)
 STYLES = {"alice": 60_001, "king": 60_002}
 VOCAB = 60_003
 T = 8
@@ -198,7 +200,7 @@ def test_a_corpus_without_tags_has_none(tmp_path):
     assert (windows.rows(0, 100)[1] == -1).all()
     inputs, _ = windows.batch(0, 10, CPU)
     assert inputs[:, 0].tolist() == tokens_of(split)[windows.rows(0, 10)[0]].tolist()
-    assert all((batch.inputs < 60_000).all() for batch in eval_batches(split, T, 4, CPU))
+    assert all((batch.inputs < 60_000).all() for batch in eval_batches(split, EvalPlan(T, 4), ALONE))
 
 
 # --- evaluation
@@ -222,7 +224,7 @@ def naive_evaluation(split: Split, block_size: int) -> list[tuple[int, list[int]
 def test_evaluation_has_every_target_once_tagged_and_never_across_documents(split, block_size, batch_size):
     expected = naive_evaluation(split, block_size)
     found = []
-    for inputs, targets, document in eval_batches(split, block_size, batch_size, CPU):
+    for inputs, targets, document in eval_batches(split, EvalPlan(block_size, batch_size), ALONE):
         assert inputs.shape == targets.shape == (len(document), block_size)
         assert inputs.dtype == targets.dtype == torch.int64
         assert 0 < len(document) <= batch_size
@@ -251,7 +253,7 @@ def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, m
     meta.splits["train"] = dataclasses.replace(meta.splits["train"], documents=spans, end=end)
     together = open_split(tmp_path, "train", meta, T, CPU)
     assert len(together.styles) == 5 < len(DOCS)
-    for ours, other in zip(eval_batches(apart, T, 4, CPU), eval_batches(together, T, 4, CPU), strict=True):
+    for ours, other in zip(*(eval_batches(split, EvalPlan(T, 4), ALONE) for split in (apart, together)), strict=True):
         assert torch.equal(ours.inputs, other.inputs) and torch.equal(ours.targets, other.targets)
         assert [apart.styles[i] for i in ours.span] == [together.styles[i] for i in other.span]
     windows = [TrainWindows(split, T, 1, 0.5).rows(0, 100) for split in (apart, together)]
@@ -261,10 +263,11 @@ def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, m
 @pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
-    alone = list(eval_batches(split, T, 4, CPU))
+    alone = list(eval_batches(split, EvalPlan(T, 4), ALONE))
     alone = alone[:limit] if limit else alone
-    shared = [list(eval_batches(split, T, 4, CPU, limit, rank, world_size)) for rank in range(world_size)]
-    even = [list(eval_batches(split, T, 4, CPU, limit, rank, world_size, even=True)) for rank in range(world_size)]
+    plan, ranks = EvalPlan(T, 4, limit), [Machine(CPU, torch.float32, rank, world_size) for rank in range(world_size)]
+    shared = [list(eval_batches(split, plan, rank)) for rank in ranks]
+    even = [list(eval_batches(split, plan, rank, even=True)) for rank in ranks]
     assert sum(map(len, shared)) == len(alone)
     assert {len(of_rank) for of_rank in even} == {len(shared[0])}
     for its, same in zip(even, shared, strict=True):
@@ -279,7 +282,7 @@ def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
 def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, second = (list(eval_batches(split, T, 4, CPU)) for _ in range(2))
+    first, second = (list(eval_batches(split, EvalPlan(T, 4), ALONE)) for _ in range(2))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, second, strict=True))
     TrainWindows(split, T, 1, 0.5).batch(0, 4, CPU)
     assert torch.equal(torch.get_rng_state(), before)

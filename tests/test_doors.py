@@ -176,7 +176,7 @@ def read_dataset(folder: Path) -> None:
     meta = batches.read_meta(folder)
     for name in ("train", "val", "test"):
         split = batches.open_split(folder, name, meta, 16, CPU.device)
-        for _ in batches.eval_batches(split, 16, 8, CPU.device):
+        for _ in batches.eval_batches(split, batches.EvalPlan(16, 8), CPU):
             pass
 
 

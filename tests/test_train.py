@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine, why_no_compile
 from robopoet.text import tokenizer
-from robopoet.text.batches import TrainWindows, encode_meta, eval_batches, open_split, read_meta
+from robopoet.text.batches import EvalPlan, TrainWindows, encode_meta, eval_batches, open_split, read_meta
 from robopoet.weights import checkpoint
 from train import State, TrainConfig
 
@@ -316,8 +316,9 @@ def test_evaluation_equals_a_naive_loop(small, small_config, books):
 def test_evaluation_shared_by_ranks_sums_to_the_whole(small_config, books, monkeypatch):
     meta = read_meta(books)
     split = open_split(books, "val", meta, 32, CPU.device)
-    whole = [batch.targets for batch in eval_batches(split, 32, 8, CPU.device)]
-    shared = [[b.targets for b in eval_batches(split, 32, 8, CPU.device, 0, rank, 2)] for rank in range(2)]
+    plan, ranks = EvalPlan(32, 8), [dataclasses.replace(CPU, rank=rank, world_size=2) for rank in range(2)]
+    whole = [batch.targets for batch in eval_batches(split, plan, CPU)]
+    shared = [[b.targets for b in eval_batches(split, plan, rank)] for rank in ranks]
     assert sum(map(len, shared)) == len(whole)
     for i, batch in enumerate(whole):
         assert torch.equal(batch, shared[i % 2][i // 2])

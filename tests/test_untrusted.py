@@ -64,9 +64,9 @@ def test_values_of_yaml_are_text_and_convert_by_their_types(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("rate: 6e-4\nnames: [a, off]\ndeep: {er: 1}\n")
     assert configurator.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
-    assert untrusted.convert({"start": "7"}, Span, "here", OursError, "", is_text=True) == Span(7)
+    assert untrusted.convert_yaml({"start": "7"}, Span, "here", OursError, "") == Span(7)
     with pytest.raises(OursError, match=r"here: .*\$\.start"):
-        untrusted.convert({"start": "x"}, Span, "here", OursError, "", is_text=True)
+        untrusted.convert_yaml({"start": "x"}, Span, "here", OursError, "")
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(

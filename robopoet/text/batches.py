@@ -1,8 +1,7 @@
-"""Batches as pure functions: row i of step s depends on (seed, s, i) alone, so there is no loader state to lose.
+"""Batches are pure functions: row i of step s depends on (seed, s, i) alone, so there is no loader state to save.
 
-Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own permuted order,
-with its own offset of the window grid. Evaluation walks each document of a split from its first token to its last.
-Of many documents meta.json has one span for each run of a style; where one ends in it, evaluation reads in the bin.
+Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own random order and
+with its own offset of the grid of windows. Evaluation walks each document of a split from its first token to its last.
 """
 
 import hashlib
@@ -21,14 +20,15 @@ import torch
 from configurator import HOME
 from robopoet import untrusted
 from robopoet.errors import DataError
+from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 from robopoet.untrusted import Count, Positive, Sha256
 
-FORMAT = 3  # of bins and meta.json; a higher one makes earlier ones stale
-ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones stay on disk, mapped
-SEARCHED_TOKENS = 2**24  # at a time, for documents' ends
-HASHED_BYTES = 2**28  # of a larger bin as many bytes are hashed, in blocks spread over it
+FORMAT = 3  # of bins and meta.json; raising it makes earlier ones stale
+ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are memory-mapped
+SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
+HASHED_BYTES = 2**28  # a larger bin is hashed by blocks of that size in all, spread over the file
 BLOCK_BYTES = 2**20
 SPLITS = ("train", "val", "test")
 
@@ -36,7 +36,7 @@ SPLITS = ("train", "val", "test")
 def find_dataset(name: str) -> Path:
     """The folder of bins called `name`: a path, or a folder under data/, here or beside the scripts.
 
-    Raises DataError, which lists those that there are.
+    Raises DataError, which lists the datasets that are prepared.
     """
     places = Path("data"), HOME / "data"
     for folder in (Path(name), *(place / name for place in places)):
@@ -59,7 +59,7 @@ Id = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens `start` to `stop` of a split: a document, or where there are many, a run of `works` of one style."""
+    """The tokens `start` to `stop` of a split: one document, or in a large corpus `works` documents of one style."""
 
     name: str
     style: str
@@ -70,9 +70,11 @@ class Span:
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """A split's bin: its tokens, the greatest of them, the text behind it, its hash (`bin_sha256`), and its documents.
+    """What meta.json says of a split.
 
-    end: the last id of each document where a span holds several, or else -1.
+    tokens: how many. largest: the largest id. characters, bytes: the size of its text. sha256: the bin's, by
+    `bin_sha256`. documents: spans that cover the split. end: the id that ends each document, if a span may hold
+    several; else -1.
     """
 
     tokens: Count
@@ -92,7 +94,7 @@ class SplitMeta:
 
 @dataclass(frozen=True)
 class Meta:
-    """What meta.json says of a folder of bins. styles: each one's tag; empty where the corpus has no tags."""
+    """What meta.json says of a folder of bins. styles: name -> id of its tag; empty if the corpus has no tags."""
 
     format: Literal[FORMAT]
     fingerprint: str
@@ -123,13 +125,13 @@ class Meta:
 
 @dataclass(frozen=True)
 class Header:
-    """What every meta.json has, whatever its format."""
+    """The one key of meta.json that every format has."""
 
     format: int = 0
 
 
 def encode_meta(meta: Meta) -> bytes:
-    """meta.json: one line of JSON whose last key is the SHA-256 of all before it."""
+    """The content of meta.json: one line of JSON, whose last key is the SHA-256 of everything before that key."""
     body = msgspec.json.encode(meta)[:-1]
     return body + _seal(body)
 
@@ -139,7 +141,7 @@ def _seal(body: bytes) -> bytes:
 
 
 def read_meta(folder: Path) -> Meta:
-    """What `folder/meta.json` says; raises DataError when there is none, or it is old, altered or wrong."""
+    """Read `folder/meta.json`; raises DataError when it is missing, of an earlier format, altered or inconsistent."""
     path = folder / "meta.json"
     if not path.exists():
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
@@ -154,7 +156,7 @@ def read_meta(folder: Path) -> Meta:
 
 
 def bin_sha256(path: Path) -> str:
-    """The hash of a bin: of all its bytes, or if it is larger than 256 MB, of blocks spread over it from end to end."""
+    """The hash of a bin: of all bytes, or above 256 MB, of blocks spread evenly from its first byte to its last."""
     size, blocks = path.stat().st_size, HASHED_BYTES // BLOCK_BYTES
     with open(path, "rb") as f:
         if size <= HASHED_BYTES:
@@ -167,7 +169,7 @@ def bin_sha256(path: Path) -> str:
 
 
 def check_bin(folder: Path, name: str, meta: Meta) -> Path:
-    """The path of `folder/name.bin`; raises DataError when it is missing or not the one that meta.json describes."""
+    """The path of `folder/name.bin`; raises DataError when it is missing or not the one meta.json describes."""
     path, split = folder / f"{name}.bin", meta.splits[name]
     if not path.exists():
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
@@ -183,16 +185,16 @@ def check_bin(folder: Path, name: str, meta: Meta) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# splits
+# a split
 
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, and which span of them belongs to which document, or to documents of which style.
+    """The tokens of one split, and the style of each span of them.
 
-    tokens: (n_tokens,) uint16, on the device or mapped from disk. starts, stops: (n_spans,) int64 token positions.
-    styles: each span's style. tags: each span's style id, or -1 where the corpus has no tags. end: the last id of each
-    document where a span holds several, or else -1.
+    tokens: (n_tokens,) uint16, on the device or memory-mapped. starts, stops: (n_spans,) int64 token positions.
+    styles: each span's style. tags: (n_spans,) int64 id of each span's style tag, -1 if the corpus has no tags.
+    end: the id that ends each document, if a span may hold several; else -1.
     """
 
     path: Path
@@ -205,8 +207,8 @@ class Split:
 
     @cached_property
     def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each document's first position, the one after its last, and its span: (n_documents,) int64 each."""
-        if self.end < 0:
+        """Each document's start, stop and index of span: (n_documents,) int64 each."""
+        if self.end < 0:  # a span is a document
             return self.starts, self.stops, np.arange(len(self.starts))
         tokens = np.memmap(self.path, dtype="<u2", mode="r")
         firsts = range(0, len(tokens), SEARCHED_TOKENS)
@@ -216,7 +218,10 @@ class Split:
         return starts, stops, np.searchsorted(self.stops, starts, side="right")
 
     def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
-        """Windows of `length` tokens from `starts`, clamped to the end of the split: (len(starts), length) int64."""
+        """Windows of `length` tokens from `starts` on: (len(starts), length) int64 ids.
+
+        Positions beyond the end of the split hold some valid id.
+        """
         if isinstance(self.tokens, torch.Tensor):
             index = _put(starts, device)[:, None] + torch.arange(length, device=device)
             return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
@@ -228,7 +233,7 @@ class Split:
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`array` on `device`; to a GPU from pinned memory, for any other copy waits until the step before is done."""
+    """Copy `array` to `device`; to a GPU from pinned memory, as other copies wait for the step that is running."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -243,7 +248,7 @@ def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: tor
         )
     tokens: torch.Tensor | np.memmap = np.memmap(path, dtype="<u2", mode="r")
     if 2 * split.tokens <= ON_DEVICE_BYTES:
-        tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # uint16's bits: few operations take uint16
+        tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # same bits; few operations take uint16
     docs = split.documents
     return Split(
         path,
@@ -256,28 +261,32 @@ def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: tor
     )
 
 
-class TrainWindows:
-    """The order in which training sees a split.
+# ---------------------------------------------------------------------------------------------------------------------
+# training
 
-    tag_prob: the chance that a window's first input is its style's tag instead of its first token.
+
+class TrainWindows:
+    """An endless sequence of rows: in each epoch every window of a split once, in random order.
+
+    tag_prob: the probability that a window's first input is replaced by its style's tag.
     """
 
     def __init__(self, split: Split, block_size: int, seed: int, tag_prob: float):
         self.split, self.block_size, self.seed, self.tag_prob = split, block_size, seed, tag_prob
         n_tokens = len(split.tokens)
         self.per_epoch = (n_tokens - min(block_size, n_tokens - block_size)) // block_size
-        self.n_offsets = n_tokens - self.per_epoch * block_size  # with the last, the last token is a target
+        self.n_offsets = n_tokens - self.per_epoch * block_size  # at the largest, the split's last token is a target
 
     @lru_cache(maxsize=2)  # noqa: B019  (a step may touch two epochs; the object lives as long as the run)
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The starts of an epoch's windows in the order they come, and which of them carry their tag."""
+        """The starts of an epoch's windows, in order of training, and which of them get their tag."""
         rng = np.random.default_rng((self.seed, epoch))
         offset = rng.integers(self.n_offsets)
         starts = offset + rng.permutation(self.per_epoch) * self.block_size
         return starts, rng.random(self.per_epoch) < self.tag_prob
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows from `first` of the endless sequence: starts (count,) int64 and tags (count,) int64, -1 for none."""
+        """Rows `first` to `first + count` of the sequence: window starts and tags (-1: none), (count,) int64 each."""
         epochs, places = np.divmod(np.arange(first, first + count), self.per_epoch)
         starts, tags = np.empty(count, np.int64), np.full(count, -1)
         for epoch in np.unique(epochs):
@@ -289,56 +298,61 @@ class TrainWindows:
         return starts, tags
 
     def batch(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those rows as inputs and targets, each (count, block_size) int64 on `device`."""
+        """The same rows as inputs and targets: (count, block_size) int64 ids each, on `device`."""
         starts, tags = self.rows(first, count)
         window = self.split.gather(starts, self.block_size + 1, device)
         return _put_tags(window[:, :-1], tags), window[:, 1:]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """How an evaluation reads a split: the shape of its batches, and how many (limit 0: the full split)."""
+
+    block_size: int
+    batch_size: int
+    limit: int = 0
+
+
 class EvalBatch(NamedTuple):
-    """inputs, targets: (B, T) int64, targets -1 beyond a document's end; span: (B,) index of each row's."""
+    """inputs, targets: (B, T) int64 ids, targets -1 beyond a document's end. span: (B,) index of each row's span."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     span: np.ndarray
 
 
-def eval_batches(
-    split: Split,
-    block_size: int,
-    batch_size: int,
-    device: torch.device,
-    limit: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    even: bool = False,
-) -> Iterator[EvalBatch]:
-    """Walk a split in order in batches of `batch_size` rows, or its first `limit` batches; each rank has every n-th.
+def eval_batches(split: Split, plan: EvalPlan, machine: Machine, even: bool = False) -> Iterator[EvalBatch]:
+    """This rank's share of the batches that walk a split in order: of n ranks, each takes every n-th batch.
 
-    No window crosses a document's end, and every token but each document's first is a target just once. even: all ranks
-    have as many batches, as those need that compute together; the last may then be one row, of no span.
+    No window crosses the end of a document, and every token but a document's first is a target exactly once.
+    even: all ranks get the same number of batches, as sharded models need. A rank that would have one batch fewer gets
+    a last batch of one row whose `span` is empty; it must not be counted.
     """
     first, stops, span = split.documents
     lengths = stops - first - 1  # targets
-    counts = -(-lengths // block_size)
-    document = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = first[document] + within * block_size
-    remaining = lengths[document] - within * block_size
-    n_batches = math.ceil(len(starts) / batch_size)
-    n_batches = min(n_batches, limit) if limit else n_batches
-    for b in range(rank, n_batches + (-n_batches % world_size if even else 0), world_size):
-        rows = slice(b * batch_size, (b + 1) * batch_size) if b < n_batches else slice(1)
-        window = split.gather(starts[rows], block_size + 1, device)
-        beyond = torch.arange(block_size) >= torch.from_numpy(remaining[rows])[:, None]
-        targets = window[:, 1:].masked_fill(beyond.to(device), -1)
+    counts = -(-lengths // plan.block_size)  # windows
+    document = np.repeat(np.arange(len(counts)), counts)  # of each window
+    offsets = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * plan.block_size
+    starts, remaining = first[document] + offsets, lengths[document] - offsets
+    n_batches = math.ceil(len(starts) / plan.batch_size)
+    n_batches = min(n_batches, plan.limit) if plan.limit else n_batches
+    padded = n_batches + (-n_batches % machine.world_size if even else 0)
+    for i in range(machine.rank, padded, machine.world_size):
+        rows = slice(i * plan.batch_size, (i + 1) * plan.batch_size) if i < n_batches else slice(1)
+        window = split.gather(starts[rows], plan.block_size + 1, machine.device)
+        beyond = torch.arange(plan.block_size) >= torch.from_numpy(remaining[rows])[:, None]
+        targets = window[:, 1:].masked_fill(beyond.to(machine.device), -1)
         spans = span[document[rows]]
         inputs = _put_tags(window[:, :-1], split.tags[spans])
-        yield EvalBatch(inputs, targets, spans if b < n_batches else spans[:0])
+        yield EvalBatch(inputs, targets, spans if i < n_batches else spans[:0])
 
 
 def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:
-    """Overwrite the first id of each row with its tag, where it has one (tag >= 0)."""
+    """Overwrite the first id of each row with its tag, unless that is -1."""
     ids = _put(tags, inputs.device)
     inputs = inputs.contiguous()
     inputs[:, 0] = torch.where(ids >= 0, ids, inputs[:, 0])

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
         problems += [problem for entry in content["sources"] for problem in _unknown_keys(entry, Source)]
     if not problems:
-        manifest = untrusted.convert(content, Manifest, path, DataError, SHAPE, is_text=True)
+        manifest = untrusted.convert_yaml(content, Manifest, path, DataError, SHAPE)
         problems = [problem for source in manifest.sources for problem in _source_problems(source)]
         if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
             problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
