@@ -30,8 +30,8 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
 from robopoet.text.batches import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
-from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.weights import checkpoint, huggingface
+from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, SavedSettings, Settings, make_settings
 from robopoet.writing.sampler import Sampler

@@ -21,7 +21,9 @@ from robopoet import untrusted
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import open_split, read_meta
+from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
+from robopoet.training.evaluate import evaluate
+from robopoet.training.start import Start, check_fit, complete
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -131,13 +133,14 @@ def evaluate_checkpoint(
     """
     if not {"dataset", "batch_size"} <= saved.get("config", {}).keys():
         raise CheckpointError(f"{path}: does not say what it was trained on; name a checkpoint of train.py")
-    cfg = dataclasses.replace(train.complete(train.TrainConfig(eval_only=True), saved, path, False), eval_iters=0)
-    folder = train.find_dataset(cfg.dataset)
+    start = Start(saved, path, resumes=False)
+    cfg = complete(train.TrainConfig(eval_only=True), start)
+    folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
-    train.check_fit(saved, path, False, cfg, meta)
+    check_fit(start, cfg.dataset, cfg.optimizer, meta)
     split = open_split(folder, split_name, meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    return train.evaluate(model, split, token_bytes, cfg, machine)
+    return evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size), machine)
 
 
 def command_line() -> str:

@@ -24,7 +24,8 @@ from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, find_machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import open_split, read_meta
+from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
+from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 
 Curve = list[dict[str, float]]  # an evaluation each: iter, tokens, seconds of training, val loss (nats/token), bpb
@@ -93,8 +94,8 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
         for iteration in range(every, steps + 1, every):
             saved = checkpoint.load(Path(scratch) / "out" / f"ckpt.pt.{iteration}")
             model = checkpoint.build_model(saved, Path(scratch)).to(machine.device)
-            shape = dataclasses.replace(cfg, block_size=model.config.block_size, eval_iters=0)
-            found = train.evaluate(model, split, token_bytes, shape, machine)
+            plan = EvalPlan(model.config.block_size, cfg.batch_size)
+            found = evaluate(model, split, token_bytes, plan, machine)
             tokens = iteration * saved["config"]["batch_size"] * model.config.block_size
             tokens *= saved["config"]["gradient_accumulation_steps"]
             place = {"iter": iteration, "tokens": tokens, "seconds": float(ms[iteration - 1]) / 1000}
@@ -121,7 +122,7 @@ def best(curve: Curve) -> dict[str, float]:
 def main(cfg: LearnConfig) -> None:
     """Train both, seed by seed in turns, print the figures and keep them."""
     machine = find_machine(cfg.device, cfg.dtype)
-    folder = train.find_dataset(cfg.dataset)
+    folder = find_dataset(cfg.dataset)
     ours: list[Curve] = []
     theirs: list[Curve] = []
     tried: dict[str, float] = {}

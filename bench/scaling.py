@@ -22,7 +22,7 @@ from configurator import bounds
 from robopoet.errors import DataError
 from robopoet.machine import Machine
 from robopoet.text import batches
-from robopoet.text.batches import TrainWindows, bin_sha256, encode_meta, open_split, read_meta
+from robopoet.text.batches import TrainWindows, bin_sha256, encode_meta, find_dataset, open_split, read_meta
 
 TIMES = 4
 CAN_DROP = hasattr(os, "posix_fadvise")  # pages from memory; macOS has no such call
@@ -98,7 +98,7 @@ def main(cfg: ScalingConfig) -> None:
     """Time each variant on as many tokens, in turns, print the figures and keep them."""
     machine = find_one_machine(cfg)
     larger = dataclasses.replace(cfg, batch_size=TIMES * cfg.batch_size)
-    folder, steps = train.find_dataset(cfg.dataset), TIMES * cfg.steps
+    folder, steps = find_dataset(cfg.dataset), TIMES * cfg.steps
     own_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # compiled as in a run of their own
     with tempfile.TemporaryDirectory() as scratch, own_shapes:
         tile(folder, tiled := Path(scratch))

@@ -5,6 +5,7 @@ python -m bench.torture --minutes=10
 Also measures what the protections cost at the reference size: share of a step, and how long a save holds it up.
 """
 
+import dataclasses
 import random
 import signal
 import statistics
@@ -25,7 +26,9 @@ from bench.common import markdown, origin, read_records, train_command, write_re
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, Signals, find_machine
-from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.text.batches import TrainWindows, find_dataset, open_split, read_meta
+from robopoet.training.run import Progress, Run
+from robopoet.training.start import find_start
 
 FAULTS = ("kill", "terminate", "flip a bit", "cut")
 
@@ -83,7 +86,7 @@ def damage(path: Path, fault: str, rng: random.Random) -> None:
 def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     """Milliseconds of a step at the reference size, of what watches over it, and of a save."""
     keys = configurator.load(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
-    folder = train.find_dataset(cfg.dataset)
+    folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, keys.block_size, machine.device)
     windows = TrainWindows(split, keys.block_size, keys.seed, keys.tag_prob)
@@ -91,9 +94,9 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     signals, one = Signals(machine, keys.timeout_s), torch.ones(())
 
     def watch() -> None:
-        train.look_for_trouble(state, machine, torch.zeros((), dtype=torch.int64), one, one)
+        state.trouble.note(torch.zeros((), dtype=torch.int64), one, one, False)
         signals.agreed()
-        assert state.trouble[0] < 0
+        assert state.trouble.first[0] < 0
 
     def median_ms(work: Callable[[int], Any], times: int) -> float:
         found = []
@@ -103,12 +106,13 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
             found.append(1000 * (time.perf_counter() - start))
         return statistics.median(found[1:])
 
-    progress = train.Progress(iter_num=1)
+    run, saved = Run(out, dataclasses.asdict(keys), meta, machine), (state.model, state.optimizers, state.scaler)
+    progress = Progress(iter_num=1)
     return {
-        "step_ms": median_ms(lambda i: train.train_step(state, windows, keys, machine, i), 5),
+        "step_ms": median_ms(lambda i: train.train_step(state, windows, i), 5),
         "watch_ms": median_ms(lambda i: watch(), 1000),
-        "save_ms": median_ms(lambda i: train.save(out, state, progress, False, keys, meta, machine), 5),
-        "save_best_ms": median_ms(lambda i: train.save(out, state, progress, True, keys, meta, machine), 5),
+        "save_ms": median_ms(lambda i: run.save(*saved, progress, is_best=False), 5),
+        "save_best_ms": median_ms(lambda i: run.save(*saved, progress, is_best=True), 5),
     }
 
 
@@ -129,16 +133,16 @@ def main(cfg: TortureConfig) -> None:
             counts[fault] += 1
             wrong["codes that are wrong"] += code not in (-number, train.RESUMABLE)
             announced = max(announced, saved)
-            start, _, _ = train.load_start(keys)
+            start = find_start("auto", out, eval_only=False).content
             step = start["iter_num"] if start else 0
             counts["checkpoints verified"] += start is not None
             wrong["lost steps"] += max(announced - step, 0)
             both = (out / "ckpt.pt").exists() and (out / "ckpt.prev.pt").exists()  # killed between renames: the latter
             if fault in ("flip a bit", "cut") and both:
                 damage(out / "ckpt.pt", fault, rng)
-                start, path, _ = train.load_start(keys)
-                announced = start["iter_num"] if start else 0
-                wrong["lost steps"] += path.name != "ckpt.prev.pt" or announced < step - keys.eval_interval
+                start = find_start("auto", out, eval_only=False)
+                announced = start.content["iter_num"] if start.content else 0
+                wrong["lost steps"] += start.path.name != "ckpt.prev.pt" or announced < step - keys.eval_interval
             found = losses(out) if (out / "metrics.jsonl").exists() else {}
             for at, loss in found.items():
                 counts["losses compared"] += at in seen

@@ -38,6 +38,7 @@ from robopoet.text.batches import (
     TrainWindows,
     bin_sha256,
     encode_meta,
+    find_dataset,
     open_split,
     read_meta,
 )
@@ -149,7 +150,7 @@ def lap(
     machine.synchronize()
     start = time.perf_counter()
     for step in steps:
-        loss, _ = train.train_step(state, windows, cfg, machine, step)
+        loss, _ = train.train_step(state, windows, step)
     machine.synchronize()
     return 1000 * (time.perf_counter() - start) / len(steps), loss.item()
 
@@ -303,7 +304,7 @@ def main(cfg: SpeedConfig) -> None:
     machine = find_one_machine(cfg)
     limit_vram(machine, cfg.vram_limit_gb)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if cfg.vocab_size else train.find_dataset(cfg.dataset)
+        folder = Path(scratch) if cfg.vocab_size else find_dataset(cfg.dataset)
         if cfg.vocab_size:
             write_random_corpus(folder, cfg)
         result = measure(cfg, machine, folder)

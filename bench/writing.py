@@ -21,8 +21,9 @@ from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer
-from robopoet.text.batches import Meta, find_dataset, open_split, read_meta
+from robopoet.text.batches import EvalPlan, Meta, find_dataset, open_split, read_meta
 from robopoet.text.tokenizer import Tokenizer
+from robopoet.training.evaluate import compare_tags
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality, read_texts
 from robopoet.writing.passage import Settings
@@ -266,9 +267,9 @@ def main(cfg: WritingConfig) -> None:
     model = checkpoint.build_model(saved, path).to(poet.machine.device)
     evaluated = evaluate_checkpoint(saved, path, model, "test", poet.machine)
     bpb = bits_per_byte(known, val, test, evaluated, meta.vocab_size)
-    shape = train.TrainConfig(block_size=model.config.block_size)
-    tagged = open_split(folder, "val", meta, shape.block_size, poet.machine.device)
-    costs = train.compare_tags(model, tagged, meta.styles, shape, poet.machine).items()
+    plan = EvalPlan(model.config.block_size, train.TrainConfig.batch_size)
+    tagged = open_split(folder, "val", meta, plan.block_size, poet.machine.device)
+    costs = compare_tags(model, tagged, meta.styles, plan, poet.machine).items()
     wrong_tags = [{"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs]
 
     # --- passages

@@ -13,7 +13,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ class Machine:
     world_size: int = 1
     launched: bool = False  # by torchrun
     votes: dist.ProcessGroup | None = None  # where ranks agree on the CPU (None: the group that they all are)
+
+    def __str__(self) -> str:
+        return f"{self.device}, {str(self.dtype)[6:]}, ranks: {self.world_size}"
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +67,7 @@ class Machine:
             if self.world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
                 raise RankError(
                     f"rank {self.rank}: another rank is gone or has not answered for {timeout_s:g} s "
-                    f"({str(e).splitlines()[0][:120]}); --init_from=auto goes on from what was saved"
+                    f"({str(e).splitlines()[0][:120]}); --init_from=auto resumes from what was saved"
                 ) from None
             raise
 
@@ -75,6 +78,17 @@ class Machine:
         total = tensor.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Leave the process group together: a rank that goes first can abort the others."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     def peak_mem_mb(self) -> float:
         """Most memory this process has held, in MB: reserved on a CUDA device, resident elsewhere."""
@@ -103,6 +117,13 @@ class Machine:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         return best
+
+
+class Asked(NamedTuple):
+    """What signals asked of a run."""
+
+    end: bool = False
+    save: bool = False
 
 
 class Signals:
@@ -135,14 +156,14 @@ class Signals:
             self.end = True
             signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
 
-    def agreed(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to end, and whether to save; every rank calls this after every step."""
-        heard, self.save = (self.end, self.save), False
+    def agreed(self) -> Asked:
+        """What any rank was asked to do; every rank calls this after every step."""
+        heard, self.save = Asked(self.end, self.save), False
         if self.machine.world_size == 1:
             return heard
         votes = torch.tensor(heard, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU: the device need not stop for it
-        return bool(votes[0]), bool(votes[1])
+        return Asked(bool(votes[0]), bool(votes[1]))
 
 
 def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:

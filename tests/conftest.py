@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import prepare
-import train
 from robopoet.text import corpus
 from robopoet.text.tokenizer import Tokenizer
+from robopoet.training import start
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
@@ -91,7 +91,7 @@ def small(books: Path, tmp_path: Path) -> dict:
 @pytest.fixture
 def shapeless(small: dict) -> dict:
     """Those keys without the model's shape, which a checkpoint has."""
-    return {key: value for key, value in small.items() if key not in train.SHAPE}
+    return {key: value for key, value in small.items() if key not in start.SHAPE}
 
 
 @pytest.fixture

@@ -267,7 +267,7 @@ def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
     alone = alone[:limit] if limit else alone
     plan, ranks = EvalPlan(T, 4, limit), [Machine(CPU, torch.float32, rank, world_size) for rank in range(world_size)]
     shared = [list(eval_batches(split, plan, rank)) for rank in ranks]
-    even = [list(eval_batches(split, plan, rank, even=True)) for rank in ranks]
+    even = [list(eval_batches(split, dataclasses.replace(plan, even=True), rank)) for rank in ranks]
     assert sum(map(len, shared)) == len(alone)
     assert {len(of_rank) for of_rank in even} == {len(shared[0])}
     for its, same in zip(even, shared, strict=True):

@@ -35,7 +35,7 @@ def losses_and_norms(cfg: TrainConfig, steps: int) -> tuple[np.ndarray, train.St
     found = []
     for step in range(steps):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            found.append([t.clone() for t in train.train_step(state, windows, cfg, machine, step)])
+            found.append([t.clone() for t in train.train_step(state, windows, step)])
     return np.array([[float(t) for t in pair] for pair in found]), state
 
 
@@ -71,11 +71,11 @@ def test_a_step_that_is_not_finite_updates_nothing_while_it_is_replayed(small, m
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     state = train.build_state(cfg, machine, train.new_model(cfg, 61))
     for step in range(6):
-        train.train_step(state, windows, cfg, machine, step)
+        train.train_step(state, windows, step)
     state.model.transformer.ln_f.weight.data[0] = torch.inf
     before = [p.detach().clone() for p in state.model.parameters()]
-    train.train_step(state, windows, cfg, machine, 6)
-    assert state.trouble.tolist() == [6, 1]
+    train.train_step(state, windows, 6)
+    assert state.trouble.first.tolist() == [6, 1]
     for p, was in zip(state.model.parameters(), before, strict=True):
         assert torch.equal(p, was)
 

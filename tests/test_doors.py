@@ -29,6 +29,7 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine
 from robopoet.text import batches, corpus, sources
 from robopoet.training.log import Log
+from robopoet.training.run import Progress
 from robopoet.weights import checkpoint, huggingface
 
 OURS = (ConfigError, DataError, CheckpointError)
@@ -247,7 +248,7 @@ def passages(small: dict, folder: Path) -> Door:
 def metrics(small: dict, folder: Path) -> Door:
     path = folder / "metrics.jsonl"
     lines = [{"kind": "train", "iter": i, "loss": 1.0, "run": "a"} for i in range(4)]
-    return Door(path, lines, as_lines, lambda: Log(folder, 2, "a", CPU, []))
+    return Door(path, lines, as_lines, lambda: Log(folder, Progress(2, run_id="a"), CPU, []))
 
 
 def prompt(small: dict, folder: Path) -> Door:

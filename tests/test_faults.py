@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -20,11 +21,14 @@ import torch
 import configurator
 import train
 from configurator import ConfigError
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, DivergedError
 from robopoet.machine import Machine
 from robopoet.text.batches import FORMAT, Meta, SplitMeta
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.training import log
+from robopoet.training import run as run_module
+from robopoet.training.run import Progress, Run, lock_folder
+from robopoet.training.start import find_start
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -40,10 +44,10 @@ def at_step(monkeypatch, step: int, act) -> None:
     """Call `act()` in the middle of a step."""
     train_step = train.train_step
 
-    def acting(state, windows, cfg, machine, number):
+    def acting(state, windows, number):
         if number == step:
             act()
-        return train_step(state, windows, cfg, machine, number)
+        return train_step(state, windows, number)
 
     monkeypatch.setattr(train, "train_step", acting)
 
@@ -69,7 +73,13 @@ def save_step():
     chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
     splits = {"train": size, "val": size, "test": size}
     meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())
-    return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta, CPU)
+
+    def save(out: Path, step: int) -> None:
+        run = Run(out, dataclasses.asdict(cfg), meta, CPU)
+        run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), is_best=True)
+        run.close()
+
+    return save
 
 
 def save_for_ever(save_step, out: Path, announce: int) -> None:
@@ -81,8 +91,8 @@ def save_for_ever(save_step, out: Path, announce: int) -> None:
 
 def newest(out: Path) -> int:
     """The step from which `auto` goes on; 0 when there is nothing to go on from."""
-    start, _, _ = train.load_start(TrainConfig(out_dir=str(out), init_from="auto"))
-    return start["iter_num"] if start else 0
+    start = find_start("auto", out, eval_only=False)
+    return start.content["iter_num"] if start.content else 0
 
 
 def kill_while_saving(save_step, out: Path, after_s: float) -> tuple[int, int]:
@@ -193,12 +203,13 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_to_the_same_b
 
 
 def test_usr1_saves_and_the_run_goes_on(small, monkeypatch):
-    saved, save = [], train.save
-    monkeypatch.setattr(
-        train,
-        "save",
-        lambda out, state, progress, *rest: (saved.append(progress.iter_num), save(out, state, progress, *rest)),
-    )
+    saved, save = [], Run.save
+
+    def noting(run, *content):
+        saved.append(content[3].iter_num)
+        return save(run, *content)
+
+    monkeypatch.setattr(Run, "save", noting)
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train.main(TrainConfig(**small | {"eval_interval": 6}))
     assert saved == [4, 6]
@@ -218,7 +229,7 @@ def test_a_process_that_is_told_to_end_says_that_it_can_go_on(small):
             process.send_signal(signal.SIGTERM)
             break
     out = process.stdout.read()
-    assert process.wait(60) == train.RESUMABLE and "--init_from=auto goes on from step" in out
+    assert process.wait(60) == train.RESUMABLE and "--init_from=auto resumes from step" in out
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] >= 3
 
 
@@ -247,7 +258,7 @@ def test_a_step_that_is_not_finite_updates_nothing_and_is_named(small, monkeypat
 
     before, models = {}, []
     monkeypatch.setattr(train.GPT, "forward", poisoned)
-    with pytest.raises(train.DivergedError) as told:
+    with pytest.raises(DivergedError) as told:
         train.main(cfg)
     assert f"step 3: the {what} is not finite" in str(told.value) and "rows 24 to 31, tokens [" in str(told.value)
     assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
@@ -269,15 +280,16 @@ def largest_file(size: int):
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, monkeypatch, capsys):
-    save, steps = train.save, []
+    save, steps = Run.save, []
 
-    def cramped(out, state, progress, *rest):
-        steps.append(progress.iter_num)
-        with largest_file(20_000) if progress.iter_num == 4 else contextlib.nullcontext():
-            save(out, state, progress, *rest)
-        assert progress.iter_num != 4
+    def cramped(run, *content):
+        steps.append(content[3].iter_num)
+        with largest_file(20_000) if steps[-1] == 4 else contextlib.nullcontext():
+            problem = save(run, *content)
+        assert bool(problem) == (steps[-1] == 4)
+        return problem
 
-    monkeypatch.setattr(train, "save", cramped)
+    monkeypatch.setattr(Run, "save", cramped)
     seen, out = [], Path(small["out_dir"])
     at_step(monkeypatch, 5, lambda: seen.append((newest(out), list(out.glob("*.part")))))
     train.main(TrainConfig(**small | {"eval_interval": 2}))
@@ -286,17 +298,17 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, m
 
 
 def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):
-    def full(*args):
+    def full(*args, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save", full)
+    monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(ConfigError, match=r"step 6 could not be saved .*: No space left on device"):
         train.main(TrainConfig(**small))
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(small, monkeypatch):
-    usage = train.shutil.disk_usage(small["dataset"])
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = run_module.shutil.disk_usage(small["dataset"])
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     at_step(monkeypatch, 0, lambda: pytest.fail("trained"))
     with pytest.raises(ConfigError, match=r"out_dir: .* has 0 MB free, the checkpoints take 1 MB more"):
         train.main(TrainConfig(**small))
@@ -309,7 +321,7 @@ def test_a_folder_of_someone_else_is_refused(small, tmp_path):
     def as_nobody() -> None:
         os.setuid(65534)
         try:
-            train.prepare_out_dir(tmp_path / "out")
+            lock_folder(tmp_path / "out")
         except ConfigError as e:
             os._exit(7 if "Permission denied" in str(e) or "can't be written" in str(e) else 1)
 
@@ -386,7 +398,7 @@ def test_a_folder_that_a_run_writes_to_is_refused_to_a_second_until_the_first_is
     at_step(monkeypatch, 2, second)
     train.main(TrainConfig(**small))
     assert len(seen) == 1
-    in_a_child(lambda: (train.prepare_out_dir(Path(small["out_dir"])), os.kill(os.getpid(), signal.SIGKILL)))
+    in_a_child(lambda: (lock_folder(Path(small["out_dir"])), os.kill(os.getpid(), signal.SIGKILL)))
     train.main(TrainConfig(**small | {"init_from": "auto"}))
 
 

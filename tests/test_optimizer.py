@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from robopoet.machine import Machine
 from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize
+from train import TrainConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+CPU = torch.device("cpu")
 SHAPES = [(8, 24), (24, 8), (16, 16), (8, 24)]
 
 
@@ -25,7 +28,7 @@ def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
     model = GPT(SMALL)
-    optimizers = configure_optimizers(model, kind, 1e-3, 0.02, 0.1, (0.9, 0.95), torch.float32)
+    optimizers = configure_optimizers(TrainConfig(optimizer=kind), model, Machine(CPU, torch.float32))
     groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(p) for _, group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -39,7 +42,7 @@ def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
 
 @pytest.mark.parametrize("dtype, muons", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_muons_products_have_the_runs_dtype_but_for_float16(dtype, muons):
-    _, muon = configure_optimizers(GPT(SMALL), "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), getattr(torch, dtype))
+    _, muon = configure_optimizers(TrainConfig(), GPT(SMALL), Machine(CPU, getattr(torch, dtype)))
     assert muon.dtype is getattr(torch, muons)
 
 

@@ -16,7 +16,8 @@ import torch
 import train
 from robopoet.machine import Machine, why_no_compile
 from robopoet.text import tokenizer
-from robopoet.text.batches import open_split, read_meta
+from robopoet.text.batches import EvalPlan, open_split, read_meta
+from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -33,10 +34,10 @@ what, step, flag = sys.argv.pop(1), int(sys.argv.pop(1)), pathlib.Path(sys.argv.
 train_step, forward = train.train_step, train.GPT.forward
 poison = ""
 
-def faulty(state, windows, cfg, machine, number):
+def faulty(state, windows, number):
     global poison
     poison = ""
-    if machine.rank == 1 and number == step and not flag.exists():
+    if state.machine.rank == 1 and number == step and not flag.exists():
         flag.touch()
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -51,7 +52,7 @@ def faulty(state, windows, cfg, machine, number):
             states = [value for o in state.optimizers for of_p in o.state.values() for value in of_p.values()]
             flag.write_text(str(sum(t.to_local().numel() for t in (*state.model.parameters(), *states) if t.dim())))
         poison = what
-    return train_step(state, windows, cfg, machine, number)
+    return train_step(state, windows, number)
 
 def poisoned(self, *args, **keys):
     logits, loss = forward(self, *args, **keys)
@@ -259,7 +260,8 @@ def test_one_rank_evaluates_what_shares_have_learnt(shares):
     cpu, meta = Machine(torch.device("cpu"), torch.float32), read_meta(folder)
     split = open_split(folder, "val", meta, cfg.block_size, cpu.device)
     model, tok, content = checkpoint.load_model(out / "ckpt.pt", cpu.device, cpu.dtype)
-    found = train.evaluate(model, split, tokenizer.token_bytes(tok), cfg, cpu)
+    plan = EvalPlan(cfg.block_size, cfg.batch_size)
+    found = evaluate(model, split, tokenizer.token_bytes(tok), plan, cpu)
     assert content["iter_num"] == 30 and found["loss"] == pytest.approx(losses(out, "eval")[-1], abs=1e-6)
 
 

@@ -11,11 +11,13 @@ import torch
 
 import configurator
 import prepare
+import robopoet.training.run
 import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.training.log import Meter
+from robopoet.training.run import Progress, lock_folder, set_aside
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -81,7 +83,7 @@ def test_a_new_run_never_takes_the_place_of_one_that_is_going_or_that_it_starts_
     found, before = hashes(out), hashes(out / "previous")
     with pytest.raises(ConfigError, match="may be replaced by a new run"):
         run(small, init_from=str(out / "previous" / "best.pt"))
-    with train.prepare_out_dir(out / "previous"), pytest.raises(ConfigError, match="another run is writing to"):
+    with lock_folder(out / "previous"), pytest.raises(ConfigError, match="another run is writing to"):
         run(small, seed=2)
     assert hashes(out) == found and hashes(out / "previous") == before
 
@@ -98,7 +100,7 @@ def killed_before_its_first_save(keys: dict) -> None:
             raise DivergedAtOnceError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "try_to_save", Killer)
+        patch.setattr(train.Run, "save", Killer)
         run(keys, seed=5, init_from="scratch")
 
 
@@ -115,9 +117,9 @@ def test_a_process_killed_while_it_moves_a_run_loses_none_of_it(small, monkeypat
         moved -= 1
         replace(source, target)
 
-    monkeypatch.setattr(train.os, "replace", replace_some)
+    monkeypatch.setattr(robopoet.training.run.os, "replace", replace_some)
     with pytest.raises(DivergedAtOnceError):
-        train.set_aside(out)
+        set_aside(out)
     monkeypatch.undo()
     run(small, seed=3)
     assert hashes(out / "previous") == first
@@ -286,12 +288,12 @@ def test_mfu_is_never_above_one_and_its_peak_is_measured_again_when_passed(small
     meter = Meter(machine, train.new_model(small_config, 64), 100)
     loss = torch.tensor(1.0)
     meter.steps = 1
-    first = meter.lap(1, 0.0, loss, loss, 1e-3)["mfu"]
+    first = meter.lap(Progress(1), loss, loss, 1e-3)["mfu"]
     assert 0 < first < 1 and meter.peak_flops == 2e15
     meter.flops_per_step, meter.steps = 1e30, 1
-    assert meter.lap(2, 0.0, loss, loss, 1e-3)["mfu"] == 1.0
+    assert meter.lap(Progress(2), loss, loss, 1e-3)["mfu"] == 1.0
     meter.flops_per_step, meter.steps = 1e30, 1
-    assert meter.lap(3, 0.0, loss, loss, 1e-3)["mfu"] <= 1.0
+    assert meter.lap(Progress(3), loss, loss, 1e-3)["mfu"] <= 1.0
 
 
 def test_make_clean_removes_what_make_made_and_nothing_of_the_users(tmp_path):

@@ -23,8 +23,8 @@ from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.tokenizer import END, CharTokenizer
-from robopoet.writing import generate as generating
 from robopoet.weights import checkpoint, huggingface
+from robopoet.writing import generate as generating
 from robopoet.writing import originality
 from robopoet.writing.generate import window_start
 from robopoet.writing.passage import Settings

@@ -49,7 +49,7 @@ def trace_step(optimizer: str, dtype: torch.dtype, is_recorded: bool, how: str) 
         state.forward = torch.compile(state.model, backend="aot_eager", fullgraph=True)
     ids = torch.zeros(8, 16, dtype=torch.long, device=CUDA)
     rate = torch.full((), 0.5, device=CUDA) if is_recorded else 0.5
-    loss, norm = train.update(state, cfg, machine, ids, ids, torch.zeros((), dtype=torch.long, device=CUDA), rate)
+    loss, norm = train.update(state, ids, ids, torch.zeros((), dtype=torch.long, device=CUDA), rate)
     assert loss.device == norm.device == CUDA and all(p.device == CUDA for p in state.model.parameters())
 
 

@@ -310,11 +310,16 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """How an evaluation reads a split: the shape of its batches, and how many (limit 0: the full split)."""
+    """How an evaluation reads a split: the shape of its batches, and how many (limit 0: the full split).
+
+    even: all ranks get the same number of batches, as sharded models need. A rank that would have one batch fewer gets
+    a last batch of one row whose `span` is empty; it must not be counted.
+    """
 
     block_size: int
     batch_size: int
     limit: int = 0
+    even: bool = False
 
 
 class EvalBatch(NamedTuple):
@@ -325,12 +330,10 @@ class EvalBatch(NamedTuple):
     span: np.ndarray
 
 
-def eval_batches(split: Split, plan: EvalPlan, machine: Machine, even: bool = False) -> Iterator[EvalBatch]:
+def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[EvalBatch]:
     """This rank's share of the batches that walk a split in order: of n ranks, each takes every n-th batch.
 
     No window crosses the end of a document, and every token but a document's first is a target exactly once.
-    even: all ranks get the same number of batches, as sharded models need. A rank that would have one batch fewer gets
-    a last batch of one row whose `span` is empty; it must not be counted.
     """
     first, stops, span = split.documents
     lengths = stops - first - 1  # targets
@@ -340,7 +343,7 @@ def eval_batches(split: Split, plan: EvalPlan, machine: Machine, even: bool = Fa
     starts, remaining = first[document] + offsets, lengths[document] - offsets
     n_batches = math.ceil(len(starts) / plan.batch_size)
     n_batches = min(n_batches, plan.limit) if plan.limit else n_batches
-    padded = n_batches + (-n_batches % machine.world_size if even else 0)
+    padded = n_batches + (-n_batches % machine.world_size if plan.even else 0)
     for i in range(machine.rank, padded, machine.world_size):
         rows = slice(i * plan.batch_size, (i + 1) * plan.batch_size) if i < n_batches else slice(1)
         window = split.gather(starts[rows], plan.block_size + 1, machine.device)

@@ -1,8 +1,9 @@
-"""What a run tells while it trains: status lines, metrics.jsonl, and TensorBoard and Weights & Biases if asked for.
+"""The log of a run: status lines, metrics.jsonl, and TensorBoard and Weights & Biases if asked for.
 
-Nothing here may stop the training: not a full disk, not a network that is gone, not a terminal that was closed.
+Nothing here may stop the training: no full disk, no lost network, no closed terminal.
 """
 
+import functools
 import os
 import queue
 import sys
@@ -17,27 +18,28 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-import configurator
-from configurator import ConfigError
+from configurator import ConfigError, warn
 from model import GPT
 from robopoet.machine import Machine
 from robopoet.ops import linear
+from robopoet.training.evaluate import describe
+from robopoet.training.run import Progress
 from robopoet.untrusted import Count, decode_json, read_lines
 
 PATIENCE_S = 10.0  # how long the end of a run waits for a logger
 Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
 
 
-def tensorboard_sink(out_dir: str, config: dict) -> tuple[Write, Callable[[], None]]:
+def tensorboard_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[], None]]:
     """Functions that write numbers and texts at a step to TensorBoard, and that close it."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board, last = SummaryWriter(out_dir), {}
+    board, last = SummaryWriter(config["out_dir"]), {}
 
     def write(values: dict[str, float | str], step: int) -> None:
         for key, value in values.items():
             if isinstance(value, str):
-                board.add_text(key, "    " + value.replace("\n", "\n    "), step)  # Markdown: as it stands
+                board.add_text(key, "    " + value.replace("\n", "\n    "), step)  # as Markdown, a code block
             else:
                 board.add_scalar(key, value, step)
         last.update({f"hparam/{key}": values[key] for key in ("train/loss", "val/loss", "val/bpb") if key in values})
@@ -49,21 +51,24 @@ def tensorboard_sink(out_dir: str, config: dict) -> tuple[Write, Callable[[], No
     return write, close
 
 
-def wandb_sink(
-    out_dir: str, mode: str, project: str, name: str, config: dict, run_id: str
-) -> tuple[Write, Callable[[], None]]:
+def wandb_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[], None]]:
     """Functions that write numbers and texts at a step to Weights & Biases, and that close it."""
     import wandb
 
-    name = name or Path(out_dir).name
     run = wandb.init(
-        project=project, name=name, dir=out_dir, mode=mode, config=config, id=run_id or None, resume="allow"
+        project=config["wandb_project"],
+        name=config["wandb_run_name"] or Path(config["out_dir"]).name,
+        dir=config["out_dir"],
+        mode=config["wandb"],
+        config=config,
+        id=run_id or None,
+        resume="allow",
     )
     return lambda values, step: run.log(values | {"iter": step}), run.finish
 
 
 class Sink:
-    """A logger in a thread of its own: training neither waits for it nor fails with it. The first failure ends it."""
+    """A logger in a thread of its own: training never waits for it or fails with it. Its first failure ends it."""
 
     def __init__(self, name: str, open_sink: Callable[[], tuple[Write, Callable[[], None]]]):
         self.name, self.waiting = name, queue.Queue(maxsize=1000)
@@ -76,85 +81,108 @@ class Sink:
             while record := self.waiting.get():
                 write(*record)
             close()
+        except ImportError as e:
+            warn(f"{self.name} is left out: {e}; pip install {self.name.lower()}")
         except Exception as e:  # whatever it is
-            configurator.warn(f"{self.name} failed and is left out from here on: {e}")
+            warn(f"{self.name} failed and is left out from here on: {e}")
 
     def put(self, values: dict[str, float | str], step: int) -> None:
-        """Hand a record over; those of a logger that is a thousand behind are dropped."""
+        """Queue a record, or drop it if the logger is a thousand behind."""
         if self.thread.is_alive() and not self.waiting.full():
             self.waiting.put_nowait((values, step))
 
     def close(self) -> None:
-        """Give the logger time to write what waits."""
+        """Give the logger some seconds to write what is queued."""
         if self.thread.is_alive() and not self.waiting.full():
             self.waiting.put_nowait(None)
         self.thread.join(PATIENCE_S)
         if self.thread.is_alive():
-            configurator.warn(f"{self.name} has not answered for {PATIENCE_S:.0f} s and is left behind")
+            warn(f"{self.name} has not answered for {PATIENCE_S:.0f} s and is left behind")
+
+
+def open_sinks(config: dict[str, Any], run_id: str) -> list[Sink]:
+    """The loggers that a run's config asks for."""
+    opens = {"TensorBoard": tensorboard_sink} if config["tensorboard"] else {}
+    opens |= {"wandb": wandb_sink} if config["wandb"] != "off" else {}
+    return [Sink(name, functools.partial(open_sink, config, run_id)) for name, open_sink in opens.items()]
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is read of a record in metrics.jsonl: its step and its run ("" in those of old)."""
+class Position:
+    """What is read of a record in metrics.jsonl: its step and its run ("" before 0.1.0)."""
 
     iter: Count
     run: str = ""
 
 
 class Log:
-    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but one."""
+    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one."""
 
-    def __init__(self, out: Path, step: int, run_id: str, machine: Machine, sinks: list[Sink]):
-        self.active, self.path, self.run_id = machine.is_main, out / "metrics.jsonl", run_id
-        self.sinks, self.said = sinks, True
+    def __init__(self, out: Path, progress: Progress, machine: Machine, sinks: list[Sink]):
+        self.active, self.path, self.run_id = machine.is_main, out / "metrics.jsonl", progress.run_id
+        self.sinks, self.prints = sinks, True
         if self.active:
-            self._keep_until(step)
+            self._keep_until(progress.iter_num)
 
     def _keep_until(self, step: int) -> None:
-        """Drop the records of steps that will be made again, those of other runs, and lines that are no records."""
+        """Drop the records of steps that will run again, of other runs, and lines that are no records."""
         part = self.path.with_suffix(".part")
         with open(part, "wb") as f:
             for number, line in read_lines(self.path, ConfigError) if step and self.path.exists() else ():
                 try:
-                    found = decode_json(line, Place, f"{self.path}: line {number}", ConfigError, "dropped")
+                    found = decode_json(line, Position, f"{self.path}: line {number}", ConfigError, "dropped")
                     if found.run == self.run_id and found.iter <= step:
                         f.write(line + b"\n")
                 except ConfigError as e:
-                    configurator.warn(str(e))
+                    warn(str(e))
         os.replace(part, self.path)
 
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar; when no one reads it any more, go on without."""
-        if self.active and self.said:
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar; if no one reads it any more, carry on without."""
+        if self.active and self.prints:
             try:
                 tqdm.write(line)
             except OSError:  # a closed pipe or terminal
-                self.said = False
+                self.prints = False
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, a line of JSON, and give its numbers and text to the other loggers."""
+        """Append one record, a line of JSON, and pass its numbers and text to the sinks."""
         if not self.active:
             return
         try:
             with open(self.path, "ab") as f:
-                f.write(msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # what is not finite becomes null
+                f.write(msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # NaN and infinity become null
         except OSError as e:
-            configurator.warn(f"{self.path}: a record is lost: {e.strerror}")
+            warn(f"{self.path}: a record is lost: {e.strerror}")
         where = record["split"] if record["kind"] == "eval" else "train"
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
         values = {f"{where}/{key}": flat[key] for key in flat if key == "text" or isinstance(flat[key], int | float)}
         for sink in self.sinks:
             sink.put(values, record["iter"])
 
+    def train(self, record: dict[str, Any], max_iters: int) -> None:
+        """Write a training record and print it as a status line."""
+        self.write(record)
+        eta_s = record["dt_ms"] / 1000 * (max_iters - record["iter"])
+        self.print(
+            f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
+        )
+
+    def evaluation(self, step: int, result: dict[str, Any]) -> None:
+        """Write an evaluation of the val split and print it."""
+        self.write({"kind": "eval", "iter": step, "split": "val", **result})
+        self.print(f"step {step:>6}  val {describe(result)}")
+
     def close(self) -> None:
-        """Close the other loggers."""
+        """Close the sinks."""
         for sink in self.sinks:
             sink.close()
 
 
 class Meter:
-    """Times the steps between two status lines, evaluation and saving left out."""
+    """Times the steps between two status lines, without evaluation and saving."""
 
     def __init__(self, machine: Machine, model: GPT, tokens_per_step: int):
         self.machine, self.tokens_per_step = machine, tokens_per_step
@@ -165,29 +193,30 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new lap."""
+        """Start a new lap."""
         self.machine.synchronize()
         self.steps, self.since = 0, time.perf_counter()
 
-    def lap(self, step: int, seconds: float, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> dict[str, Any]:
-        """The record of the steps since the last lap, of which `step` is the last; seconds: of training before them."""
+    def lap(self, progress: Progress, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> dict[str, Any]:
+        """The record of the steps since the last lap, whose seconds it adds to `progress`."""
         mean_loss = self.machine.all_reduce(loss).item() / self.machine.world_size  # waits for the device
         elapsed_s = time.perf_counter() - self.since
         if self.compile_s is None:  # the first lap is one step, which compiles
             self.compile_s = elapsed_s
         dt_s = elapsed_s / self.steps
         self.peak_mem_mb = max(self.peak_mem_mb, self.machine.peak_mem_mb())
+        progress.seconds += elapsed_s
         record = {
             "kind": "train",
-            "iter": step,
+            "iter": progress.iter_num,
             "loss": mean_loss,
             "lr": lr,
             "grad_norm": norm.item(),
             "dt_ms": 1000 * dt_s,
             "tok_per_sec": self.tokens_per_step / dt_s,
             "mfu": self._mfu(self.flops_per_step / dt_s),
-            "tokens": step * self.tokens_per_step,
-            "seconds": seconds + elapsed_s,
+            "tokens": progress.iter_num * self.tokens_per_step,
+            "seconds": progress.seconds,
             "compile_s": self.compile_s,
             "peak_mem_mb": self.peak_mem_mb,
         }
@@ -195,25 +224,7 @@ class Meter:
         return record
 
     def _mfu(self, flops: float) -> float:
-        """The share of the best FLOP/s seen, which are measured again when they are passed: another load had a part."""
+        """The share of the peak FLOP/s, which is measured again when passed: other load had lowered it."""
         if flops > self.peak_flops:
             self.peak_flops = max(flops, self.machine.matmul_flops(linear) * self.machine.world_size)
         return flops / self.peak_flops
-
-
-def status(record: dict[str, Any], steps: int) -> str:
-    """A training record in one line; steps: of the whole run."""
-    eta_s = record["dt_ms"] / 1000 * (steps - record["iter"])
-    return (
-        f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-        f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
-    )
-
-
-def describe(result: dict[str, Any]) -> str:
-    """An evaluation in one line."""
-    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
-    return (
-        f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
-        f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
-    )

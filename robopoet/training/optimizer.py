@@ -1,32 +1,20 @@
-"""Which parameter is trained by which optimizer: AdamW on all, or Muon on the blocks' matrices and AdamW on the rest.
-
-Loshchilov and Hutter 2019, arXiv:1711.05101; Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-"""
+"""Which optimizer trains which parameter; and Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
 
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that ranks share out among themselves, put together on each of them, who call together; others as is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor has; its import takes 0.5 s
-
-
-def shared_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """This rank's share of `tensor`, which every rank has whole, if `other` is shared out and of its shape."""
-    if hasattr(other, "full_tensor") and tensor.shape == other.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-    return tensor
+from model import GPT
+from robopoet.machine import Machine
+from robopoet.training.sharding import full_tensor, shard_like
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """U V' of each matrix U S V', roughly, by five Newton-Schulz steps: (n, rows, columns) -> the same, in `dtype`.
+    """About U V' of each matrix U S V', by five Newton-Schulz steps in `dtype`: (n, rows, columns) -> the same.
 
-    Singular values end between 0.7 and 1.2. The coefficients are Jordan's, chosen for the steepest start.
+    Singular values end between 0.7 and 1.2. The coefficients are Jordan's, chosen to grow small values fastest.
     """
     x = matrices.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -39,13 +27,13 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; the same numbers as torch.optim.Muon, with all matrices of a shape at once.
+    """Orthogonalised Nesterov momentum: torch.optim.Muon's numbers, but all matrices of one shape at once.
 
-    It never waits for the device, so that a CUDA graph can hold it, and it heeds GradScaler's verdict as fused AdamW
-    does. dtype: of the orthogonalisation's products.
+    It never waits for the device, so a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler
+    found an overflow. dtype: of the orthogonalisation's products.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before it calls step
+    _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before step()
 
     def __init__(
         self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.9
@@ -66,45 +54,34 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in shapes.items():
                 moments = [self.state[p]["momentum_buffer"] for p in params]
                 lr, grads = group["lr"], torch.stack([p.grad for p in params])
-                if found_inf is not None:  # then nothing may change
+                if found_inf is not None:  # if it is 1, nothing may change
                     lr, grads = lr * (1 - found_inf), torch.where(found_inf > 0, torch.stack(moments), grads)
                 torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
                 ahead = grads.lerp(torch.stack(moments), group["momentum"])
-                update = shared_as(orthogonalize(whole(ahead), self.dtype), ahead)  # only whole matrices have a U V'
+                update = shard_like(orthogonalize(full_tensor(ahead), self.dtype), ahead)  # a shard has another U V'
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(update.to(grads.dtype) * (-lr * math.sqrt(max(1, rows / columns)))))
 
 
-def configure_optimizers(
-    model: nn.Module,
-    kind: str,
-    learning_rate: float,
-    muon_learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    dtype: torch.dtype,
-    recorded: bool = False,
-) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or AdamW and Muon; every parameter of the GPT is in one group of one of them.
+def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool = False) -> list[torch.optim.Optimizer]:
+    """AdamW on every parameter; or Muon on the matrices of the blocks, and AdamW on the others.
 
-    kind: "adamw" or "muon". Matrices and embeddings decay, vectors don't. Each group keeps its rate as "peak_lr".
-    dtype: of the run's matrix products, which Muon's are too, float16 excepted. recorded: as part of a CUDA graph.
+    cfg: a TrainConfig. recorded: as part of a CUDA graph. Matrices and embeddings decay, vectors don't (Loshchilov and
+    Hutter 2019, arXiv:1711.05101). Each group keeps its peak rate as "peak_lr", which the schedule scales.
     """
-    hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
-    adamw = [p for p in model.parameters() if id(p) not in hidden]
+    hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if cfg.optimizer == "muon" else set()
+    others = [p for p in model.parameters() if id(p) not in hidden]
     groups = [
-        {"params": [p for p in adamw if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in adamw if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    device = next(model.parameters()).device.type
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, learning_rate, betas, fused=device in ("cpu", "cuda"), capturable=recorded)
-    ]
+    betas, fused = (cfg.beta1, cfg.beta2), machine.device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=fused, capturable=recorded)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]
-        muon_dtype = torch.float32 if dtype is torch.float16 else dtype
-        optimizers.append(Muon(matrices, muon_learning_rate, weight_decay, muon_dtype))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+        dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
+        optimizers.append(Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
     return optimizers

@@ -1,0 +1,87 @@
+"""Evaluation: the loss over a split, and what another style's tag costs."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import GPT
+from robopoet.machine import Machine
+from robopoet.text.batches import EvalPlan, Split, eval_batches
+
+
+@torch.no_grad()
+def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, plan: EvalPlan, machine: Machine) -> dict[str, Any]:
+    """Loss (nats/token) over a split, its standard error, perplexity, bits per byte, and the loss of each style.
+
+    The ranks share the batches and sum in float64. token_bytes: (vocab_size,), bytes of text in each token. loss_se:
+    of the mean over windows. seconds: of the evaluation itself.
+    """
+    start = time.perf_counter()
+    model.eval()
+    names = list(dict.fromkeys(split.styles))
+    style_of = torch.tensor([names.index(style) for style in split.styles])
+    lengths = torch.from_numpy(token_bytes).to(machine.device)
+    # for each style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
+    sums = torch.zeros(6, len(names), dtype=torch.float64)
+    for inputs, targets, span in eval_batches(split, plan, machine):
+        with machine.autocast():
+            _, losses = model(inputs, targets, reduction="none")
+        losses, targets = losses[: len(span)], targets[: len(span)]  # without the row that evens the ranks out
+        counted = targets >= 0
+        size = (lengths[targets.clamp(min=0)] * counted).sum(1)
+        nats, count, size = (part.cpu().double() for part in (losses.sum(1), counted.sum(1), size))
+        per_row = torch.stack([nats, count, size, torch.ones_like(nats), nats / count, (nats / count) ** 2])
+        sums.index_add_(1, style_of[torch.from_numpy(span)], per_row)
+    sums = machine.all_reduce(sums)
+    nats, count, size, n, mean, square = sums.sum(1).tolist()
+    return {
+        "loss": nats / count,
+        "loss_se": math.sqrt(max(square / n - (mean / n) ** 2, 0.0) / n),
+        "ppl": math.exp(min(nats / count, 700)),
+        "bpb": nats / math.log(2) / size,
+        "loss_by_style": {name: (sums[0, i] / sums[1, i]).item() for i, name in enumerate(names) if sums[1, i]},
+        "tokens": int(count),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
+    return (
+        f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
+        f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
+    )
+
+
+@torch.no_grad()
+def compare_tags(
+    model: GPT, split: Split, tags: dict[str, int], plan: EvalPlan, machine: Machine
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """What a wrong tag costs: (style, another style) -> nats/token more under the other's tag, and its standard error.
+
+    tags: style -> id. Means over windows; the standard error is that of the difference between the same windows.
+    """
+    names = list(tags)
+    if not names:
+        return {}
+    style_of = torch.tensor([names.index(style) for style in split.styles])
+    # for each style and tag: windows, sum and sum of squares of the differences between their mean losses
+    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
+    tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
+    for right, *others in zip(*(eval_batches(each, plan, machine) for each in (split, *tagged)), strict=True):
+        with machine.autocast():
+            loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
+        more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)
+        more = more.cpu().double()
+        per_row = torch.stack([torch.ones_like(more), more, more**2])
+        sums.index_add_(1, style_of[torch.from_numpy(right.span)], per_row)
+    n, total, square = machine.all_reduce(sums)
+    mean = total / n
+    error = ((square / n - mean**2).clamp(min=0) / n).sqrt()
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j and n[i, j]]
+    return {(names[i], names[j]): (mean[i, j].item(), error[i, j].item()) for i, j in pairs}

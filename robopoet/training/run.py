@@ -1,0 +1,174 @@
+"""A run's folder: its lock, its checkpoints, and the earlier run that it replaces."""
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from configurator import ConfigError
+from model import GPT
+from robopoet.machine import Machine
+from robopoet.text.batches import Meta
+from robopoet.training.sharding import full_tensor
+from robopoet.weights import checkpoint
+
+CHECKPOINTS = ("ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt", "best.pt")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; every checkpoint holds it.
+
+    bad_evals: evaluations since the best. seconds: in training alone. run_id: the run's own, in its metrics too.
+    """
+
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    bad_evals: int = 0
+    seconds: float = 0.0
+    run_id: str = ""
+
+    def note(self, val_loss: float) -> bool:
+        """Count an evaluation; returns whether its loss is the best so far."""
+        is_best = val_loss < self.best_val_loss
+        self.best_val_loss = min(val_loss, self.best_val_loss)
+        self.bad_evals = 0 if is_best else self.bad_evals + 1
+        return is_best
+
+    def has_run_out_of(self, patience: int) -> bool:
+        """Whether so many evaluations have brought no better loss; a patience of 0 never runs out."""
+        return 0 < patience <= self.bad_evals
+
+
+class Run:
+    """The folder `out`: locked for this run until close(), or until its process ends, however it ends.
+
+    config, meta: of the run and its dataset, for its checkpoints. Raises ConfigError if the folder can't be written or
+    another run is writing to it.
+    """
+
+    def __init__(self, out: Path, config: dict[str, Any], meta: Meta, machine: Machine):
+        self.out, self.machine = out, machine
+        self.about = {"config": config, "tokenizer": meta.tokenizer.to_json()}
+        self.about |= {"text_sha256": meta.text_sha256, "licences": list(meta.licences)}
+        self.lock = lock_folder(out) if machine.is_main else None
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self.lock:
+            self.lock.close()
+
+    def save(
+        self,
+        model: GPT,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        progress: Progress,
+        is_best: bool,
+    ) -> str:
+        """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if this is the best model so far.
+
+        All ranks call it, to gather what is sharded; the main one writes. Returns what the disk refused, or "": the
+        last checkpoint stands then.
+        """
+        best = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
+        best["model"] = tree_map_only(torch.Tensor, self._gather, best["model"])
+        best["model"]["lm_head.weight"] = best["model"]["transformer.wte.weight"]  # tied, and written once
+        states = [tree_map_only(torch.Tensor, self._gather, optimizer.state_dict()) for optimizer in optimizers]
+        if not self.machine.is_main:
+            return ""
+        # nanoGPT reads "optimizer", AdamW's
+        latest = best | {"optimizer_states": states, "optimizer": states[0], "scaler": scaler.state_dict()}
+        try:
+            if is_best:
+                checkpoint.save(self.out / "best.pt", best)
+            checkpoint.save(self.out / "ckpt.pt", latest, keep=self.out / "ckpt.prev.pt")
+        except OSError as e:
+            reason, step = e.strerror or e, progress.iter_num
+            return f"step {step} could not be saved to {self.out}: {reason}; the checkpoint before stands"
+        return ""
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The full tensor, on the main rank's CPU if it is sharded: one at a time, no device holds the full model."""
+        if (gathered := full_tensor(tensor)) is tensor:
+            return tensor
+        return gathered.cpu() if self.machine.is_main else None
+
+    def check_space(self, model: GPT, resumes: bool) -> None:
+        """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written."""
+        if self.machine.is_main:
+            check_space(self.out, model, resumes)
+
+    def make_way(self, resumed: Path | None) -> list[str]:
+        """Put aside what the first save must not replace; returns lines that say what was moved.
+
+        resumed: the checkpoint that the run resumes from; None for a new run.
+        """
+        if not self.machine.is_main:
+            return []
+        if resumed == self.out / "ckpt.prev.pt":  # or the save would keep the damaged ckpt.pt in its place
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.out / "ckpt.pt", self.out / "ckpt.damaged.pt")
+        if resumed is None and set_aside(self.out):
+            previous = self.out / "previous"
+            return [
+                f"{self.out} held an earlier run: moved to {previous}, in place of what was there",
+                f"to resume that one instead: --init_from=auto --out_dir={previous}",
+            ]
+        return []
+
+
+def lock_folder(out: Path) -> BinaryIO:
+    """Make the folder and lock it while the returned file is open; raises ConfigError if that can't be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "wb")  # noqa: SIM115
+    except OSError as e:
+        raise ConfigError(f"out_dir: {out} can't be written ({e.strerror}); choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
+    return lock
+
+
+def check_space(out: Path, model: GPT, resumes: bool) -> None:
+    """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written."""
+    weights = 4 * model.num_params()
+    needed = weights + 3 * (3 * weights)  # two moments beside the weights
+    replaced = out if resumes else out / "previous"
+    there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
+    free = shutil.disk_usage(out).free
+    if free + there < needed:
+        raise ConfigError(
+            f"out_dir: {out} has {free / 2**20:,.0f} MB free, the checkpoints take {(needed - there) / 2**20:,.0f} MB "
+            "more; choose another disk, or free some space"
+        )
+
+
+def set_aside(out: Path) -> bool:
+    """Move an earlier run's files from `out` to out/previous, replacing those there; returns whether there was one.
+
+    If the process is killed meanwhile, nothing is lost and the next call finishes. Raises ConfigError if a run is
+    writing to out/previous.
+    """
+    part, previous = out / "previous.part", out / "previous"
+    found = [path for name in CHECKPOINTS if (path := out / name).exists()]
+    if not found and not part.exists():
+        return False
+    if previous.exists():
+        lock_folder(previous).close()
+    part.mkdir(exist_ok=True)
+    for path in (*found, *out.glob("metrics.jsonl"), *out.glob("events.out.tfevents.*")):  # what resumes comes first
+        os.replace(path, part / path.name)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(part, previous)
+    return True

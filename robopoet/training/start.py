@@ -1,0 +1,136 @@
+"""What a run starts from: nothing, a checkpoint's weights, or the run that a checkpoint was saved by."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from configurator import ConfigError, warn
+from robopoet.errors import CheckpointError
+from robopoet.text.batches import Meta
+from robopoet.training.run import Progress
+from robopoet.training.sharding import shard_like
+from robopoet.untrusted import convert
+from robopoet.weights import checkpoint
+from robopoet.weights.header import NANOGPT_ARGS, read_header
+
+Config = TypeVar("Config")  # a TrainConfig
+SHAPE = tuple(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout"))
+OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from (None: from scratch), its path, and whether the run resumes."""
+
+    content: dict[str, Any] | None
+    path: Path
+    resumes: bool
+
+
+def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
+    """What `init_from` names; raises ConfigError or CheckpointError if there is no such thing."""
+    latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
+    if init_from == "scratch" or (init_from == "auto" and not latest.exists() and not previous.exists()):
+        if eval_only:
+            raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, as --init_from=out/demo/best.pt")
+        if init_from == "auto" and (out / "previous" / "ckpt.pt").exists():
+            warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={out / 'previous'} resumes the one there")
+        return Start(None, latest, False)
+    if init_from not in ("resume", "auto"):
+        if (out / "previous").resolve() in Path(init_from).resolve().parents and not eval_only:
+            raise ConfigError(f"init_from: {init_from} may be replaced by a new run in {out}; choose another out_dir")
+        return Start(checkpoint.load(Path(init_from)), Path(init_from), False)
+    try:
+        return Start(checkpoint.load(latest), latest, True)
+    except CheckpointError as e:
+        if init_from == "resume" or not previous.exists():
+            raise
+        warn(f"{e}; resuming from {previous}")
+        return Start(checkpoint.load(previous), previous, True)
+
+
+def complete(cfg: Config, start: Start) -> Config:
+    """`cfg` with the keys that were not given taken from the checkpoint.
+
+    A resumed run and an evaluation take every key, a new run the model's shape. Raises CheckpointError if a given key
+    contradicts that shape; only a new run may shorten block_size.
+    """
+    if start.content is None:
+        return cfg
+    given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
+    taken = {key: start.content["model_args"][key] for key in SHAPE}
+    problems = [
+        f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out"
+        for key in SHAPE
+        if key in given and getattr(cfg, key) != taken[key]
+        if start.resumes or key != "block_size" or cfg.block_size > taken[key]
+    ]
+    if problems:
+        raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
+    if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
+        saved = convert(start.content["config"], type(cfg), start.path, CheckpointError, "its config is damaged")
+        taken = {**dataclasses.asdict(saved), **taken}
+        if "max_iters" in given:
+            taken["epochs"] = 0.0  # it would override max_iters
+    return dataclasses.replace(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+
+
+def differences(cfg: Config, saved: dict[str, Any]) -> str:
+    """The keys of a resumed run that differ from its checkpoint's, as `max_iters 600 -> 900`."""
+    keys = {key: value for key, value in dataclasses.asdict(cfg).items() if key in saved and key not in OWN}
+    return ", ".join(f"{key} {saved[key]} -> {value}" for key, value in keys.items() if saved[key] != value)
+
+
+def describe_resuming(cfg: Config, start: Start, progress: Progress) -> list[str]:
+    """What a run that resumes prints first."""
+    if not start.resumes:
+        return []
+    lines = [f"resuming from {start.path}, step {progress.iter_num}"]
+    if changed := differences(cfg, start.content["config"]):
+        lines.append(f"other than in the checkpoint: {changed}")
+    if progress.iter_num >= cfg.max_iters:
+        larger = "--epochs" if cfg.epochs else "--max_iters"
+        lines.append(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
+    return lines
+
+
+def check_fit(start: Start, dataset: str, optimizer: str, meta: Meta) -> None:
+    """Raise CheckpointError if the dataset or, on resuming, the optimizer is not the checkpoint's."""
+    if start.content is None:
+        return
+    problems, path = [], start.path
+    if start.resumes and start.content.get("text_sha256") != meta.text_sha256:
+        raise CheckpointError(
+            f"{path}: it was trained on another text than {dataset}; a new run can start from its weights: "
+            f"prepare.py --tokenizer={path}, then --init_from={path} with another --out_dir"
+        )
+    theirs, ours = checkpoint.tokenizer_of(start.content, path).to_json(), meta.tokenizer.to_json()
+    if not start.resumes:  # a new run may add special tokens to the checkpoint's
+        ours["specials"] = ours["specials"][: len(theirs["specials"])]
+    if theirs != ours:
+        problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
+    if start.resumes and (saved := read_header(start.content, path).config.optimizer) != optimizer:
+        problems.append(f"optimizer: the checkpoint has {saved}, the config {optimizer}")
+    if problems:
+        raise CheckpointError(f"{path}: " + "\n  ".join(problems))
+
+
+def restore(start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> Progress:
+    """Give the optimizers and the scaler their saved states; returns how far the run had come."""
+    try:
+        for optimizer, saved in zip(optimizers, start.content["optimizer_states"], strict=True):
+            settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+            params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            states = {i: {k: shard_like(v, params[i]) for k, v in state.items()} for i, state in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": states})
+            for group, configured in zip(optimizer.param_groups, settings, strict=True):
+                group.update(configured)  # rates and decay come from the config, which may have changed
+        if start.content["scaler"]:  # empty unless that run was in float16
+            scaler.load_state_dict(start.content["scaler"])
+        progress = {"run_id": "", **start.content}  # checkpoints before 0.1.0 have no run_id
+        return Progress(**{field.name: progress[field.name] for field in dataclasses.fields(Progress)})
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{start.path}: holds no run to resume ({e}); use --init_from={start.path}") from None
