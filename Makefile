@@ -17,7 +17,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 clean:  ## remove what `make` made; your own runs and data stay
-	rm -rf .venv out/demo data/robopoet/raw data/robopoet/*.bin data/robopoet/meta.json data/robopoet/*.npz
+	rm -rf .venv out/demo data/robopoet/raw data/robopoet/*.bin data/robopoet/meta.json
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -299,7 +299,7 @@ def test_mfu_is_never_above_one_and_its_peak_is_measured_again_when_passed(small
 def test_make_clean_removes_what_make_made_and_nothing_of_the_users(tmp_path):
     (tmp_path / "Makefile").write_text((REPO / "Makefile").read_text())
     made = (".venv/installed", "out/demo/best.pt", "data/robopoet/raw/a.whl", "data/robopoet/train.bin")
-    made += ("data/robopoet/meta.json", "data/robopoet/originality.npz")
+    made += ("data/robopoet/meta.json",)
     kept = ("out/mine/best.pt", "data/mine/train.bin", "data/mine/meta.json", "data/robopoet/corpus.yaml")
     kept += ("wandb/run", "out/best.pt", "data/bible/raw/a")
     for name in (*made, *kept):
