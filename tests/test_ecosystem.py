@@ -170,16 +170,25 @@ def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogp
 
 
 def test_nanogpts_padding_is_never_written(tmp_path, bpe, monkeypatch):
-    """A GPT-2 vocabulary that nanoGPT padded to a multiple of 64."""
+    """A GPT-2 vocabulary that nanoGPT padded to a multiple of 64, and a model that predicts nothing but the padding."""
     monkeypatch.setattr(checkpoint, "GPT2_SIZES", (360, 448))
     monkeypatch.setattr(BPETokenizer, "gpt2", lambda specials: bpe)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=448, n_layer=1, n_head=2, n_embd=16))
-    torch.nn.init.normal_(model.lm_head.weight[360:], std=100)
+    with torch.no_grad():  # whatever the text, the last hidden state is all ones
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[360:] = 2.0
     entries = checkpoint.model_entries(model)
     torch.save({"model": entries["model"], "model_args": entries["model_args"]}, tmp_path / "padded.pt")
     poet = Poet(str(tmp_path / "padded.pt"), "cpu", "float32")
-    assert poet.tokenizer is not None and len(poet.write("The", temperature=0, max_new_tokens=30)[0]) >= 3
+    probs = poet.model(torch.tensor([poet.tokenizer.encode("The")]))[0].softmax(-1)
+    assert probs[..., 360:].sum() > 0.999999
+    for settings in ({"temperature": 0}, {"top_p": 1.0}, {"top_p": 0.9, "top_k": 20}, {"repetition_penalty": 1.5}):
+        passages = poet.begin("The", 8, max_new_tokens=25, until="tokens", **settings)
+        for _ in poet.stream(passages):
+            pass
+        assert max(id for passage in passages for id in passage.ids) < bpe.vocab_size == 360
 
 
 def test_prepared_characters_are_a_data_set_of_nanogpts(books):
