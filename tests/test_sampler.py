@@ -63,7 +63,7 @@ def without_repeats(logits, text, n):
     """What `forbid` leaves behind texts (B, n) int64."""
     repeats = []
     for row in text.tolist():
-        grams = sampler.Grams(n)
+        grams = sampler.NGrams(n)
         grams.push(row)
         repeats.append(grams.repeats())
     return sampler.forbid(logits, repeats)
@@ -105,7 +105,7 @@ def test_a_blend_is_the_weighted_mean_of_log_probabilities():
 def test_log_probabilities_are_the_models_whatever_the_filters(shares):
     logits = torch.randn(3 * len(shares), 9, dtype=torch.float64)
     settings = Settings(temperature=0.3, top_k=2, repetition_penalty=1.5, no_repeat_ngram=1)
-    chooser = Sampler(settings, torch.tensor([8]), range(3), shares, [0], True)
+    chooser = Sampler(settings, torch.tensor([8]), range(3), shares, [0])
     ids = chooser(logits).view(3, -1)
     assert (ids == ids[:, :1]).all()
     for i in range(3):
@@ -184,8 +184,8 @@ def test_what_is_kept_of_a_text_is_no_larger_than_what_differs_in_it():
     for _ in range(3000):
         chooser(torch.randn(1, 6))
     assert chooser.seen.shape == (1, 6)
-    (grams,) = chooser.grams
-    assert len(grams.followers) <= 36 and all(len(ids) <= 24 for ids in grams.followers.values())
+    (ngrams,) = chooser.ngrams
+    assert len(ngrams.followers) <= 36 and all(len(ids) <= 24 for ids in ngrams.followers.values())
 
 
 EXTREMES = [

@@ -1,0 +1,45 @@
+"""Passages that are generated together, and the rows that they have in the model."""
+
+import torch
+
+from robopoet.writing.passage import Passage
+from robopoet.writing.sampler import Sampler
+
+
+class Batch:
+    """Passages that are generated together. In the model each has a row for every style in the blend, side by side.
+
+    sampler: of these passages. logprobs: keep each token's log-probability, too.
+    """
+
+    def __init__(self, passages: list[Passage], sampler: Sampler, logprobs: bool):
+        self.passages, self.sampler, self.logprobs = passages, sampler, logprobs
+        self.active = list(range(len(passages)))  # the passages that have rows, in the rows' order
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every passage is done."""
+        return all(self.passages[i].done for i in self.active)
+
+    def push(self, ids: torch.Tensor) -> list[str]:
+        """Append each row's id, (rows,) int64, to its passage; returns the text that each passage releases."""
+        next_ids = ids[:: len(self.sampler.weights)].tolist()
+        logprobs = self.sampler.logprobs.tolist() if self.logprobs else [None] * len(next_ids)
+        released = [""] * len(self.passages)
+        for i, id, logprob in zip(self.active, next_ids, logprobs, strict=True):
+            released[i] = self.passages[i].push(id, logprob)
+        return released
+
+    def drop_done(self) -> torch.Tensor | None:
+        """Drop the rows of passages that are done; returns the rows to keep, int64, or None if all stay.
+
+        On a GPU only when at least half are done: a CUDA graph is recorded anew for each number of rows.
+        """
+        kept = [place for place, i in enumerate(self.active) if not self.passages[i].done]
+        device = self.sampler.forbidden.device
+        if len(kept) == len(self.active) or (device.type != "cpu" and 2 * len(kept) > len(self.active)):
+            return None
+        self.active = [self.active[place] for place in kept]
+        self.sampler.keep(kept)
+        styles = len(self.sampler.weights)
+        return torch.tensor([place * styles + style for place in kept for style in range(styles)], device=device)

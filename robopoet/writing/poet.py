@@ -1,0 +1,179 @@
+"""A trained model with its tokenizer, ready to generate passages."""
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from configurator import ConfigError
+from robopoet.errors import CheckpointError, DataError
+from robopoet.machine import find_machine
+from robopoet.text.batches import find_dataset
+from robopoet.text.tokenizer import END, UNKNOWN, styles
+from robopoet.weights import checkpoint
+from robopoet.writing.batch import Batch
+from robopoet.writing.originality import Originality
+from robopoet.writing.passage import Passage, make_settings
+from robopoet.writing.sampler import Sampler
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+MAX_PASSAGES = 10_000  # in one batch
+MAX_PROMPT = 10 * 2**20  # characters; bytes of a file
+
+
+class Poet:
+    """A model and its tokenizer.
+
+    checkpoint_path: a .pt file, a Hugging Face folder or the name of a model on its Hub. record: replay each decode
+    step as a CUDA graph. Raises CheckpointError if it can't be read, ConfigError if the device is not available.
+    """
+
+    def __init__(
+        self, checkpoint_path: str = "out/demo/best.pt", device: str = "auto", dtype: str = "auto", record: bool = False
+    ):
+        if dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
+        self.machine = find_machine(device, dtype)
+        self.path, self.record = Path(checkpoint_path), record
+        if self.path.suffix == ".pt" and not os.path.exists(self.path):
+            raise CheckpointError(f"{self.path}: not found; {_advice()}")
+        self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
+        self.model.prepack()
+        self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
+        self.styles = styles(self.tokenizer)
+        forbidden = [id for name, id in self.tokenizer.specials.items() if name != END]
+        forbidden += range(self.tokenizer.vocab_size, self.model.config.vocab_size)  # nanoGPT's padding
+        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
+        path = self.path if self.path.exists() else checkpoint.fetch(str(self.path))  # the Hub's is cached by now
+        return checkpoint.sha256(path)
+
+    @functools.cached_property
+    def originality(self) -> Originality:
+        """An index of the text that the model was trained on; raises DataError when that is not available."""
+        if not self.text_sha256:
+            raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
+        return Originality(find_dataset(self.dataset), self.text_sha256)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # generating
+
+    def write(self, prompt: str = "", n: int = 1, **settings: Any) -> list[str]:
+        """`n` passages that continue `prompt`, each with the prompt in front; `settings` are the fields of Settings.
+
+        Raises ConfigError as begin() does.
+        """
+        passages = self.begin(prompt, n, **settings)
+        for _ in self.stream(passages):
+            pass
+        return [prompt + passage.text for passage in passages]
+
+    def begin(self, prompt: str = "", n: int = 1, first: int = 0, **settings: Any) -> list[Passage]:
+        """`n` empty passages (at most 10,000) for stream() to continue `prompt` with.
+
+        first: the number of the first passage's random stream; the others follow. Raises ConfigError if a setting is
+        unknown, has the wrong type or is out of range, if the model lacks the style, if the prompt is not text, is over
+        ten million characters long or has none that the model knows, or if the passages don't fit in memory.
+        """
+        for name, value, low, high in (("n", n, 1, MAX_PASSAGES), ("first", first, 0, 2**53)):
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"{name}: found {value!r}, must be a whole number from {low} to {high}")
+        checked = make_settings(settings)
+        rows = n * max(len(self.blend_of(checked.style)), 1)
+        self._check_prompt(prompt)
+        self._check_memory(rows)
+        return [Passage(self.tokenizer, checked, prompt, first + i) for i in range(n)]
+
+    def stream(self, passages: list[Passage], logprobs: bool = False) -> Iterator[list[str]]:
+        """Generate the passages that one begin() returned; yields the text that each one gains, token by token.
+
+        logprobs: also keep the log-probability of each token. Raises ConfigError for passages of several begin().
+        """
+        if not passages or any((p.settings, p.prompt) != (passages[0].settings, passages[0].prompt) for p in passages):
+            raise ConfigError(f"passages: found {len(passages)}, must all come from one begin()")
+        settings, device = passages[0].settings, self.machine.device
+        blend = self.blend_of(settings.style)
+        ids = self.tokenizer.encode(passages[0].prompt or "\n")
+        texts = [[tag, *ids] for tag in blend] or [ids]  # one row of the model for each style in the blend
+        windows = [text[self.model.window_start(len(text)) :] for text in texts]
+        idx = torch.tensor(windows * len(passages), device=device)
+        tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
+        numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
+        sampler = Sampler(settings, self.forbidden, numbers, weights, texts[0])
+        batch = Batch(passages, sampler, logprobs)
+        steps = self.model.generate(idx, settings.max_new_tokens, sampler, tags, self.record)
+        rows = None  # the rows to keep for the next step; None keeps all
+        for _ in range(settings.max_new_tokens):
+            yield batch.push(steps.send(rows))
+            if batch.is_done:
+                return
+            rows = batch.drop_done()
+        yield [passage.finish() for passage in passages]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # what a user asks for
+
+    def blend_of(self, style: str) -> dict[int, float]:
+        """The tag id and weight of each style in `style`, such as shakespeare:0.7,alice:0.3; weights add up to 1.
+
+        Empty for no style. Raises ConfigError if the model lacks a style or a share is not within 1e-6 to 1e6.
+        """
+        if style and not self.styles:
+            raise ConfigError(f"style: found {style[:100]!r}, but a model of one work has no tags; leave style out")
+        shares: dict[int, float] = {}
+        for part in style.split(",") if style else ():
+            name, _, share = part.strip().partition(":")
+            if name not in self.styles:
+                known = ", ".join(self.styles) or "none"
+                raise ConfigError(f"style: found {name[:100]!r}, must be one of the model's: {known}")
+            try:
+                shares[self.styles[name]] = float(share or 1)
+            except ValueError:
+                shares[self.styles[name]] = 0.0
+            if not 1e-6 <= shares[self.styles[name]] <= 1e6:
+                raise ConfigError(
+                    f"style: found {part[:100]!r}, must be NAME or NAME:SHARE, its share from a millionth to a million"
+                )
+        total = sum(shares.values())
+        return {tag: share / total for tag, share in shares.items()}
+
+    def unknown(self, prompt: str) -> str:
+        """A warning that names the characters in `prompt` that the tokenizer does not know; "" if it knows them all."""
+        if not (unknown := self.tokenizer.unknown(prompt)):
+            return ""
+        fate = f"taken as {UNKNOWN}" if UNKNOWN in self.tokenizer.specials else "left out"
+        return f"prompt: the model does not know {', '.join(map(repr, unknown))}: {fate}"
+
+    def _check_prompt(self, prompt: str) -> None:
+        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
+            found = f"{len(prompt):,} characters" if isinstance(prompt, str) else repr(prompt)[:100]
+            raise ConfigError(f"prompt: found {found}, must be a text of at most {MAX_PROMPT:,}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:
+            raise ConfigError(f"prompt: character {e.start} is half a surrogate pair, which is not text") from None
+        if not self.tokenizer.encode(prompt or "\n"):
+            raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
+
+    def _check_memory(self, rows: int) -> None:
+        c = self.model.config
+        need = rows * 2 * c.n_layer * c.block_size * c.n_embd * self.machine.dtype.itemsize
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.machine.device.type == "cpu" and need > have:
+            raise ConfigError(
+                f"num_samples: the keys and values of {rows:,} rows take {need / 2**30:,.0f} GB, and this machine has "
+                f"{have / 2**30:,.0f} GB; write fewer passages at a time"
+            )
+
+
+def _advice() -> str:
+    """What to do about a missing checkpoint."""
+    if found := sorted(map(str, Path("out").glob("*/best.pt"))):
+        return f"there {'are' if len(found) > 1 else 'is'} {', '.join(found[:10])}; as: python sample.py {found[0]}"
+    return "train one first: make poem trains the demo"
