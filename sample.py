@@ -33,12 +33,12 @@ class SampleConfig(Settings):
 
     # input and output
     checkpoint: str = "out/demo/best.pt"  # the model: ours, nanoGPT's, or a Hugging Face folder or Hub name, as gpt2
-    prompt: str = ""  # text to continue, FILE:path, or - for stdin; \n is a line break
+    prompt: str = ""  # text to continue; FILE:path reads a file, - reads stdin, \n is a line break
     num_samples: int = 1  # passages, generated in one batch
     interactive: bool = False  # prompt again and again; type /help there
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
-    replay: str = ""  # instead: generate the passages of such a file again, and compare
+    replay: str = ""  # generate the passages of such a file again, compare, and exit
     export: str = ""  # also export the model to this new folder, for Hugging Face's transformers
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps

@@ -1,14 +1,14 @@
-"""A passage's text: what is shown of it while it grows, and where it ends."""
+"""A passage's text: what is released as it grows, and where it ends."""
 
 import random
 import re
-import time
 
 import numpy as np
 import pytest
 
 from configurator import ConfigError
 from robopoet.text.tokenizer import END, BPETokenizer
+from robopoet.writing import passage
 from robopoet.writing.passage import MAX_STOPS, Passage, Settings, make_settings
 
 BYTES = BPETokenizer([bytes([b]) for b in range(256)], [END])
@@ -34,7 +34,7 @@ TALE = "Alice was tired.\n\n'What is the use of a book,' thought Alice\n'without
 
 
 def write(text: str, prompt: str = "", **settings) -> str:
-    """Push `text` byte by byte; nothing that is shown may be taken back."""
+    """Push `text` byte by byte; what is released is never taken back."""
     whole = Passage(BYTES, Settings(**{"max_new_tokens": len(text.encode())} | settings), prompt)
     shown = ""
     for id in text.encode():
@@ -59,14 +59,14 @@ def write(text: str, prompt: str = "", **settings) -> str:
         ("speech", PLAY[6:], "ROMEO\n", "east."),
         ("speech", PLAY[PLAY.index("[Enter J") :], "", "Romeo!"),  # a stage direction is no speech
         ("scene", PLAY, "", "hear more?"),
-        ("scene", PLAY[:40], "", "this?"),  # not reached: the last sentence that is whole
+        ("scene", PLAY[:40], "", "this?"),  # not reached: the last complete sentence
         ("scene", PLAY[: PLAY.index("Shall") + 3], "", "Romeo, Romeo!"),  # the last speech
         ("line", "one two thr", "", "two"),
         ("speech", "First Citizen:\nSpeak, speak.\n\nAll:\nNo", "", "speak."),
         ("speech", "one\n\ntwo words", "", "one"),  # no one speaks: the last line
     ],
 )
-def test_a_passage_ends_with_the_first_whole_unit(until, text, prompt, last):
+def test_a_passage_ends_after_the_first_complete_unit(until, text, prompt, last):
     written = write(text, prompt, until=until)
     assert written == text[: text.index(last) + len(last)]
 
@@ -84,19 +84,19 @@ def test_a_passage_ends_with_the_first_whole_unit(until, text, prompt, last):
         (" \n ", "", " \n "),
     ],
 )
-def test_left_alone_a_passage_ends_where_a_reader_would(text, prompt, last):
+def test_until_auto_ends_a_passage_where_a_reader_would(text, prompt, last):
     written = write(text, prompt)
     assert written == text[: text.index(last) + len(last)]
 
 
-def test_left_alone_half_of_a_passage_is_shown_at_once():
+def test_until_auto_releases_the_first_half_at_once():
     whole = Passage(BYTES, Settings(max_new_tokens=len(PLAY)))
     for id in PLAY[: len(PLAY) // 2].encode():
         whole.push(id)
     assert whole.text == PLAY[: len(PLAY) // 2]
 
 
-def test_the_end_of_the_text_ends_it_whole():
+def test_the_end_token_releases_everything():
     for until in ("auto", "speech", "tokens"):
         whole = Passage(BYTES, Settings(until=until))
         for id in b"No one spea":
@@ -106,7 +106,7 @@ def test_the_end_of_the_text_ends_it_whole():
 
 
 @pytest.mark.parametrize("stops", [("ab",), ("aab", "b!"), ("zzz",), ("\n\n",)])
-def test_streaming_ends_before_a_stop_and_never_shows_a_part_of_it(stops):
+def test_a_stream_ends_before_a_stop_and_never_releases_a_part_of_it(stops):
     tokenizer = BPETokenizer([bytes([b]) for b in range(256)] + [b"aa", b"\n\n", b"xab!"], [END])
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -122,7 +122,7 @@ def test_streaming_ends_before_a_stop_and_never_shows_a_part_of_it(stops):
         assert shown + passage.finish() == expected == passage.text
 
 
-def test_streamed_pieces_are_whole_characters():
+def test_released_pieces_are_whole_characters():
     tokenizer = BPETokenizer([bytes([b]) for b in range(256)], [END])
     text = "né 你好 🌹!"
     passage = Passage(tokenizer, Settings(until="tokens"))
@@ -148,7 +148,7 @@ ENDS = {
 
 
 def ends(text: str, unit: str, prompt: str = "") -> list[int]:
-    """Where in `text` a unit is whole that has something of it, by regular expressions on all there is."""
+    """The positions in `text` where a unit ends that holds some of it, found by a search of all the text."""
     whole = prompt + text
     places = [match.end() for match in re.finditer(ENDS[unit], whole)]
     if unit == "speech":
@@ -157,14 +157,14 @@ def ends(text: str, unit: str, prompt: str = "") -> list[int]:
 
 
 def shown(text: str, settings: Settings, prompt: str) -> int:
-    """How much of `text` is shown while the first half of it is written."""
+    """How much of `text` is released while it is the first half."""
     undecided = max((n for stop in settings.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
     lines = text[: max(text.rfind("\n"), 0)].rstrip()
     return min(len(text) - undecided, len(text) if settings.until == "auto" else len(lines))
 
 
 def naive(text: str, settings: Settings, prompt: str, is_ended: bool, half: str) -> str:
-    """What becomes of the whole `text`, of which `half` is what the first half of the tokens stand for."""
+    """The passage that all of `text` gives; half: the text of the first half of its tokens."""
     for so_far in (text[:n] for n in range(1, len(text) + 1)):
         places = [so_far.find(stop) for stop in settings.stop if stop in so_far]
         if settings.until not in ("auto", "tokens"):
@@ -181,7 +181,7 @@ def naive(text: str, settings: Settings, prompt: str, is_ended: bool, half: str)
 
 
 class Pieces:
-    """A tokenizer whose ids are the places of a list of bytes, and END behind them."""
+    """A tokenizer whose ids are the indices of `pieces`, bytes, and after them END."""
 
     def __init__(self, pieces):
         self.pieces, self.specials = pieces, {END: len(pieces)}
@@ -191,7 +191,7 @@ class Pieces:
 
 
 def cut(raw: bytes, rng: random.Random) -> list[bytes]:
-    """`raw` in pieces of random lengths, which may part a character."""
+    """`raw` in pieces of random lengths, which may split a character."""
     longest, pieces = rng.choice([1, 3, 8, 40]), []
     while raw:
         n = rng.randint(1, longest)
@@ -221,7 +221,7 @@ STOPS = ["a", "\n", "b\n", "\n\nR", "!", "! ", "Hi.\nA", "aab", "\nSCENE", "é",
 
 
 @pytest.mark.parametrize("until", ["auto", "tokens", "line", "sentence", "paragraph", "speech", "scene"])
-def test_a_passage_is_what_its_rule_says_of_the_whole_text_however_it_is_cut(until):
+def test_a_passage_equals_its_rule_applied_to_the_whole_text_however_it_is_tokenized(until):
     rng = random.Random(until)
     for _ in range(250):
         text = "".join(rng.choices(PARTS, k=rng.randrange(1, 40)))
@@ -242,7 +242,7 @@ def test_a_passage_is_what_its_rule_says_of_the_whole_text_however_it_is_cut(unt
         assert len(found - {None}) <= 1
 
 
-def test_a_stop_behind_the_end_of_a_unit_leaves_nothing_of_what_that_end_cuts():
+def test_a_stop_after_the_end_of_a_unit_changes_nothing():
     settings = Settings(until="line", stop=("X",))
     for pieces in ([b"abc", b"\nX"], [b"abc\nX"], [b"ab", b"c\n", b"X"]):
         whole = Passage(Pieces(pieces), settings)
@@ -256,19 +256,46 @@ def test_units_of_a_play():
         assert len(ends(PLAY, unit)) == count, unit
 
 
+class Counting:
+    """A pattern that counts the characters that it searches."""
+
+    searched = 0
+
+    def __init__(self, pattern):
+        self.pattern = pattern
+
+    def finditer(self, text, start):
+        Counting.searched += len(text) - start
+        return self.pattern.finditer(text, start)
+
+    def search(self, text):
+        Counting.searched += len(text)
+        return self.pattern.search(text)
+
+    def match(self, text):
+        Counting.searched += len(text)
+        return self.pattern.match(text)
+
+
 @pytest.mark.parametrize("piece", [b"a", b" ", b"A", b"aab" * 300])
 @pytest.mark.parametrize("until", ["auto", "scene"])
-def test_a_passage_takes_time_linear_in_its_text(piece, until):
-    tokens = 10_000 if len(piece) == 1 else 100
+def test_the_work_for_a_token_does_not_grow_with_the_text(piece, until, monkeypatch):
+    monkeypatch.setattr(passage, "ENDS", {unit: Counting(pattern) for unit, pattern in passage.ENDS.items()})
+    monkeypatch.setattr(passage, "SPEECH", Counting(passage.SPEECH))
+    tokens = 6_000 if len(piece) == 1 else 60
     whole = Passage(Pieces([piece]), Settings(until=until, max_new_tokens=tokens // 10, stop=("aab" * 60 + "X",)))
-    start = time.monotonic()
     for _ in range(tokens):
         whole.push(0)
-    whole.finish()
-    assert time.monotonic() - start < 5 and len(whole.text) > 0
+    searched = []
+    for _ in range(2):
+        Counting.searched = 0
+        for _ in range(tokens // 6):
+            whole.push(0)
+        searched.append(Counting.searched)
+    assert 0 < searched[1] <= 1.01 * searched[0] and not whole.done
 
 
-def test_what_a_long_passage_looks_at_stays_short():
+def test_the_text_that_is_searched_stays_short():
     whole, looked_at = Passage(Pieces([b"the queen ", b"said.\n"]), Settings(until="scene", max_new_tokens=10**6)), []
     for i in range(10_000):
         whole.push(i % 700 == 0)
@@ -302,7 +329,7 @@ def test_what_a_long_passage_looks_at_stays_short():
         ({"no_repeat_ngram": 101}, "no_repeat_ngram"),
     ],
 )
-def test_settings_that_can_not_be_are_named_in_one_line(given, said):
+def test_wrong_settings_are_named_in_one_line(given, said):
     with pytest.raises(ConfigError, match=said) as e:
         make_settings(given)
     assert "\n" not in str(e.value)

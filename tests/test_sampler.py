@@ -1,4 +1,4 @@
-"""Choosing a token: each rule against transformers' own, the draw against its distribution."""
+"""Sampling a token: each rule against transformers' own, the draw against its distribution."""
 
 import collections
 import math
@@ -13,7 +13,7 @@ from robopoet.writing.passage import Settings, make_settings
 from robopoet.writing.sampler import Sampler
 
 
-def test_repetition_penalty_is_ctrls():
+def test_repetition_penalty_is_that_of_ctrl():
     logits, seen = torch.tensor([[2.0, -2.0, 1.0, 0.5]]), torch.tensor([[True, True, False, False]])
     assert sampler.penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.5]]
 
@@ -28,7 +28,7 @@ def test_top_k_keeps_the_k_largest(k):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
-def test_top_p_keeps_the_smallest_likely_set(p):
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p(p):
     logits = torch.randn(4, 20, dtype=torch.float64)
     kept = sampler.keep_top_p(logits, p)
     for row, row_kept in zip(logits.softmax(-1).tolist(), kept.tolist(), strict=True):
@@ -51,7 +51,7 @@ def test_draw_inverts_the_cumulative_distribution():
 
 
 @pytest.mark.parametrize("k, p", [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 0.999)])
-def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
+def test_is_kept_agrees_with_the_filters(k, p):
     logits = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     left = sampler.keep_top_p(sampler.keep_top_k(logits, k or 20), p) > -math.inf
     for id in range(20):
@@ -60,16 +60,16 @@ def test_a_token_is_kept_just_when_the_filters_leave_it(k, p):
 
 
 def without_repeats(logits, text, n):
-    """What `forbid` leaves behind texts (B, n) int64."""
+    """Logits after texts (B, T) int64, less the ids that would repeat an n-gram."""
     repeats = []
     for row in text.tolist():
-        grams = sampler.NGrams(n)
-        grams.push(row)
-        repeats.append(grams.repeats())
+        ngrams = sampler.NGrams(n)
+        ngrams.push(row)
+        repeats.append(ngrams.repeats())
     return sampler.forbid(logits, repeats)
 
 
-def test_each_rule_is_that_of_transformers():
+def test_each_rule_equals_transformers():
     torch.manual_seed(0)
     logits, text = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
     seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
@@ -86,11 +86,11 @@ def test_each_rule_is_that_of_transformers():
         assert torch.equal(ours, expected) and not torch.equal(ours, logits), type(theirs).__name__
 
 
-def test_where_every_token_would_repeat_something_is_written_all_the_same():
+def test_where_every_token_would_repeat_an_ngram_none_is_forbidden():
     logits, text = torch.randn(2, 3), torch.tensor([[0, 1, 2], [0, 1, 1]])
     left = without_repeats(logits, text, 1)
     assert torch.equal(left[0], logits[0]) and left[1].isinf().tolist() == [True, True, False]
-    assert torch.equal(without_repeats(logits, text[:, :1], 2), logits)  # shorter than what may not repeat
+    assert torch.equal(without_repeats(logits, text[:, :1], 2), logits)  # shorter than n
 
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities():
@@ -105,25 +105,25 @@ def test_a_blend_is_the_weighted_mean_of_log_probabilities():
 def test_log_probabilities_are_the_models_whatever_the_filters(shares):
     logits = torch.randn(3 * len(shares), 9, dtype=torch.float64)
     settings = Settings(temperature=0.3, top_k=2, repetition_penalty=1.5, no_repeat_ngram=1)
-    chooser = Sampler(settings, torch.tensor([8]), range(3), shares, [0])
-    ids = chooser(logits).view(3, -1)
+    sample = Sampler(settings, torch.tensor([8]), range(3), shares, [0])
+    ids = sample(logits).view(3, -1)
     assert (ids == ids[:, :1]).all()
     for i in range(3):
         kept = logits[len(shares) * i : len(shares) * (i + 1)].clone()
         kept[:, 8] = -math.inf
         mean = sum(share * row.log_softmax(-1) for share, row in zip(shares, kept, strict=True))
-        torch.testing.assert_close(chooser.logprobs[i], mean.log_softmax(-1)[ids[i, 0]], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sample.logprobs[i], mean.log_softmax(-1)[ids[i, 0]], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "k, p, min_p",
     [(0, 1.0, 0), (0, 0.9, 0), (0, 0.1, 0), (3, 1.0, 0), (1, 1.0, 0), (6, 0.6, 0), (0, 1.0, 0.3), (5, 0.9, 0.2)],
 )
-def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
+def test_sampled_tokens_have_the_filtered_distribution(k, p, min_p):
     n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     settings = Settings(temperature=0.7, top_k=k, top_p=p, min_p=min_p)
-    chooser = Sampler(settings, torch.tensor([5]), range(n), [1.0], [0])
-    counts = torch.bincount(chooser(logits.expand(n, -1)), minlength=12)
+    sample = Sampler(settings, torch.tensor([5]), range(n), [1.0], [0])
+    counts = torch.bincount(sample(logits.expand(n, -1)), minlength=12)
     expected = logits[0] / 0.7
     expected[5] = -math.inf
     for i, order in enumerate(expected.argsort(descending=True).tolist()):
@@ -137,17 +137,17 @@ def test_chosen_tokens_have_the_filtered_distribution(k, p, min_p):
     assert (abs(counts / n - probs) <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
 
 
-def test_only_the_end_token_of_the_specials_is_ever_written():
+def test_of_the_special_tokens_only_the_end_token_is_sampled():
     specials = {END: 10, "<|alice|>": 11, "<|unk|>": 12}
-    chooser = Sampler(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], [0])
+    sample = Sampler(Settings(temperature=0), torch.tensor([11, 12]), range(1), [1.0], [0])
     for name, id in specials.items():
         logits = torch.zeros(1, 13, dtype=torch.float64)
         logits[0, id] = 50.0
-        assert (int(chooser(logits)) == id) == (name == END)
+        assert (int(sample(logits)) == id) == (name == END)
 
 
 def greedy_text(logits, prompt, settings):
-    """The places of the largest logits (steps, V), one after another, penalised by the whole text."""
+    """The ids of the largest logits (steps, V), one after another, penalized by the whole text."""
     text = list(prompt)
     for row in logits.tolist():
         for id in set(text):
@@ -166,11 +166,11 @@ def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, pena
     steps, rows, kept = 60, 4, [2, 0]
     logits = torch.randn(steps, rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     settings, prompt = Settings(temperature=0, no_repeat_ngram=n, repetition_penalty=penalty), [3, 1, 3, 1, 3, 5]
-    chooser, found = Sampler(settings, torch.tensor([], dtype=torch.long), range(rows), [1.0], prompt), []
+    sample, found = Sampler(settings, torch.tensor([], dtype=torch.long), range(rows), [1.0], prompt), []
     for step, now in enumerate(logits):
         if step == 30:
-            chooser.keep(kept)
-        found.append(chooser(now[kept] if step >= 30 else now).tolist())
+            sample.keep(kept)
+        found.append(sample(now[kept] if step >= 30 else now).tolist())
     for row in range(rows):
         expected = greedy_text(logits[:, row], prompt, settings)
         assert [ids[row] for ids in found[:30]] == expected[:30]
@@ -178,13 +178,13 @@ def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, pena
             assert [ids[kept.index(row)] for ids in found[30:]] == expected[30:]
 
 
-def test_what_is_kept_of_a_text_is_no_larger_than_what_differs_in_it():
+def test_the_penalties_state_is_bounded_by_the_vocabulary():
     settings = Settings(temperature=0, no_repeat_ngram=3, repetition_penalty=1.1)
-    chooser = Sampler(settings, torch.tensor([], dtype=torch.long), range(1), [1.0], [0])
+    sample = Sampler(settings, torch.tensor([], dtype=torch.long), range(1), [1.0], [0])
     for _ in range(3000):
-        chooser(torch.randn(1, 6))
-    assert chooser.seen.shape == (1, 6)
-    (ngrams,) = chooser.ngrams
+        sample(torch.randn(1, 6))
+    assert sample.seen.shape == (1, 6)
+    (ngrams,) = sample.ngrams
     assert len(ngrams.followers) <= 36 and all(len(ids) <= 24 for ids in ngrams.followers.values())
 
 
@@ -207,14 +207,14 @@ EXTREMES = [
 @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
 @pytest.mark.parametrize("shares", [[1.0], [1e-12, 1.0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_extremes_of_each_setting_draw_from_probabilities(extreme, shares, dtype):
+def test_extreme_settings_still_sample_allowed_tokens(extreme, shares, dtype):
     settings = make_settings({"top_p": 1.0} | extreme)
     generator = torch.Generator().manual_seed(1)
-    chooser = Sampler(settings, torch.tensor([7]), range(50), shares, [2, 3])
+    sample = Sampler(settings, torch.tensor([7]), range(50), shares, [2, 3])
     for _ in range(20):
         logits = (torch.randn(50 * len(shares), 8, generator=generator) * 100).to(dtype)
         logits[:, 4] = 0
-        ids = chooser(logits)[:: len(shares)]
+        ids = sample(logits)[:: len(shares)]
         assert ((ids >= 0) & (ids < 7)).all()
         sharp = {"min_p": 1.0}, {"top_p": 1e-9}, {"temperature": 1e-6}
         if shares == [1.0] and extreme in sharp:

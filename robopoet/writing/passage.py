@@ -14,6 +14,7 @@ from configurator import ConfigError
 from robopoet import untrusted
 from robopoet.text.tokenizer import END, StreamDecoder, Tokenizer
 
+Until = Literal["auto", "tokens", "line", "sentence", "paragraph", "speech", "scene"]
 MAX_STOPS, MAX_STOP_CHARS = 20, 200  # every new character is checked against every stop
 MAX_HELD = 4_000  # characters held back at most, so that a text without ends is not searched again and again
 LOOK_BEHIND = 10_000  # earlier characters that are searched too: a speech is recognised by its speaker's line
@@ -35,8 +36,8 @@ class Settings:
 
     # the passage
     style: str = ""  # one of the model's, or a blend such as shakespeare:0.7,alice:0.3 (none: as the prompt suggests)
-    max_new_tokens: int = 300  # the most tokens to generate; may exceed block_size
-    until: Literal["auto", "tokens", "line", "sentence", "paragraph", "speech", "scene"] = "auto"  # see README, Writing
+    max_new_tokens: int = 300  # at most so many tokens are generated; may exceed block_size
+    until: Until = "auto"  # end after the first such unit (auto: where a reader would; tokens: at max_new_tokens)
     stop: tuple[str, ...] = ()  # end before this text, as --stop="\n\n"; repeatable
     seed: int = 1337  # the same seed gives the same passage
     # sampling, in this order
