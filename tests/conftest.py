@@ -13,6 +13,11 @@ import prepare
 from robopoet.text import corpus
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.training import start
+import train
+from model import GPT, GPTConfig
+from robopoet.text.tokenizer import END, CharTokenizer, Tokenizer
+from robopoet.weights import checkpoint
+from sample import Poet
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
@@ -98,6 +103,26 @@ def shapeless(small: dict) -> dict:
 def small_config(small: dict) -> TrainConfig:
     """That config."""
     return TrainConfig(**small)
+
+
+@pytest.fixture(scope="session")
+def random_pt(tmp_path_factory) -> Path:
+    """A checkpoint of random weights that generates characters, in two styles."""
+    torch.manual_seed(3)
+    tokenizer = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    path = tmp_path_factory.mktemp("model") / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tokenizer.to_json()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def poet(random_pt: Path) -> Poet:
+    """A poet of that checkpoint, in float64."""
+    return Poet(str(random_pt), device="cpu", dtype="float64")
 
 
 @pytest.fixture

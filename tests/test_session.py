@@ -1,0 +1,142 @@
+"""The interactive session, as called, over a pipe and in a terminal."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from configurator import ConfigError
+from robopoet.writing.passage import Settings
+from robopoet.writing.replay import replay
+from robopoet.writing.session import Session
+
+
+def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # noqa: B008
+    """Run a session on these lines of input; ^C is the key."""
+    lines = iter(lines)
+
+    def answer(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    Session(poet, settings).run()
+
+
+def test_commands_change_settings_and_mistakes_end_no_session(poet, monkeypatch, capsys):
+    script = ["/temp 0", "/topk 5", "/topp 0.5", "/rep 1.2", "/tokens 7", "/seed 9", "/style alice", "/style bob",
+              "/temp cold", "/nonsense", "^C", "/settings", "once", "/quit", "never read"]  # fmt: skip
+    interact(poet, monkeypatch, script)
+    out = capsys.readouterr().out
+    for line in (
+        "temperature: 0.0",
+        "top_k: 5",
+        "top_p: 0.5",
+        "repetition_penalty: 1.2",
+        "max_new_tokens: 7",
+        "seed: 9",
+        "style: 'alice'",
+        "must be one of the model's: alice, bard",
+        "found 'cold', must be a number",
+    ):
+        assert line in out
+    assert "once" in out and "never read" not in out
+
+
+def test_ctrl_c_stops_the_passage_not_the_session(poet, monkeypatch, capsys):
+    calls = []
+
+    def stream(*args, **settings):
+        calls.append(args)
+        yield [""]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(poet, "stream", stream)
+    interact(poet, monkeypatch, ["one", "two", "/quit"])
+    assert len(calls) == 2
+
+
+def test_each_passage_is_new_until_the_seed_is_set(poet, monkeypatch, capsys):
+    interact(poet, monkeypatch, ["once", "once", "/seed 1337", "once"], Settings(max_new_tokens=30))
+    first, second, third = (text.split("\n>")[0] for text in capsys.readouterr().out.split("once")[1:])
+    assert first.strip() == third.strip() != second.strip()
+
+
+def test_the_last_passage_is_continued_repeated_checked_and_saved(poet, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "kept.jsonl"
+    script = [
+        "/more",
+        "/save x",
+        "/check",
+        "once",
+        "/more",
+        "/again",
+        f"/save {file}",
+        "/save",
+        "/save /nowhere/x",
+        "/check",
+        "/until speech",
+    ]
+    interact(poet, monkeypatch, [*script, "/settings"], Settings(max_new_tokens=20, until="tokens"))
+    out = capsys.readouterr().out
+    assert "/more: there is no passage yet" in out and "/save: name a file" in out and "until: 'speech'" in out
+    assert "/nowhere/x" in out and "/check: there is no passage yet" in out and "which text it was trained on" in out
+    first = poet.write("once", max_new_tokens=20, until="tokens")[0]
+    more = poet.begin(first, 1, 1, max_new_tokens=20, until="tokens")
+    list(poet.stream(more))
+    assert first + "\n" + more[0].text in out
+    (record,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert record["prompt"] == first and record["number"] == 2 and record["text"] != more[0].text
+    replay(file)
+
+
+@pytest.mark.parametrize("word", ["/quit", "quit", "exit", " exit ", "/exit"])
+def test_a_session_ends_with_a_word(poet, monkeypatch, capsys, word):
+    interact(poet, monkeypatch, [word, "/settings"])
+    assert capsys.readouterr().out == "Type a prompt, or /help.\n"
+
+
+def test_a_session_whose_input_is_not_utf8_ends_in_one_line(poet, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/settings\n\xff\n"), "utf-8"))
+    with pytest.raises(ConfigError, match=r"stdin: byte .* is not UTF-8"):
+        Session(poet, Settings()).run()
+
+
+def test_a_session_over_a_pipe(random_pt):
+    command = [sys.executable, "sample.py", str(random_pt), "--interactive", "--max_new_tokens=10"]
+    done = subprocess.run(command, input="once\n/more\n/quit\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "> once" in done.stdout and done.stdout.count("> ") == 3 and done.stderr == ""
+
+
+def test_a_session_in_a_terminal(random_pt):
+    command = [sys.executable, "sample.py", str(random_pt), "--interactive", "--max_new_tokens=10", "--device=cpu"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command)
+    shown = b""
+
+    def until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(terminal, 1000)
+        shown = shown.split(text, 1)[1]
+
+    until(b"> ")
+    os.write(terminal, b"once\r")
+    until(b"once\r\n")
+    until(b"once")
+    until(b"\r\n> ")
+    os.write(terminal, b"/settings\r")
+    until(b"max_new_tokens: 10")
+    until(b"> ")
+    os.write(terminal, b"/quit\r")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
