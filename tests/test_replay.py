@@ -17,6 +17,7 @@ from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END
 from robopoet.weights import checkpoint
 from robopoet.writing.replay import replay, save
+from robopoet.writing.sampler import Sampler
 from sample import SampleConfig
 
 
@@ -101,15 +102,20 @@ def test_a_line_that_differs_or_is_no_passage_is_named(random_pt, tmp_path):
             replay(file)
 
 
-def test_a_replay_stops_at_the_first_token_that_differs(random_pt, poet, tmp_path):
+def test_a_replay_stops_at_the_first_token_that_differs(random_pt, poet, tmp_path, monkeypatch):
     file = tmp_path / "passages.jsonl"
     (record,) = saved(random_pt, file, "--max_new_tokens=8", "--until=tokens", "--seed=3")
     assert len(record["ids"]) == 8 and record["ids"][-1] < poet.tokenizer.specials[END]
     record["settings"]["max_new_tokens"] = 10**12
-    for ids in (record["ids"], [*record["ids"][:3], (record["ids"][3] + 1) % 20, *record["ids"][4:]]):
+    sampled, call = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, logits: sampled.append(1) or call(self, logits))
+    changed = [*record["ids"][:3], (record["ids"][3] + 1) % 20, *record["ids"][4:]]
+    for ids, tokens in ((record["ids"], 9), (changed, 4)):
+        sampled.clear()
         file.write_text(json.dumps(record | {"ids": ids}))
         with pytest.raises(ConfigError, match="line 1 comes out differently"):
             replay(file)
+        assert len(sampled) == tokens
 
 
 @pytest.mark.parametrize(

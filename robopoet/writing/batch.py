@@ -7,9 +7,9 @@ from robopoet.writing.sampler import Sampler
 
 
 class Batch:
-    """Passages that are generated together. In the model each has a row for every style in the blend, side by side.
+    """Passages that are generated together. Each has one row in the model for each style in its blend, side by side.
 
-    sampler: of these passages. logprobs: keep each token's log-probability, too.
+    sampler: of these passages. logprobs: also keep each token's log-probability.
     """
 
     def __init__(self, passages: list[Passage], sampler: Sampler, logprobs: bool):

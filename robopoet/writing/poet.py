@@ -21,7 +21,7 @@ from robopoet.writing.sampler import Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_PASSAGES = 10_000  # in one batch
-MAX_PROMPT = 10 * 2**20  # characters; bytes of a file
+MAX_PROMPT = 10 * 2**20  # characters, or bytes of a file
 
 
 class Poet:
@@ -100,12 +100,12 @@ class Poet:
         settings, device = passages[0].settings, self.machine.device
         blend = self.blend_of(settings.style)
         ids = self.tokenizer.encode(passages[0].prompt or "\n")
-        texts = [[tag, *ids] for tag in blend] or [ids]  # one row of the model for each style in the blend
-        windows = [text[self.model.window_start(len(text)) :] for text in texts]
+        prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
+        windows = [row[self.model.window_start(len(row)) :] for row in prompts]  # of a long prompt, only its end
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
-        sampler = Sampler(settings, self.forbidden, numbers, weights, texts[0])
+        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0])
         batch = Batch(passages, sampler, logprobs)
         steps = self.model.generate(idx, settings.max_new_tokens, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all
@@ -117,7 +117,7 @@ class Poet:
         yield [passage.finish() for passage in passages]
 
     # -----------------------------------------------------------------------------------------------------------------
-    # what a user asks for
+    # styles and checks
 
     def blend_of(self, style: str) -> dict[int, float]:
         """The tag id and weight of each style in `style`, such as shakespeare:0.7,alice:0.3; weights add up to 1.

@@ -24,9 +24,10 @@ SETTERS = {  # a command -> the setting that it changes
     "/until": "until",
     "/seed": "seed",
 }
-HELP = f"""{" VALUE, ".join(SETTERS)} VALUE change a setting; /settings shows them all
-/more continues the last passage, /again generates another from its prompt, /check shows what it copies, /save FILE
-saves it
+HELP = f"""{" VALUE, ".join(SETTERS)} VALUE
+change a setting; /settings shows them all
+/more continues the last passage, /again generates another from its prompt
+/check shows how much of it is copied, /save FILE saves it
 /quit, quit or exit ends the session
 anything else is a prompt (\\n: line break); Ctrl-C stops a passage"""
 
