@@ -8,7 +8,6 @@ import pytest
 
 from configurator import ConfigError
 from robopoet.text.tokenizer import END, BPETokenizer
-from robopoet.writing import passage
 from robopoet.writing.passage import MAX_STOPS, Passage, Settings, make_settings
 
 BYTES = BPETokenizer([bytes([b]) for b in range(256)], [END])
@@ -35,13 +34,13 @@ TALE = "Alice was tired.\n\n'What is the use of a book,' thought Alice\n'without
 
 def write(text: str, prompt: str = "", **settings) -> str:
     """Push `text` byte by byte; what is released is never taken back."""
-    whole = Passage(BYTES, Settings(**{"max_new_tokens": len(text.encode())} | settings), prompt)
+    passage = Passage(BYTES, Settings(**{"max_new_tokens": len(text.encode())} | settings), prompt)
     shown = ""
     for id in text.encode():
-        shown += whole.push(id)
-        assert shown == whole.text
-    shown += whole.finish()
-    assert shown == whole.text and text.startswith(shown) and whole.done
+        shown += passage.push(id)
+        assert shown == passage.text
+    shown += passage.finish()
+    assert shown == passage.text and text.startswith(shown) and passage.done
     return shown
 
 
@@ -90,19 +89,19 @@ def test_until_auto_ends_a_passage_where_a_reader_would(text, prompt, last):
 
 
 def test_until_auto_releases_the_first_half_at_once():
-    whole = Passage(BYTES, Settings(max_new_tokens=len(PLAY)))
+    passage = Passage(BYTES, Settings(max_new_tokens=len(PLAY)))
     for id in PLAY[: len(PLAY) // 2].encode():
-        whole.push(id)
-    assert whole.text == PLAY[: len(PLAY) // 2]
+        passage.push(id)
+    assert passage.text == PLAY[: len(PLAY) // 2]
 
 
 def test_the_end_token_releases_everything():
     for until in ("auto", "speech", "tokens"):
-        whole = Passage(BYTES, Settings(until=until))
+        passage = Passage(BYTES, Settings(until=until))
         for id in b"No one spea":
-            whole.push(id)
-        whole.push(BYTES.specials[END])
-        assert whole.done and whole.text == "No one spea" and whole.ids[-1] == BYTES.specials[END]
+            passage.push(id)
+        passage.push(BYTES.specials[END])
+        assert passage.done and passage.text == "No one spea" and passage.ids[-1] == BYTES.specials[END]
 
 
 @pytest.mark.parametrize("stops", [("ab",), ("aab", "b!"), ("zzz",), ("\n\n",)])
@@ -232,23 +231,23 @@ def test_a_passage_equals_its_rule_applied_to_the_whole_text_however_it_is_token
             pieces = cut(text.encode(), rng)
             is_long = rng.random() < 0.5  # the half is not reached
             settings = Settings(until=until, stop=stop, max_new_tokens=10**6 if is_long else len(pieces))
-            whole = Passage(Pieces(pieces), settings, prompt)
+            passage = Passage(Pieces(pieces), settings, prompt)
             for id in [*range(len(pieces)), *([len(pieces)] if is_ended else [])]:
-                whole.push(id)
-            whole.finish()
+                passage.push(id)
+            passage.finish()
             half = b"".join(pieces if is_long else pieces[: len(pieces) // 2]).decode(errors="ignore")
-            assert whole.text == naive(text, settings, prompt, is_ended, half), (text, prompt, settings, pieces)
-            found.add(whole.text if is_long else None)
+            assert passage.text == naive(text, settings, prompt, is_ended, half), (text, prompt, settings, pieces)
+            found.add(passage.text if is_long else None)
         assert len(found - {None}) <= 1
 
 
 def test_a_stop_after_the_end_of_a_unit_changes_nothing():
     settings = Settings(until="line", stop=("X",))
     for pieces in ([b"abc", b"\nX"], [b"abc\nX"], [b"ab", b"c\n", b"X"]):
-        whole = Passage(Pieces(pieces), settings)
+        passage = Passage(Pieces(pieces), settings)
         for id in range(len(pieces)):
-            whole.push(id)
-        assert whole.done and whole.text == "abc"
+            passage.push(id)
+        assert passage.done and passage.text == "abc"
 
 
 def test_units_of_a_play():
@@ -280,27 +279,28 @@ class Counting:
 @pytest.mark.parametrize("piece", [b"a", b" ", b"A", b"aab" * 300])
 @pytest.mark.parametrize("until", ["auto", "scene"])
 def test_the_work_for_a_token_does_not_grow_with_the_text(piece, until, monkeypatch):
-    monkeypatch.setattr(passage, "ENDS", {unit: Counting(pattern) for unit, pattern in passage.ENDS.items()})
-    monkeypatch.setattr(passage, "SPEECH", Counting(passage.SPEECH))
+    patterns = {unit: Counting(re.compile(pattern)) for unit, pattern in ENDS.items()}
+    monkeypatch.setattr("robopoet.writing.passage.ENDS", patterns)
+    monkeypatch.setattr("robopoet.writing.passage.SPEECH", Counting(SPEECH))
     tokens = 6_000 if len(piece) == 1 else 60
-    whole = Passage(Pieces([piece]), Settings(until=until, max_new_tokens=tokens // 10, stop=("aab" * 60 + "X",)))
+    passage = Passage(Pieces([piece]), Settings(until=until, max_new_tokens=tokens // 10, stop=("aab" * 60 + "X",)))
     for _ in range(tokens):
-        whole.push(0)
+        passage.push(0)
     searched = []
     for _ in range(2):
         Counting.searched = 0
         for _ in range(tokens // 6):
-            whole.push(0)
+            passage.push(0)
         searched.append(Counting.searched)
-    assert 0 < searched[1] <= 1.01 * searched[0] and not whole.done
+    assert 0 < searched[1] <= 1.01 * searched[0] and not passage.done
 
 
 def test_the_text_that_is_searched_stays_short():
-    whole, looked_at = Passage(Pieces([b"the queen ", b"said.\n"]), Settings(until="scene", max_new_tokens=10**6)), []
+    passage, lengths = Passage(Pieces([b"the queen ", b"said.\n"]), Settings(until="scene", max_new_tokens=10**6)), []
     for i in range(10_000):
-        whole.push(i % 700 == 0)
-        looked_at.append(len(whole._before + whole._held))
-    assert max(looked_at) < 20_000 < len(whole.text) and whole.ids.itemsize == 4
+        passage.push(i % 700 == 0)
+        lengths.append(len(passage._before + passage._held))
+    assert max(lengths) < 20_000 < len(passage.text) and passage.ids.itemsize == 4
 
 
 # --- settings

@@ -123,37 +123,37 @@ def test_text_outgrows_the_block_and_stops_at_max_new_tokens(poet):
 
 @torch.inference_mode()
 def naive_ids(poet, prompt, number, settings):
-    """A passage's ids, each sampled from the whole text: no KV cache, and penalties by their definition."""
+    """A passage's ids, each sampled with all earlier ids at hand: no KV cache, and penalties by their definition."""
     blend = poet.blend_of(settings.style) or {None: 1.0}
     plain = dataclasses.replace(settings, repetition_penalty=1.0, no_repeat_ngram=0)
     sampler = Sampler(plain, poet.forbidden, [number], [1.0], [])
-    text = [tag for tag in blend if tag is not None][:1] + poet.tokenizer.encode(prompt)
+    context = [tag for tag in blend if tag is not None][:1] + poet.tokenizer.encode(prompt)
     ids = []
     while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:
         rows = []
         for tag in blend:
-            window = text[poet.model.window_start(len(text)) :]
+            window = context[poet.model.window_start(len(context)) :]
             rows.append(poet.model(torch.tensor([window if tag is None else [tag, *window[1:]]]))[0][0, 0])
         logits = torch.stack(rows).index_fill(1, poet.forbidden, -math.inf)
         if len(rows) > 1:
             logits = (logits.log_softmax(-1) * torch.tensor(list(blend.values()))[:, None]).sum(0, keepdim=True)
-        for id in set(text):
+        for id in set(context):
             better = logits[0, id] > 0
             logits[0, id] *= 1 / settings.repetition_penalty if better else settings.repetition_penalty
         n = settings.no_repeat_ngram
-        grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)} if n else ()
-        again = [id for id in range(logits.shape[1]) if (*text[len(text) - n + 1 :], id) in grams]
+        grams = {tuple(context[i : i + n]) for i in range(len(context) - n + 1)} if n else ()
+        again = [id for id in range(logits.shape[1]) if (*context[len(context) - n + 1 :], id) in grams]
         if n and logits.index_fill(1, torch.tensor(again, dtype=torch.long), -math.inf).max() > -math.inf:
             logits[0, again] = -math.inf
         ids.append(int(sampler.sample(logits)))
-        text.append(ids[-1])
+        context.append(ids[-1])
     return ids
 
 
 @pytest.mark.parametrize("style", ["", "bard", "bard:0.3,alice"])
 @pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.4, "no_repeat_ngram": 2, "top_k": 9}])
 @pytest.mark.parametrize("prompt", ["o romeo", "the quick brown fox jumps over the lazy dog"])
-def test_passages_equal_those_of_a_naive_sampler_that_keeps_the_whole_text(poet, style, given, prompt):
+def test_passages_equal_those_of_a_naive_sampler(poet, style, given, prompt):
     passages = poet.begin(prompt, 3, style=style, max_new_tokens=50, until="tokens", top_p=0.99, stop=("q",), **given)
     for _ in poet.stream(passages):
         pass

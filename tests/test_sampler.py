@@ -59,10 +59,10 @@ def test_is_kept_agrees_with_the_filters(k, p):
         assert torch.equal(sampler.is_kept(logits.softmax(-1), ids, k, p), left[:, id])
 
 
-def without_repeats(logits, text, n):
-    """Logits after texts (B, T) int64, less the ids that would repeat an n-gram."""
+def without_repeats(logits, ids, n):
+    """Logits after ids (B, T) int64, less the ids that would repeat an n-gram."""
     repeats = []
-    for row in text.tolist():
+    for row in ids.tolist():
         ngrams = sampler.NGrams(n)
         ngrams.push(row)
         repeats.append(ngrams.repeats())
@@ -71,26 +71,26 @@ def without_repeats(logits, text, n):
 
 def test_each_rule_equals_transformers():
     torch.manual_seed(0)
-    logits, text = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
-    seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
+    logits, ids = torch.randn(5, 40, dtype=torch.float64) * 3, torch.randint(12, (5, 60))
+    seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, ids, True)
     for ours, theirs in (
         (sampler.penalize_repetition(logits, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)),
-        (without_repeats(logits, text, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
-        (without_repeats(logits, text, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
-        (without_repeats(logits, text, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
+        (without_repeats(logits, ids, 1), transformers.NoRepeatNGramLogitsProcessor(1)),
+        (without_repeats(logits, ids, 2), transformers.NoRepeatNGramLogitsProcessor(2)),
+        (without_repeats(logits, ids, 3), transformers.NoRepeatNGramLogitsProcessor(3)),
         (sampler.keep_top_k(logits, 7), transformers.TopKLogitsWarper(7)),
         (sampler.keep_top_p(logits, 0.8), transformers.TopPLogitsWarper(0.8)),
         (sampler.keep_min_p(logits, 0.05), transformers.MinPLogitsWarper(0.05)),
     ):
-        expected = theirs(text, logits)
+        expected = theirs(ids, logits)
         assert torch.equal(ours, expected) and not torch.equal(ours, logits), type(theirs).__name__
 
 
 def test_where_every_token_would_repeat_an_ngram_none_is_forbidden():
-    logits, text = torch.randn(2, 3), torch.tensor([[0, 1, 2], [0, 1, 1]])
-    left = without_repeats(logits, text, 1)
+    logits, ids = torch.randn(2, 3), torch.tensor([[0, 1, 2], [0, 1, 1]])
+    left = without_repeats(logits, ids, 1)
     assert torch.equal(left[0], logits[0]) and left[1].isinf().tolist() == [True, True, False]
-    assert torch.equal(without_repeats(logits, text[:, :1], 2), logits)  # shorter than n
+    assert torch.equal(without_repeats(logits, ids[:, :1], 2), logits)  # shorter than n
 
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities():
@@ -146,23 +146,23 @@ def test_of_the_special_tokens_only_the_end_token_is_sampled():
         assert (int(sample(logits)) == id) == (name == END)
 
 
-def greedy_text(logits, prompt, settings):
-    """The ids of the largest logits (steps, V), one after another, penalized by the whole text."""
-    text = list(prompt)
+def greedy_ids(logits, prompt, settings):
+    """The ids of the largest logits (steps, V), one after another, penalized by all earlier ids."""
+    ids = list(prompt)
     for row in logits.tolist():
-        for id in set(text):
+        for id in set(ids):
             penalty = settings.repetition_penalty
             row[id] = row[id] / penalty if row[id] > 0 else row[id] * penalty
         k = settings.no_repeat_ngram
-        grams = {tuple(text[i : i + k]) for i in range(len(text) - k + 1)}
-        left = [id for id in range(len(row)) if not k or (*text[len(text) - k + 1 :], id) not in grams]
-        text.append(max(left or range(len(row)), key=lambda id: row[id]))
-    return text[len(prompt) :]
+        grams = {tuple(ids[i : i + k]) for i in range(len(ids) - k + 1)}
+        left = [id for id in range(len(row)) if not k or (*ids[len(ids) - k + 1 :], id) not in grams]
+        ids.append(max(left or range(len(row)), key=lambda id: row[id]))
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, penalty):
+def test_penalties_count_all_earlier_ids_whatever_rows_are_dropped(n, penalty):
     steps, rows, kept = 60, 4, [2, 0]
     logits = torch.randn(steps, rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     settings, prompt = Settings(temperature=0, no_repeat_ngram=n, repetition_penalty=penalty), [3, 1, 3, 1, 3, 5]
@@ -172,7 +172,7 @@ def test_penalties_are_those_of_the_whole_text_whatever_rows_are_dropped(n, pena
             sample.keep(kept)
         found.append(sample(now[kept] if step >= 30 else now).tolist())
     for row in range(rows):
-        expected = greedy_text(logits[:, row], prompt, settings)
+        expected = greedy_ids(logits[:, row], prompt, settings)
         assert [ids[row] for ids in found[:30]] == expected[:30]
         if row in kept:
             assert [ids[kept.index(row)] for ids in found[30:]] == expected[30:]
