@@ -19,7 +19,7 @@ import configurator
 from configurator import ConfigError, bounds
 from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import MAX_PASSAGES, MAX_PROMPT, Dtype, Poet
 from robopoet.writing.replay import replay, save
@@ -106,7 +106,7 @@ def main(cfg: SampleConfig) -> None:
         save(Path(cfg.save), poet, passages)
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        checkpoint.export(*loaded, prompt + passages[0].text, Path(cfg.export))
+        huggingface.export(*loaded, prompt + passages[0].text, Path(cfg.export))
         print(f"{cfg.export}: AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it")
     return None
 

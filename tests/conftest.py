@@ -10,12 +10,10 @@ import pytest
 import torch
 
 import prepare
-from robopoet.text import corpus
-from robopoet.text.tokenizer import Tokenizer
-from robopoet.training import start
-import train
 from model import GPT, GPTConfig
+from robopoet.text import corpus
 from robopoet.text.tokenizer import END, CharTokenizer, Tokenizer
+from robopoet.training import start
 from robopoet.weights import checkpoint
 from sample import Poet
 from train import TrainConfig

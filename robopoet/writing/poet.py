@@ -13,8 +13,9 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
 from robopoet.text.batches import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch
+from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, make_settings
 from robopoet.writing.sampler import Sampler
@@ -41,7 +42,7 @@ class Poet:
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found; {_advice()}")
         self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
-        self.model.prepack()
+        prepack(self.model)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.styles = styles(self.tokenizer)
         forbidden = [id for name, id in self.tokenizer.specials.items() if name != END]
@@ -51,7 +52,7 @@ class Poet:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
-        path = self.path if self.path.exists() else checkpoint.fetch(str(self.path))  # the Hub's is cached by now
+        path = self.path if self.path.exists() else huggingface.fetch(str(self.path))  # the Hub's is cached by now
         return checkpoint.sha256(path)
 
     @functools.cached_property
@@ -101,13 +102,14 @@ class Poet:
         blend = self.blend_of(settings.style)
         ids = self.tokenizer.encode(passages[0].prompt or "\n")
         prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
-        windows = [row[self.model.window_start(len(row)) :] for row in prompts]  # of a long prompt, only its end
+        start = window_start(len(prompts[0]), self.model.config.block_size)  # of a long prompt, only its end is read
+        windows = [row[start:] for row in prompts]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
         sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0])
         batch = Batch(passages, sampler, logprobs)
-        steps = self.model.generate(idx, settings.max_new_tokens, sampler, tags, self.record)
+        steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all
         for _ in range(settings.max_new_tokens):
             yield batch.push(steps.send(rows))
