@@ -15,7 +15,7 @@ import sample
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.replay import replay, save
 from robopoet.writing.sampler import Sampler
 from sample import SampleConfig
@@ -58,7 +58,7 @@ def test_some_passages_of_a_batch_are_enough(random_pt, tmp_path, capsys):
 def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, monkeypatch, capsys):
     export = tmp_path / "hub"
     sample.main(configurator.load(SampleConfig, [f"--checkpoint={random_pt}", f"--export={export}", "--device=cpu"]))
-    monkeypatch.setattr(checkpoint, "fetch", lambda name: export)
+    monkeypatch.setattr(huggingface, "fetch", lambda name: export)
     monkeypatch.chdir(tmp_path)
     (record,) = saved("gpt-emma", tmp_path / "x.jsonl", "--max_new_tokens=5")
     assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.sha256(export)
