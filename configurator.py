@@ -1,8 +1,8 @@
-"""Configuration: dataclass <- YAML files <- --key=value, all checked.
+"""Configuration: a dataclass, overridden by YAML files, overridden by --key=value.
 
-A script owns one frozen dataclass; the comment behind each key is its help text, so there is one list of keys and
-no other. A value is text wherever it comes from (YAML is read with no type guessing, so `6e-4` and `off` mean what
-they say) and is converted by the key's type alone.
+Each script has one frozen dataclass. Its fields are the keys, and the comment behind each field is its help text.
+Values are text at first, from YAML too (which would guess that `off` is false and `6e-4` a string), and each is
+converted to the type of its field.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 VERSION = "0.1.0"
-HOME = Path(__file__).parent  # of the scripts, config/ and data/
-JSON_BYTES = 100 * 2**20  # as much is read of a file unless its reader says otherwise
+HOME = Path(__file__).parent  # holds the scripts, config/ and data/
+JSON_BYTES = 100 * 2**20  # largest file that read_bytes reads by default
 YAML_BYTES = 2**20
 YAML_EVENTS, YAML_DEPTH = 100_000, 20
-SHOWN_PROBLEMS = 20  # of one message
-SHOWN_CHARS = 300  # of a line of one: some quote what was found
-
-BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no object
+SHOWN_PROBLEMS = 20  # most problems in one message
+SHOWN_CHARS = 300  # longest line of a message; some quote user input
+BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no objects
+BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 class ConfigError(ValueError):
-    """What the user asked for can't be done; the message says which key or file, what was found and what to do."""
+    """A setting can't be used; the message names the key or file, what was found and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,64 +42,22 @@ class ConfigError(ValueError):
 
 
 def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
-    """Build `cls` from its defaults, then the YAML files in `argv` in order, then its `--key=value` and `--key value`.
+    """Build the config `cls` from its defaults, then the YAML files in `argv` in order, then the flags in `argv`.
 
-    positional: the key that takes a bare argument which is not a YAML file, or several if it is repeatable. Raises
-    ConfigError with every problem found, one a line; `--help` prints the keys, `--version` the versions, and exits.
-    The keys that were given, here or in YAML, are the result's `given`, if its class has that.
+    argv: `--key=value`, `--key value`, `--flag` and *.yaml, in any order. positional: the key that a bare argument
+    sets, or adds to if the key is repeatable. `--help` and `--version` print and exit. Raises ConfigError with every
+    problem found, one a line. If `cls` has an attribute `given`, it is set to the keys that were given.
     """
-    types = get_type_hints(cls)
-    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
         print(usage(cls, positional))
         raise SystemExit(0)
     if "--version" in argv:
         print(f"RoboPoet {VERSION}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}")
         raise SystemExit(0)
-    found: dict[str, tuple[Any, str]] = {}  # key -> (text or list of texts, where it stands)
-    flags: dict[str, Any] = {}
-    problems: list[str] = []
-    args = list(argv)
-    while args:
-        arg = args.pop(0)
-        if arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            if not equals:  # --key value, or a bare --flag for a bool
-                kind = hints.get(key, bool)  # an unknown key is told as such below
-                is_flag = kind is bool or "true" in get_args(kind)
-                takes_next = args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS)
-                value = args.pop(0) if takes_next else "true" if is_flag else None
-            if value is None:
-                following = args[0][2:].partition("=")[0] if args and hints.get(key) in (str, tuple[str, ...]) else None
-                if following is None or difflib.get_close_matches(following, hints, n=1):
-                    problems.append(f"--{key}: has no value; write --{key}=VALUE")
-                else:  # no key: the value itself begins with --
-                    meant = args.pop(0)
-                    problems.append(f"--{key}: has no value; if that is {meant}, write --{key}={meant}")
-            elif get_origin(hints.get(key)) is tuple:
-                flags.setdefault(key, []).append(value)
-            else:
-                flags[key] = value
-        elif arg.endswith((".yaml", ".yml")):
-            found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
-        elif get_origin(hints.get(positional)) is tuple and not arg.startswith("-"):
-            flags.setdefault(positional, []).append(arg)
-        elif positional and positional not in flags and (arg == "-" or not arg.startswith("-")):
-            flags[positional] = arg
-        else:
-            problems.append(f"{arg}: is one argument too many; write --key=value, or name a .yaml file")
-    found |= {key: (value, f"--{key}") for key, value in flags.items()}
-
-    values = {}
-    for key, (value, where) in found.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1) if len(problems) < SHOWN_PROBLEMS else []
-            problems.append(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else "; --help lists all"))
-            continue
-        try:
-            values[key] = _convert(hints[key], value)
-        except ValueError as e:
-            problems.append(f"{where}: {e}")
+    types = get_type_hints(cls)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
+    found, problems = _parse(argv, hints, positional)
+    values = _convert_all(found, hints, problems)
     cfg = cls(**values)
     problems += cfg.problems()
     if problems:
@@ -110,23 +68,94 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
     return cfg
 
 
-def beside_scripts(path: str | Path) -> Path:
-    """`path`, or the same path beside the scripts where the working folder has none."""
-    return HOME / path if not os.path.exists(path) and os.path.exists(HOME / path) else Path(path)
+Found = dict[str, tuple[Any, str]]  # key -> (text or list of texts, where it was found)
 
 
-BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+def _parse(argv: list[str], hints: dict[str, Any], positional: str | None) -> tuple[Found, list[str]]:
+    """Collect the text given for each key, flags over YAML, and what is wrong with `argv`."""
+    found: Found = {}
+    flags: dict[str, Any] = {}
+    problems: list[str] = []
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            problem = ""
+            if not equals:
+                value, problem = _take_value(key, args, hints)
+            if problem:
+                problems.append(problem)
+            elif get_origin(hints.get(key)) is tuple:
+                flags.setdefault(key, []).append(value)
+            else:
+                flags[key] = value
+        elif arg.endswith((".yaml", ".yml")):
+            found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
+        elif get_origin(hints.get(positional)) is tuple and (arg == "-" or arg[:1] != "-"):
+            flags.setdefault(positional, []).append(arg)
+        elif positional and positional not in flags and (arg == "-" or arg[:1] != "-"):
+            flags[positional] = arg
+        else:
+            problems.append(f"{arg}: is one argument too many; write --key=value, or name a .yaml file")
+    return found | {key: (value, f"--{key}") for key, value in flags.items()}, problems
+
+
+def _take_value(key: str, args: list[str], hints: dict[str, Any]) -> tuple[str | None, str]:
+    """The value of `--key` where no `=` follows, or None and the problem; takes the argument it uses off `args`."""
+    kind = hints.get(key, bool)  # an unknown key is reported later
+    is_flag = kind is bool or "true" in get_args(kind)
+    if args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS):
+        return args.pop(0), ""
+    if is_flag:
+        return "true", ""
+    if args and kind in (str, tuple[str, ...]) and not _nearest(args[0][2:].partition("=")[0], hints):
+        value = args.pop(0)  # begins with -- but resembles no key
+        return None, f"--{key}: has no value; if that is {value}, write --{key}={value}"
+    return None, f"--{key}: has no value; write --{key}=VALUE"
+
+
+def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
+    """Read a YAML file of keys with every scalar left as text; appends to `problems` if that fails."""
+    try:
+        content = read_yaml(beside_scripts(path), ConfigError)
+        if content and not isinstance(content, dict):
+            raise ConfigError(f"{path}: must hold `key: value` lines")
+    except ConfigError as e:
+        problems.append(str(e))
+        return {}
+    return content or {}
+
+
+def _convert_all(found: Found, hints: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Convert each key's text to the key's type; appends unknown keys and values of a wrong type to `problems`."""
+    values = {}
+    for key, (value, where) in found.items():
+        if key not in hints:
+            near = _nearest(key, hints) if len(problems) < SHOWN_PROBLEMS else None  # the search is slow
+            problems.append(f"{where}: no such key; " + (f"did you mean {near}?" if near else "--help lists all"))
+            continue
+        try:
+            values[key] = _convert(hints[key], value)
+        except ValueError as e:
+            problems.append(f"{where}: {e}")
+    return values
+
+
+def _nearest(key: str, hints: dict[str, Any]) -> str | None:
+    """The key that the unknown `key` may be a misspelling of."""
+    return next(iter(difflib.get_close_matches(key, hints, n=1)), None)
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """Turn text into `kind` (bool, int, float, str, Literal, tuple[str, ...]); raises ValueError with what it wants."""
+    """Convert text to `kind`: bool, int, float, str, Literal, tuple[str, ...]; raises ValueError when it can't be."""
     if get_origin(kind) is tuple:
         values = tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(item, str) for item in values):
-            raise ValueError(f"found {value!r}, wants a list of texts")
+            raise ValueError(f"found {value!r}, must be a list of texts")
         return values
     if not isinstance(value, str):
-        raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, wants one value")
+        raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, must be one value")
     if get_origin(kind) is Literal:
         if value.lower() not in get_args(kind):
             raise ValueError(f"found {value!r}, must be one of {', '.join(get_args(kind))}")
@@ -146,8 +175,19 @@ def _convert(kind: Any, value: Any) -> Any:
     return value
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what a script calls
+
+
+def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
+    """A problem for each of the space-separated `keys` whose value lies outside [low, high]."""
+    wanted = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    values = {key: getattr(cfg, key) for key in keys.split()}
+    return [f"{key}: found {value}, must be {wanted}" for key, value in values.items() if not low <= value <= high]
+
+
 def change(cfg: Any, key: str, text: str) -> Any:
-    """A copy of `cfg` in which `key` has the value that `text` stands for; raises ConfigError when it can't have it."""
+    """A copy of `cfg` with `key` set to the value of `text`; raises ConfigError when it can't have that value."""
     try:
         changed = dataclasses.replace(cfg, **{key: _convert(get_type_hints(type(cfg))[key], text)})
     except ValueError as e:
@@ -157,34 +197,15 @@ def change(cfg: Any, key: str, text: str) -> Any:
     return changed
 
 
-def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
-    """Read a YAML mapping with every scalar left as text; appends to `problems`."""
-    try:
-        content = read_yaml(beside_scripts(path), ConfigError)
-        if content and not isinstance(content, dict):
-            raise ConfigError(f"{path}: must hold `key: value` lines")
-    except ConfigError as e:
-        problems.append(str(e))
-        return {}
-    return content or {}
-
-
-def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
-    """Name each of the space-separated `keys` whose value does not lie within [low, high]."""
-    wanted = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    values = {key: getattr(cfg, key) for key in keys.split()}
-    return [f"{key}: found {value}, must be {wanted}" for key, value in values.items() if not low <= value <= high]
-
-
 def usage(cls: type, positional: str | None = None) -> str:
-    """One line for each key of `cls`: name, default, and the comment that stands behind it in the source."""
+    """The help text: one line for each key of `cls` with its name, its default, and the comment behind it."""
     folder, script = os.path.split(inspect.getsourcefile(cls))
     if os.path.basename(folder) == "bench":
         script = f"-m bench.{script.removesuffix('.py')}"
     lines = [f"python {script} [CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
-    for owner in reversed(cls.__mro__[:-1]):  # a config may extend another: its own keys come last
+    for owner in reversed(cls.__mro__[:-1]):  # a subclass's own keys come last
         for line in inspect.getsource(owner).splitlines():
             if heading := re.fullmatch(r"    # (.*)", line):
                 lines.append(f"\n{heading[1]}")
@@ -197,21 +218,25 @@ def usage(cls: type, positional: str | None = None) -> str:
 
 
 def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], positional: str | None = None) -> None:
-    """Run `main(cfg)` on the command line's config; ConfigError, OSError and `mistakes` end in one line and exit 2."""
+    """Run `main` with the command line's config.
+
+    ConfigError, OSError, out-of-memory and the exceptions in `mistakes` print one line and exit with code 2. Others are
+    bugs and keep their traceback.
+    """
     script = os.path.basename(sys.argv[0])
     try:
         main(load(cls, sys.argv[1:], positional))
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
         pass
     except (ConfigError, OSError, *mistakes) as e:
         print(f"{script}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, and torch is not imported here
             raise
         print(
             f"{script}: the GPU has too little memory; halve batch_size and double gradient_accumulation_steps (the "
-            "numbers stay the same), or write fewer passages at a time",
+            "numbers stay the same), or generate fewer passages at a time",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -222,22 +247,27 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # no one reads it any more: Python's own flush, at the end, would fail too
+            except OSError:  # nobody reads it any more; spare Python's own flush at exit the same error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(message: str) -> None:
-    """Say on stderr what went otherwise than asked, if anyone still reads it."""
+    """Print a warning to stderr; does nothing if stderr is closed."""
     with contextlib.suppress(OSError):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files
+# files and messages, bounded
+
+
+def beside_scripts(path: str | Path) -> Path:
+    """`path`, or if it does not exist, the same path beside the scripts if that does."""
+    return HOME / path if not os.path.exists(path) and os.path.exists(HOME / path) else Path(path)
 
 
 def check_regular(path: Path, error: type[Exception]) -> int:
-    """The size of a regular file, bytes; raises `error` for what is missing or is none: pipes and devices never end."""
+    """The size of a regular file in bytes; raises `error` on anything else: pipes and devices may never end."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as e:
@@ -248,20 +278,21 @@ def check_regular(path: Path, error: type[Exception]) -> int:
 
 
 def read_bytes(path: Path, error: type[Exception], limit: int = JSON_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes; raises `error`."""
+    """The content of a regular file of at most `limit` bytes; raises `error` if it is larger or can't be read."""
     if (size := check_regular(path, error)) > limit:
         raise error(f"{path}: has {size:,} bytes, must have at most {limit:,}")
     try:
         with open(path, "rb") as f:
-            return f.read(size)  # read(limit) would allocate so much
+            return f.read(size)  # not read(limit), which would allocate that much
     except OSError as e:
         raise error(f"{path}: {e.strerror}") from None
 
 
 def read_yaml(path: Path, error: type[Exception]) -> Any:
-    """The YAML file at `path`, every scalar left as text; raises `error`, also for aliases, which can blow up.
+    """The content of a YAML file, every scalar left as text.
 
-    Of at most 1 MB; mappings and lists nest at most 20 deep.
+    Raises `error` on a file over 1 MB, over 100,000 values, nesting over 20 deep, and aliases, which can expand to
+    gigabytes.
     """
     raw = read_bytes(path, error, YAML_BYTES)
     try:
@@ -278,11 +309,11 @@ def read_yaml(path: Path, error: type[Exception]) -> Any:
 
 
 def describe(e: Exception) -> str:
-    """An exception's message in one line of bounded length."""
+    """An exception's message, shortened."""
     return shorten(str(e)) or type(e).__name__
 
 
 def shorten(text: str) -> str:
-    """`text` in one line of at most 300 characters: what stands in the middle of a longer one is left out."""
+    """`text` on one line of at most SHOWN_CHARS characters; a longer one loses its middle."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARS else f"{line[:200]} ... {line[-90:]}"

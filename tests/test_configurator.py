@@ -82,6 +82,8 @@ def test_positional_argument_goes_to_its_key():
     assert "poem" in error(Toy, "poem")
     assert load(Toy, ["a", "--steps=2", "b"], "many") == Toy(many=("a", "b"), steps=2)
     assert "b" in error(Toy, "a", "b", positional="name")
+    assert load(Toy, ["-"], "name").name == "-"
+    assert load(Toy, ["-", "a"], "many").many == ("-", "a")
 
 
 # --- what a value may be
