@@ -452,7 +452,7 @@ def put(*keys):
         (put("splits", "val", "end", 4), r"val: its documents end with 4"),
         (put("splits", "val", None), r"\$\.splits"),
         (put("tokenizer", "specials", [END, "<|b|>", "<|a|>"]), "styles: the tokenizer's tag of 'a'"),
-        (put("tokenizer", "chars", "aba"), "comes twice"),
+        (put("tokenizer", "chars", "aba"), "appears twice"),
         (put("tokenizer", {}), r"\$\.tokenizer"),
     ],
 )

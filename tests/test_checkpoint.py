@@ -185,7 +185,7 @@ def test_a_shape_that_is_not_the_weights_is_refused_before_a_model_is_built(cont
         ({"model_args": {}}, "missing required field `n_layer`"),
         ({"model_extra": {"gelu": "relu"}}, r"\$\.model_extra\.gelu"),
         ({"model_extra": {"rotary": True}}, "unknown field `rotary`"),
-        ({"tokenizer": {"kind": "char", "chars": "aa", "specials": []}}, "comes twice"),
+        ({"tokenizer": {"kind": "char", "chars": "aa", "specials": []}}, "appears twice"),
         ({"tokenizer": {"kind": "char", "chars": "abcdefghijkl", "specials": []}}, "has 12 ids"),
         ({"tokenizer": {}}, r"\$\.tokenizer"),
         ({"iter_num": -1}, r"\$\.iter_num"),

@@ -329,7 +329,7 @@ def test_texts_encoded_together_have_the_ids_each_has_alone(request, monkeypatch
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 100)
     monkeypatch.setattr(tokenizer, "BATCH_CHARS", batch_chars)
     texts = ["a", "the cat sat\non the mat, it's said.\n" * 40, "x \n", "  The", "The", "Ω\0", "🙂" * 99, f" {END}\n\n"]
-    texts += [f"a{tokenizer.CUT}b", tokenizer.CUT, *(TEXT[i : i + 70] for i in range(0, 5000, 70))]
+    texts += [f"a{tokenizer.SEPARATOR}b", tokenizer.SEPARATOR, *(TEXT[i : i + 70] for i in range(0, 5000, 70))]
     found: dict[int, list[int]] = {}
     for key, ids in tokenizer.encode_all(tok, enumerate(texts)):
         assert not found or key in (last := max(found), last + 1)  # in order

@@ -1,7 +1,7 @@
-"""Tokenizers: byte-level BPE of our own training, GPT-2's, or single characters; each is plain JSON when saved, ours or
-Hugging Face's.
+"""Tokenizers: byte-level BPE trained on the corpus, GPT-2's, or single characters. Each is saved as plain JSON.
 
-Ids run: pieces of text first, special tokens last. Specials exist only as ids: text that spells one is ordinary text.
+The ids of text come first, the ids of special tokens last. A special token exists only as an id: text that spells its
+name is ordinary text.
 """
 
 import codecs
@@ -22,26 +22,26 @@ from robopoet.errors import DataError
 END = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 
-# How text is cut before merging, as GPT-2 does: contractions, then words, numbers and punctuation, each with the space
-# before it, then other white space.
+# How text is cut before merging, as in GPT-2: contractions; words, numbers and punctuation, each with the space before
+# it; other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# the same in tiktoken's words
+# the same as tiktoken writes it
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PATTERNS = {  # that a saved tokenizer may have: of another, nobody knows whether it leaves text out or ever ends
+PATTERNS = {  # that a saved tokenizer may have; an unknown one might drop text, or backtrack forever
     PATTERN,
     GPT2_PATTERN,
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2's own
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # as in GPT-2's code
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",  # the same in tiktoken's words
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",  # the same as tiktoken writes it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen's
 }
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
-BATCH_CHARS = 250_000  # pieces that are encoded in one call: some hundredths of a second, in which other threads run
-LEARNED_PIECES = 1_000  # how many rustbpe holds at a time: at most 100 MB
-CUT = "\0<|cut|>"  # stands between the pieces of a call
+BATCH_CHARS = 250_000  # encoded in one call, which takes some hundredths of a second and lets other threads run
+TRAIN_PIECES = 1_000  # pieces that rustbpe holds at a time: at most 100 MB
+SEPARATOR = "\0<|cut|>"  # between the pieces of a call
 MOST_IDS = 2**20
 SINGLE_BYTES = {bytes([byte]) for byte in range(256)}
 
@@ -50,25 +50,25 @@ Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_IDS)]
 
 
 class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
-    """A tokenizer as meta.json and checkpoints hold it; n_pieces: how many of its ids stand for text."""
+    """A tokenizer as it stands in meta.json and in checkpoints. n_pieces: how many of its ids stand for text."""
 
     @property
     def vocab_size(self) -> int:
-        """How many ids it has."""
+        """The number of ids."""
         return self.n_pieces + len(self.specials)
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Its special tokens: name -> id."""
+        """Special tokens: name -> id."""
         return {name: self.n_pieces + i for i, name in enumerate(self.specials)}
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists and texts."""
+        """Plain dicts, lists and strings."""
         return msgspec.json.decode(msgspec.json.encode(self))
 
 
 class SavedBPE(Saved, tag="bpe"):
-    """A BPETokenizer; the bytes of its tokens are written as Latin-1."""
+    """A BPETokenizer. tokens: each token's bytes, decoded as Latin-1 so that JSON can hold them."""
 
     pattern: str
     tokens: Names
@@ -81,7 +81,7 @@ class SavedBPE(Saved, tag="bpe"):
     def __post_init__(self) -> None:
         check_names(self.specials)
         if self.pattern not in PATTERNS:
-            raise ValueError("its pattern is none of those that GPT-2's or GPT-4's tokenizers cut text by")
+            raise ValueError("its pattern is not one that GPT-2's or GPT-4's tokenizer cuts text by")
         known = {token.encode("latin-1") for token in self.tokens}
         if len(known) != len(self.tokens) or b"" in known or not known.issuperset(SINGLE_BYTES):
             raise ValueError("its tokens are not all 256 bytes and longer ones, each once")
@@ -101,20 +101,20 @@ class SavedChar(Saved, tag="char"):
         check_names(self.specials)
         self.chars.encode()
         if len(set(self.chars)) != len(self.chars):
-            raise ValueError("a character comes twice")
+            raise ValueError("a character appears twice")
 
 
 def check_names(specials: tuple[str, ...]) -> None:
-    """Raise ValueError unless special tokens have names, which are text, each once."""
-    "".join(specials).encode()  # half a surrogate pair is not text
+    """Raise ValueError unless the names of special tokens are text, not empty, and all different."""
+    "".join(specials).encode()  # raises on half a surrogate pair
     if len(set(specials)) != len(specials) or "" in specials:
         raise ValueError("a special token has no name, or two have the same")
 
 
 class BPETokenizer:
-    """Byte-level BPE: encodes any valid Unicode text and gives it back unchanged.
+    """Byte-level BPE: any valid Unicode text survives encoding and decoding unchanged.
 
-    tokens: the bytes of each id, in order of merging (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2).
+    tokens: the bytes of each id, in order of merging (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as in GPT-2).
     specials: the names of the ids after those.
     """
 
@@ -123,42 +123,45 @@ class BPETokenizer:
         self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
         self.vocab_size = len(tokens) + len(self.specials)
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        cut = {CUT: len(tokens)}
-        self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=cut)
+        special = {SEPARATOR: len(tokens)}
+        self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Iterable[str]) -> "BPETokenizer":
-        """Learn merges from `texts` until there are `vocab_size` ids, specials included.
+        """Learn merges from `texts` until there are `vocab_size` ids, special tokens included.
 
-        Raises DataError when the texts hold too few distinct pieces for that many.
+        Raises DataError when the texts have too few different words for that many, or rustbpe is not installed.
         """
         try:
             import rustbpe
         except ImportError:
             raise DataError("tokenizer: bpe needs rustbpe: pip install rustbpe; or use --tokenizer=char") from None
         specials = list(specials)
-        learner = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()
         wanted = vocab_size - len(specials)
         if wanted < 256:
             raise DataError(
                 f"vocab_size: found {vocab_size}, must be at least {256 + len(specials)}: bytes and specials"
             )
         pieces = (piece for text in texts for piece in _pieces(text))
-        learner.train_from_iterator(pieces, wanted, buffer_size=LEARNED_PIECES, pattern=PATTERN)
-        tokens = [bytes(token) for token, _ in sorted(learner.get_mergeable_ranks(), key=lambda item: item[1])]
+        trainer.train_from_iterator(pieces, wanted, buffer_size=TRAIN_PIECES, pattern=PATTERN)
+        tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
         if len(tokens) < wanted:
             raise DataError(
-                f"vocab_size: found {vocab_size}, but this text can carry at most {len(tokens) + len(specials)}; "
+                f"vocab_size: found {vocab_size}, but this text is enough for at most {len(tokens) + len(specials)}; "
                 "lower it or add text"
             )
         return cls(tokens, specials)
 
     @classmethod
     def gpt2(cls, specials: Iterable[str]) -> "BPETokenizer":
-        """GPT-2's own ids (50,256 and <|endoftext|>), then `specials`; its table is downloaded once by tiktoken."""
+        """GPT-2's ids (50,256 and <|endoftext|>), then `specials`; tiktoken downloads the table once.
+
+        Raises DataError when that fails.
+        """
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # whatever the network library of the day raises
+        except Exception as e:  # many classes, and they change with the network library
             raise DataError(
                 f"tokenizer: GPT-2's table could not be downloaded ({type(e).__name__}); connect once, "
                 "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe"
@@ -167,7 +170,7 @@ class BPETokenizer:
         return cls(tokens, [END, *(name for name in specials if name != END)], GPT2_PATTERN)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; raises DataError on a lone surrogate, which no UTF-8 file can hold."""
+        """The ids of `text`; raises DataError on a lone surrogate, which no UTF-8 file can hold."""
         try:
             text.encode()
         except UnicodeEncodeError as e:
@@ -175,11 +178,14 @@ class BPETokenizer:
         return [id for ids in self.encode_pieces(list(_pieces(text))) for id in ids.tolist()]
 
     def encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
-        """The ids of each piece (of PIECE_CHARS at most), (n,) uint32, in one call that lets other threads run."""
-        joined = CUT.join(pieces)
-        if joined.count(CUT) >= len(pieces):  # one of them spells it
+        """The ids of each piece, (n,) uint32, in one call that lets other threads run.
+
+        pieces: of at most PIECE_CHARS characters each.
+        """
+        joined = SEPARATOR.join(pieces)
+        if joined.count(SEPARATOR) >= len(pieces):  # a piece holds the separator
             return [self._tiktoken.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        ids = self._tiktoken.encode_to_numpy(joined, allowed_special={CUT}, disallowed_special=())
+        ids = self._tiktoken.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=())
         cuts = np.flatnonzero(ids == len(self.tokens)).tolist()
         return [ids[start + 1 : stop] for start, stop in pairwise([-1, *cuts, len(ids)])]
 
@@ -188,7 +194,7 @@ class BPETokenizer:
         return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
 
     def unknown(self, text: str) -> str:
-        """The characters of `text` that have no id: none, as every byte has one."""
+        """The characters of `text` that have no id: none, since every byte has one."""
         return ""
 
     def saved(self) -> SavedBPE:
@@ -201,9 +207,9 @@ class BPETokenizer:
 
 
 class CharTokenizer:
-    """One id a character, in order of code point, as nanoGPT's character-level data sets have it.
+    """One id per character, in order of code point, as in nanoGPT's character-level data sets.
 
-    An unknown character becomes <|unk|> where that is among the specials, and is left out where it is not.
+    An unknown character becomes <|unk|>, or is dropped if <|unk|> is not among the specials.
     """
 
     def __init__(self, chars: str, specials: Iterable[str]):
@@ -211,17 +217,17 @@ class CharTokenizer:
         self.specials = {name: len(chars) + i for i, name in enumerate(specials)}
         self.vocab_size = len(chars) + len(self.specials)
         self.tokens = [char.encode() for char in chars]
-        self._id_of = np.full(0x110000, self.specials.get(UNKNOWN, -1), dtype=np.int32)  # by code point
+        self._id_of = np.full(0x110000, self.specials.get(UNKNOWN, -1), dtype=np.int32)  # indexed by code point
         self._id_of[_code_points(chars)] = np.arange(len(chars))
 
     @classmethod
     def train(cls, texts: Iterable[str], specials: Iterable[str]) -> "CharTokenizer":
-        """One id for each character in `texts`, and <|unk|> beside the other specials where there are any."""
+        """One id for each character in `texts`; <|unk|> is added if there are special tokens at all."""
         specials = list(specials)
         return cls("".join(sorted(set().union(*texts))), [*specials, UNKNOWN] if specials else [])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
+        """The ids of `text`."""
         return self.encode_pieces([text])[0].tolist()
 
     def encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
@@ -234,7 +240,7 @@ class CharTokenizer:
         return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
 
     def unknown(self, text: str) -> str:
-        """The characters of `text` that have no id, each once, in order."""
+        """The characters of `text` that have no id, each once, in order of appearance."""
         known = set(self.chars)
         return "".join(dict.fromkeys(char for char in text if char not in known))
 
@@ -251,16 +257,17 @@ Tokenizer = BPETokenizer | CharTokenizer
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, np.ndarray]]:
-    """Encode texts on all cores, some MB of them at a time: a text's key and its ids, (n,) integers.
+    """Encode (key, text) pairs on all cores; yields (key, ids) in order, ids as (n,) integers.
 
-    A long text comes in several turns, one after the other, which together are what `encode` gives.
+    Holds a few MB of text at a time. A long text is yielded in consecutive parts, which joined are what `encode`
+    returns.
     """
     n_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads) as pool:
         pending: deque[tuple[list[Key], Future[list[np.ndarray]]]] = deque()
         for keys, pieces in _batches(texts):
             pending.append((keys, pool.submit(tokenizer.encode_pieces, pieces)))
-            if len(pending) > 2 * n_threads:  # so that no thread waits for the next text to be read
+            if len(pending) > 2 * n_threads:  # enough to keep every thread busy
                 keys, future = pending.popleft()
                 yield from zip(keys, future.result(), strict=True)
         for keys, future in pending:
@@ -268,7 +275,7 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterat
 
 
 def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list[str]]]:
-    """Pieces of about BATCH_CHARS in all, each with the key of its text."""
+    """Batches of pieces, about BATCH_CHARS characters each, with the key of each piece's text."""
     keys, pieces, size = [], [], 0
     for key, text in texts:
         for piece in _pieces(text):
@@ -282,7 +289,7 @@ def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list
 
 
 def from_json(saved: Any) -> Tokenizer:
-    """The tokenizer that `saved` or `to_json` wrote; raises DataError when it is not one."""
+    """The tokenizer that `saved` or `to_json` returned; raises DataError when it is damaged."""
     saved = untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer", DataError, "is damaged; run prepare.py again")
     if isinstance(saved, SavedChar):
         return CharTokenizer(saved.chars, saved.specials)
@@ -290,37 +297,37 @@ def from_json(saved: Any) -> Tokenizer:
 
 
 def style_token(style: str) -> str:
-    """The special token that stands at the head of a window written in `style`."""
+    """The name of a style's tag: the special token that a window of this style begins with."""
     return f"<|{style}|>"
 
 
 def styles(tokenizer: Tokenizer) -> dict[str, int]:
-    """The styles the tokenizer has a tag for: name -> id; a special token of another form, as <pad>, is none."""
+    """The styles that have a tag: name -> id of the tag. A special token of another form, like <pad>, is no tag."""
     tags = {name: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN)}
     return {style: id for name, id in tags.items() if (style := name[2:-2]) and name == style_token(style)}
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """How many bytes of text each id stands for: (vocab_size,) int64, 0 for specials."""
+    """How many bytes of text each id stands for: (vocab_size,) int64, 0 for special tokens."""
     lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     lengths[: len(tokenizer.tokens)] = [len(token) for token in tokenizer.tokens]
     return lengths
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, holding back the bytes of a character until it is whole."""
+    """Decodes ids one by one, holding back the bytes of a character until all of them are there."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int], final: bool = False) -> str:
-        """The text that `ids` complete; `final` also gives what an unfinished character leaves (U+FFFD)."""
+        """The text that `ids` complete. final: no more ids follow, so an unfinished character becomes U+FFFD."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids), final)
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """Cut `text` into pieces of at most PIECE_CHARS, where PATTERN would cut too if there is such a place."""
+    """Cut `text` into pieces of at most PIECE_CHARS, if possible where the tokenizer's pattern cuts it anyway."""
     start = 0
     while start < len(text):
         stop = start + PIECE_CHARS
@@ -331,22 +338,23 @@ def _pieces(text: str) -> Iterable[str]:
 
 
 def _last_cut(text: str, start: int, stop: int, cuts: Callable[[str, str], bool]) -> int:
-    """The last place at which `cuts` holds for the characters around it, or 0."""
+    """The last place in text[start:stop] where `cuts(before, after)` holds for the characters beside it, or 0."""
     return next((i for i in range(stop, start, -1) if cuts(text[i - 1], text[i])), 0)
 
 
 def _ends_word(before: str, after: str) -> bool:
-    """Each of PATTERNS cuts here: behind a word or number before what is neither, and before a space behind none."""
+    """True where all PATTERNS cut between two characters: after a word or number, and before the first space."""
     if after == " ":
         return not before.isspace()
-    return before.isalnum() and not after.isalnum() and (after.isspace() or after.isprintable())  # else: not known yet
+    is_known = after.isspace() or after.isprintable()  # Unicode versions differ on unassigned characters
+    return before.isalnum() and not after.isalnum() and is_known
 
 
 def _ends_text(before: str, after: str) -> bool:
-    """GPT-2's pattern cuts here: before white space behind none; GPT-4's may keep a line end with what it ends."""
+    """True where GPT-2's pattern cuts: before white space. GPT-4's may keep a line end with the text before it."""
     return after in "\n\r\t\v\f\x85\xa0\u3000" and not before.isspace()
 
 
 def _code_points(text: str) -> np.ndarray:
-    """The number of each character: (len(text),) uint32."""
+    """The code point of each character: (len(text),) uint32."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
