@@ -148,7 +148,7 @@ class BPETokenizer:
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
         if len(tokens) < wanted:
             raise DataError(
-                f"vocab_size: found {vocab_size}, but this text is enough for at most {len(tokens) + len(specials)}; "
+                f"vocab_size: found {vocab_size}, but this text can carry at most {len(tokens) + len(specials)}; "
                 "lower it or add text"
             )
         return cls(tokens, specials)
