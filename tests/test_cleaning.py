@@ -327,7 +327,7 @@ def test_what_else_is_lost_is_told_by_its_first_words():
     doc = Document("d", "s", clean_text("It began.\n\nThe end.\n"), text, "my/d.txt")
     [said] = corpus.survey([doc]).warnings
     assert said == (
-        "my/d.txt: cleaning kept 4% of its letters; the 279 that went begin "
+        "my/d.txt: cleaning kept 4% of its letters; the 279 it removed begin "
         "'Nobody must lose this, whoever cleans. Nobody must lose this' (clean: none in a corpus.yaml keeps all)"
     )
     assert (

