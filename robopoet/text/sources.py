@@ -1,4 +1,4 @@
-"""Where a corpus's texts come from: files, downloads and archives, each bounded in size, and lines of JSON in files."""
+"""Where a corpus's texts come from: files, JSON lines, downloads and archives, all bounded in size."""
 
 import contextlib
 import fnmatch
@@ -28,8 +28,8 @@ from robopoet.errors import DataError
 from robopoet.untrusted import JSON_BYTES, Positive, Sha256
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
-TEXTS = (".txt", *JSON_LINES)  # what is read of a folder
-UNPACKED, UNPACKED_FLOOR = 100, 10 * 2**20  # times its size that an archive may unpack to, and bytes that any may
+TEXTS = (".txt", *JSON_LINES)  # the files that are read from a folder
+UNPACKED, UNPACKED_FLOOR = 100, 10 * 2**20  # a packed file may unpack to this many times its size, plus these bytes
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=1000)]
 
@@ -52,7 +52,7 @@ class Source:
 
 
 def raw_documents(source: Source, folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Each work of `source` as (where it stands, name, text)."""
+    """Each document of `source` as (place, name, text); place is its file, and its line if that holds several."""
     if not source.file:
         for path, content in raw_texts(source, folder):
             _check_name(path)
@@ -79,7 +79,8 @@ def _decode(path: str, content: bytes) -> str:
 def files(source: Source, folder: Path) -> list[str]:
     """The paths of a `file` source, in order, each file once.
 
-    Raises DataError if there is none, or one is no regular file, too large, not as pinned, or has a name not in UTF-8.
+    Raises DataError if none matches, or one is not a regular file, too large, not the pinned one, or its name is not
+    UTF-8.
     """
     paths = _each_once(_glob(os.path.join(glob.escape(str(folder)), source.file)))
     if not paths:
@@ -89,8 +90,8 @@ def files(source: Source, folder: Path) -> list[str]:
         size = untrusted.check_regular(Path(path), DataError)
         if size > source.max_bytes and not path.endswith(JSON_LINES):
             raise DataError(
-                f"{path}: has {size:,} bytes, must have at most {source.max_bytes:,}; split it, or have a .jsonl with "
-                "a document a line, or set max_bytes in a corpus.yaml"
+                f"{path}: has {size:,} bytes, must have at most {source.max_bytes:,}; split it, or use a .jsonl with "
+                "one document per line, or set max_bytes in a corpus.yaml"
             )
         if source.sha256:
             _check(path, file_sha256(path), source.sha256)
@@ -103,7 +104,7 @@ def _check_name(path: str) -> None:
 
 
 def file_sha256(path: str) -> str:
-    """The hash of a file, however large; raises DataError when it can't be read."""
+    """The SHA-256 of a file, in hexadecimal; raises DataError when it can't be read."""
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
@@ -112,10 +113,7 @@ def file_sha256(path: str) -> str:
 
 
 def own_files(patterns: tuple[str, ...]) -> list[str]:
-    """The paths that a user's files, globs and folders name, each file once.
-
-    Raises DataError for one that names none.
-    """
+    """The paths that a user's files, globs and folders match, each file once; raises DataError if one matches none."""
     paths: list[str] = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else _glob(pattern)
@@ -137,7 +135,7 @@ def _texts_below(folder: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    """What glob.glob(pattern, recursive=True) finds, but ** enters each folder once: links may lead round for ever."""
+    """glob.glob(pattern, recursive=True), but ** enters each folder only once, as symbolic links may form loops."""
     before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/+|\Z)", pattern, maxsplit=1)
     if not after:
         return glob.glob(pattern)
@@ -160,7 +158,7 @@ def _folders_below(top: str) -> Iterator[str]:
 
 
 def _each_once(paths: Iterable[str]) -> list[str]:
-    """`paths` in order, of those that lead to the same file the first."""
+    """`paths`, sorted, without further paths to the same file."""
     of_file: dict[str, str] = {}
     for path in sorted(paths):
         of_file.setdefault(os.path.realpath(path), path)
@@ -168,7 +166,7 @@ def _each_once(paths: Iterable[str]) -> list[str]:
 
 
 def stem(path: str) -> str:
-    """The name of the file at `path` without what says its kind: .txt, .jsonl.gz."""
+    """The name of the file at `path` without its ending, such as .txt or .jsonl.gz."""
     return Path(path.removesuffix(".gz") if path.endswith(JSON_LINES) else path).stem
 
 
@@ -177,20 +175,20 @@ def stem(path: str) -> str:
 
 
 def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Each text of a `url` or `package` source as (path, bytes), checked against its hash and kept in `folder/raw`.
+    """Each text of a `url` or `package` source as (path, bytes); the download is checked and kept in `folder/raw`.
 
-    Raises DataError when a text can't be had, is too large or is not the one that was pinned.
+    Raises DataError when the download fails, is too large or is not the pinned one.
     """
-    kept = _kept(source, folder)
+    path = _download(source, folder)
     if source.url:
-        yield kept.name, untrusted.read_bytes(kept, DataError, source.max_bytes)
+        yield path.name, untrusted.read_bytes(path, DataError, source.max_bytes)
         return
-    limit = min(source.max_bytes, UNPACKED * kept.stat().st_size + UNPACKED_FLOOR)
+    limit = min(source.max_bytes, UNPACKED * path.stat().st_size + UNPACKED_FLOOR)
     try:
-        members = sorted((_wheel_members if source.archive == "wheel" else _sdist_members)(kept, source, limit))
+        members = sorted((_wheel_members if source.archive == "wheel" else _sdist_members)(path, source, limit))
     except DataError:
         raise
-    except Exception as e:  # zipfile and tarfile meet damage with a dozen classes
+    except Exception as e:  # on damage, zipfile and tarfile raise a dozen classes
         raise DataError(
             f"{source.package}: is not the {source.archive} it should be ({untrusted.describe(e)})"
         ) from None
@@ -201,18 +199,18 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _check(name: str, found: str, pinned: str) -> None:
     if found != pinned:
-        raise DataError(f"{name}: SHA-256 is {found}, the manifest pins {pinned}; it is another text: refused")
+        raise DataError(f"{name}: SHA-256 is {found}, the manifest pins {pinned}; it is another text")
 
 
-def _kept(source: Source, folder: Path) -> Path:
-    """Where the `url` or `package` source is kept, as it was pinned; downloads it if it isn't there."""
+def _download(source: Source, folder: Path) -> Path:
+    """Download a `url` or `package` source to `folder/raw`, unless it is there as pinned; returns its path."""
     name = source.url.rsplit("/", 1)[-1] if source.url else f"{source.package}.{source.archive}"
-    kept, where, limit = folder / "raw" / name, source.url or source.package, source.max_bytes
-    if os.path.isfile(kept) and kept.stat().st_size <= limit and file_sha256(str(kept)) == source.sha256:
-        return kept
-    part = kept.with_name(f"{name}.part")
+    path, where, limit = folder / "raw" / name, source.url or source.package, source.max_bytes
+    if os.path.isfile(path) and path.stat().st_size <= limit and file_sha256(str(path)) == source.sha256:
+        return path
+    part = path.with_name(f"{name}.part")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         chunks, digest, left = _url_chunks(source) if source.url else _package_chunks(source), hashlib.sha256(), limit
         with contextlib.closing(chunks), open(part, "wb") as f:
             for chunk in chunks:
@@ -222,19 +220,19 @@ def _kept(source: Source, folder: Path) -> Path:
                 digest.update(chunk)
                 f.write(chunk)
         _check(where, digest.hexdigest(), source.sha256)
-        os.replace(part, kept)
+        os.replace(part, path)
     except OSError as e:
-        raise DataError(f"{kept}: could not be written ({e.strerror})") from None
+        raise DataError(f"{path}: could not be written ({e.strerror})") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
         with contextlib.suppress(OSError):
-            kept.parent.rmdir()  # if nothing is kept there
-    return kept
+            path.parent.rmdir()  # succeeds if it is empty
+    return path
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects from https to https alone."""
+    """Follows redirects only from https to https."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not (req.full_url.startswith("https://") and newurl.startswith("https://")):
@@ -243,7 +241,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _url_chunks(source: Source) -> Iterator[bytes]:
-    """What `source.url` answers with, in parts; how long it says it is doesn't count."""
+    """The content of `source.url`, in chunks; its Content-Length is ignored."""
     try:
         with urllib.request.build_opener(_Redirects).open(source.url, timeout=60) as reply:
             while chunk := reply.read(2**20):
@@ -255,7 +253,7 @@ def _url_chunks(source: Source) -> Iterator[bytes]:
 
 
 def _package_chunks(source: Source) -> Iterator[bytes]:
-    """What pip downloads for `source.package`, in parts."""
+    """The archive that pip downloads for `source.package`, in chunks."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
@@ -273,7 +271,7 @@ def _package_chunks(source: Source) -> Iterator[bytes]:
 
 
 class _Unpacked:
-    """What `packed` unpacks to, for tarfile to read; raises DataError where that is more than `limit` bytes."""
+    """The unpacked bytes of `packed`, for tarfile to read; raises DataError after `limit` bytes."""
 
     def __init__(self, packed: io.BufferedIOBase, limit: int, where: str):
         self.packed, self.left, self.where = packed, limit, where
@@ -306,26 +304,26 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
         for member in sdist:
             if member.isfile() and fnmatch.fnmatchcase(member.name, source.members):
                 limit -= max(member.size, 0)
-                _check_unpacked(limit, source.package)  # before holes are filled, which take no room in the archive
+                _check_unpacked(limit, source.package)  # before reading: a sparse file's holes take no bytes in the archive
                 yield member.name, sdist.extractfile(member).read()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lines of JSON
+# JSON lines
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of JSON, its other keys left out."""
+    """A line of JSON; other keys are ignored."""
 
     text: str
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, str, str]]:
-    """Each line of a .jsonl or .jsonl.gz file as (where it stands, FILE-STEM:LINE, text)."""
+    """Each line of a .jsonl or .jsonl.gz file as (place, name, text); the name is STEM:LINE."""
     name, number = stem(path), 0
     advice = 'a line must be {"text": "..."} in UTF-8'
-    left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # never reached in a file that is not packed
+    left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # a plain file never gets there
     try:
         with io.BufferedReader(gzip.open(path) if path.endswith(".gz") else open(path, "rb", 0), 2**20) as lines:
             while line := lines.readline(min(JSON_BYTES, left) + 1):
@@ -337,7 +335,7 @@ def _json_lines(path: str) -> Iterator[tuple[str, str, str]]:
                     raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
                 yield where, f"{name}:{number}", untrusted.decode_json(line, _Line, where, DataError, advice).text
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
-        raise DataError(f"{path}: line {number + 1}: is not whole ({e}); get the file again") from None
+        raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     if not number:
