@@ -1,10 +1,11 @@
-"""Turn books into token ids: a corpus in; train.bin, val.bin, test.bin (uint16) and meta.json out.
+"""Turn books into token ids: writes train.bin, val.bin and test.bin (uint16 ids) and meta.json.
 
 python prepare.py data/robopoet
 python prepare.py my/*.txt --out=data/mine
 python prepare.py my/folder --out=data/mine --tokenizer=gpt2
 
-Each pass over the documents holds a few of them at a time, so that a corpus may be larger than memory.
+The documents are read three times, a few at a time: to survey them, to train the tokenizer, to encode them. So a corpus
+may be larger than memory.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ from robopoet.text.batches import FORMAT, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import checkpoint
 
-KINDS = ("bpe", "char", "gpt2")  # of tokenizers
+TOKENIZERS = ("bpe", "char", "gpt2")
+MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,15 @@ class PrepareConfig:
     """The keys of prepare.py."""
 
     corpus: str = ""  # folder that holds a corpus.yaml (--input takes it too)
-    input: tuple[str, ...] = ()  # your own .txt, .jsonl, .jsonl.gz, as files, globs, folders; or a corpus; repeatable
-    out: str = ""  # where the bins go (a corpus's own folder unless given)
-    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint, to have its own
-    vocab_size: int = 6725  # ids in all, special tokens included (bpe only)
+    input: tuple[str, ...] = ()  # your own .txt, .jsonl, .jsonl.gz: files, globs or folders; or a corpus; repeatable
+    out: str = ""  # where the bins go (default: the corpus's folder)
+    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint whose one to use
+    vocab_size: int = 6725  # number of ids, special tokens included (bpe only)
     force: bool = False  # prepare even if nothing has changed
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        found = configurator.bounds(self, "vocab_size", 1, 65_536)  # ids are stored as uint16
+        found = configurator.bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, as data/robopoet, or --input='my/*.txt'")
         elif not self.out and not self.folder:
@@ -60,82 +62,84 @@ class PrepareConfig:
 
     @property
     def folder(self) -> str:
-        """The folder with a corpus.yaml that is prepared, here or beside the scripts, or "" where it is texts."""
+        """The folder of the corpus.yaml to prepare, here or beside the scripts; "" if `input` names texts."""
         named = self.corpus or (self.input[0] if len(self.input) == 1 else "")
         manifest = configurator.beside_scripts(os.path.join(named, "corpus.yaml"))
         return str(manifest.parent) if named and manifest.exists() else self.corpus
 
 
 def main(cfg: PrepareConfig) -> None:
-    """Prepare the corpus, or do nothing if it is prepared already."""
-    # --- where the texts come from
+    """Prepare the corpus that `cfg` names, unless it is prepared already."""
+    # --- sources
     manifest = corpus.read_manifest(Path(cfg.folder)) if cfg.folder else corpus.manifest_of_files(cfg.input)
     out = Path(cfg.out or cfg.folder)
-    given = None if cfg.tokenizer in KINDS else _read_tokenizer(Path(cfg.tokenizer))
+    given = None if cfg.tokenizer in TOKENIZERS else _read_tokenizer(Path(cfg.tokenizer))
     fingerprint = _fingerprint(cfg, manifest, given)
     if not cfg.force and _is_prepared(out, fingerprint):
         print(f"{out} is prepared already (--force does it again)")
         return
 
-    # --- how many documents there are, and of what
-    seen = corpus.survey(_progress(corpus.documents(manifest), "reading"))
-    if manifest.text_sha256 not in ("", seen.text_sha256):
+    # --- survey: count documents, styles and characters, hash the text
+    survey = corpus.survey(_progress(corpus.documents(manifest), "reading"))
+    if manifest.text_sha256 not in ("", survey.text_sha256):
         raise DataError(
-            f"{cfg.folder}/corpus.yaml: text_sha256: the cleaned text's hash is {seen.text_sha256}, "
+            f"{cfg.folder}/corpus.yaml: text_sha256: the cleaned text's hash is {survey.text_sha256}, "
             "not the one pinned; if you changed the sources or the cleaning on purpose, pin the new one"
         )
+    if not manifest.text_sha256:  # whoever pinned the text has seen the warnings
+        for warning in survey.warnings:
+            configurator.warn(warning)
 
-    for warning in () if manifest.text_sha256 else seen.warnings:  # who pinned a text has looked at it
-        configurator.warn(warning)
-
-    # --- tokenizer: learns from the train split alone
-    styles = seen.styles if manifest.tags else []
-    specials = ([END] if seen.n_documents > 1 or styles else []) + [tokenizer.style_token(style) for style in styles]
+    # --- tokenizer: trained on the train split alone
+    styles = survey.styles if manifest.tags else []
+    ends = [END] if survey.n_documents > 1 or styles else []
+    specials = ends + [tokenizer.style_token(style) for style in styles]
     tok: Tokenizer
     if given:
-        tok = _extended(given, specials, seen.characters)
+        tok = _with_specials(given, specials, survey.characters)
     elif cfg.tokenizer == "bpe":
-        parts = _parts(manifest, seen, "learning")
+        parts = _split_documents(manifest, survey, "learning")
         tok = BPETokenizer.train((text for part, text in parts if part.split == "train"), cfg.vocab_size, specials)
     elif cfg.tokenizer == "char":
-        tok = CharTokenizer.train([seen.characters], specials)
+        tok = CharTokenizer.train([survey.characters], specials)
     else:
         tok = BPETokenizer.gpt2(specials)
-    if tok.vocab_size > 65_536:
-        raise DataError(f"the vocabulary has {tok.vocab_size} ids, must have at most 65,536; use --tokenizer=bpe")
+    if tok.vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(
+            f"the vocabulary has {tok.vocab_size} ids, must have at most {MAX_VOCAB_SIZE:,}; use --tokenizer=bpe"
+        )
 
-    # --- bins, then meta.json, each whole or not at all
+    # --- bins, then meta.json: without it the folder counts as not prepared
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("meta.json", "meta.pkl"):  # from here until the new one stands, the folder is not prepared
+    for name in ("meta.json", "meta.pkl"):
         (out / name).unlink(missing_ok=True)
+    parts = _split_documents(manifest, survey, "encoding")
     meta = Meta(
         format=FORMAT,
         fingerprint=fingerprint,
-        text_sha256=seen.text_sha256,
+        text_sha256=survey.text_sha256,
         vocab_size=tok.vocab_size,
         styles=tokenizer.styles(tok) if styles else {},
         licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
-        splits=_write_bins(out, _parts(manifest, seen, "encoding"), tok, seen.n_documents > corpus.MANY_DOCUMENTS),
+        splits=_write_bins(out, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
         tokenizer=tok.saved(),
     )
-    if isinstance(tok, CharTokenizer):  # where nanoGPT's scripts look for the characters
-        stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
-        itos = {id: char for char, id in stoi.items()}
-        _write(out / "meta.pkl", pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi}))
+    if isinstance(tok, CharTokenizer):
+        _write(out / "meta.pkl", _nanogpt_meta(tok))
     _write(out / "meta.json", batches.encode_meta(meta))
-    _report(out, seen, meta)
+    _report(out, survey, meta)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; raises ConfigError when there is none."""
+    """The tokenizer of the checkpoint at `path`; raises ConfigError when it has none."""
     try:
         return checkpoint.tokenizer_of(checkpoint.load(path), path)
     except CheckpointError as e:
-        raise ConfigError(f"tokenizer: must be {', '.join(KINDS)} or a checkpoint; {e}") from None
+        raise ConfigError(f"tokenizer: must be {', '.join(TOKENIZERS)} or a checkpoint; {e}") from None
 
 
-def _extended(given: Tokenizer, specials: list[str], characters: str) -> Tokenizer:
-    """A tokenizer with these specials behind its own; raises DataError when it doesn't know a character."""
+def _with_specials(given: Tokenizer, specials: list[str], characters: str) -> Tokenizer:
+    """`given` with `specials` added after its own; raises DataError if it lacks one of the text's `characters`."""
     saved = given.to_json()
     saved["specials"] += [name for name in specials if name not in given.specials]
     tok = tokenizer.from_json(saved)
@@ -145,7 +149,7 @@ def _extended(given: Tokenizer, specials: list[str], characters: str) -> Tokeniz
 
 
 def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None) -> str:
-    """A hash of all that the result depends on: options, a tokenizer that was given, manifest, the user's files."""
+    """A hash of everything the result depends on: options, a given tokenizer, the manifest and the user's files."""
     anywhere = replace(manifest, folder=Path("."))
     digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {anywhere}".encode())
     if given:
@@ -158,6 +162,7 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
 
 
 def _is_prepared(out: Path, fingerprint: str) -> bool:
+    """True if `out` holds intact bins with this fingerprint."""
     try:
         meta = batches.read_meta(out)
         for name in batches.SPLITS:
@@ -168,9 +173,9 @@ def _is_prepared(out: Path, fingerprint: str) -> bool:
 
 
 class Part(NamedTuple):
-    """What one split has of a document."""
+    """A document's part in one split."""
 
-    number: int  # of the document
+    number: int  # of the document: 0, 1, ...
     name: str
     style: str
     split: str
@@ -180,29 +185,32 @@ def _progress(docs: Iterable[corpus.Document], doing: str, total: int | None = N
     return tqdm(docs, desc=doing, total=total, unit=" works", delay=1, disable=None, leave=False)
 
 
-def _parts(manifest: corpus.Manifest, seen: corpus.Survey, doing: str) -> Iterator[tuple[Part, str]]:
-    """The parts of all documents, read once more; raises DataError if these are not the documents that were seen."""
+def _split_documents(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iterator[tuple[Part, str]]:
+    """Read all documents again; yields each one's parts with their text. doing: the label of the progress bar.
+
+    Raises DataError, at the end, if the documents are not those of the survey.
+    """
     exact = all(source.clean == "none" for source in manifest.sources)
     digest = hashlib.sha256()
-    for i, doc in enumerate(_progress(corpus.documents(manifest), doing, seen.n_documents)):
+    for i, doc in enumerate(_progress(corpus.documents(manifest), doing, survey.n_documents)):
         corpus.hash_document(digest, doc)
-        for split, text in corpus.split(doc, seen.n_documents, manifest.splits, exact):
+        for split, text in corpus.split(doc, survey.n_documents, manifest.splits, exact):
             yield Part(i, doc.name, doc.style, split), text
-    if digest.hexdigest() != seen.text_sha256:
+    if digest.hexdigest() != survey.text_sha256:
         raise DataError("the texts have changed while they were read; run prepare.py again")
 
 
 def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:
-    """Write each split's bin, all or none, its documents parted by <|endoftext|>; returns what meta.json says of them.
+    """Encode all parts and write the three bins, all or none; returns what meta.json says of them.
 
-    many: in place of a span for each document there is one for each run of documents of one style, and the id at which
-    batches.py parts them.
+    Each part ends with <|endoftext|> if the tokenizer has it. many: instead of a span for each document, meta.json gets
+    one for each run of documents of one style, and the id that ends a document (`SplitMeta.end`).
     """
     end = [np.array([tok.specials[END]])] if END in tok.specials else []
     sizes = {name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0} for name in corpus.SPLITS}
     documents: dict[str, list[Span]] = {name: [] for name in corpus.SPLITS}
 
-    def counted() -> Iterator[tuple[Part, str]]:
+    def count_text() -> Iterator[tuple[Part, str]]:
         for part, text in parts:
             sizes[part.split]["characters"] += len(text)
             sizes[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
@@ -212,7 +220,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
     try:
         with contextlib.ExitStack() as stack:
             bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
-            for part, pieces in groupby(tokenizer.encode_all(tok, counted()), key=itemgetter(0)):
+            for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
                 size, spans = sizes[part.split], documents[part.split]
                 start = size["tokens"]
                 for ids in chain((ids for _, ids in pieces), end):
@@ -238,7 +246,15 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
     return entries
 
 
+def _nanogpt_meta(tok: CharTokenizer) -> bytes:
+    """The meta.pkl in which nanoGPT's scripts look for the characters."""
+    stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
+    itos = {id: char for char, id in stoi.items()}
+    return pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi})
+
+
 def _write(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(content)
@@ -247,9 +263,9 @@ def _write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _report(out: Path, seen: corpus.Survey, meta: Meta) -> None:
-    kept, raw, styles = seen.letters, seen.raw_letters, ", ".join(meta.styles)
-    print(f"{out}: {seen.n_documents:,} works, vocabulary {meta.vocab_size:,}, styles: {styles or 'none'}")
+def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:
+    kept, raw, styles = survey.letters, survey.raw_letters, ", ".join(meta.styles)
+    print(f"{out}: {survey.n_documents:,} works, vocabulary {meta.vocab_size:,}, styles: {styles or 'none'}")
     print(f"cleaning kept {kept / max(raw, 1):.2%} of the letters, removed {raw - kept:,}")
     print(f"{'split':>8} {'works':>6} {'characters':>12} {'tokens':>12} {'chars/token':>12} {'bytes/token':>12}")
     for name, split in meta.splits.items():

@@ -304,7 +304,7 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
         for member in sdist:
             if member.isfile() and fnmatch.fnmatchcase(member.name, source.members):
                 limit -= max(member.size, 0)
-                _check_unpacked(limit, source.package)  # before reading: a sparse file's holes take no bytes in the archive
+                _check_unpacked(limit, source.package)  # of a sparse file, holes too
                 yield member.name, sdist.extractfile(member).read()
 
 
