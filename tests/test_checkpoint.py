@@ -245,6 +245,93 @@ def test_an_early_nanogpts_arguments_are_filled_in(content, tmp_path, missing):
     assert checkpoint.build_model(found, tmp_path / "nano.pt").config == model.config
 
 
+# --- mutations under a valid hash: a mutated file fails at its hash, so here the content is mutated before it is saved
+
+
+def with_value(value: float):
+    def change(weight: torch.Tensor, rng: random.Random) -> torch.Tensor:
+        changed = weight.clone()
+        changed[tuple(rng.randrange(n) for n in weight.shape)] = value
+        return changed
+
+    return change
+
+
+def renamed(model: dict, rng: random.Random) -> dict:
+    name = rng.choice(list(model))
+    return {(key + "x" if key == name else key): weight for key, weight in model.items()}
+
+
+def swapped(model: dict, rng: random.Random) -> dict:
+    one = rng.choice(list(model))
+    other = rng.choice([name for name in model if model[name].shape != model[one].shape])
+    return model | {one: model[other], other: model[one]}
+
+
+BAD_WEIGHT = {
+    "nan": with_value(math.nan),
+    "infinite": with_value(-math.inf),
+    "a row less": lambda w, rng: w[:-1].clone(),
+    "a row more": lambda w, rng: torch.cat([w, w[:1]]),
+    "one more dimension": lambda w, rng: w[None],
+    "integers": lambda w, rng: w.to(rng.choice([torch.int64, torch.int8, torch.bool])),
+    "complex numbers": lambda w, rng: w.to(torch.complex64),
+    "float8": lambda w, rng: w.to(torch.float8_e4m3fn),
+    "no memory": lambda w, rng: w.to("meta"),
+    "no tensor": lambda w, rng: rng.choice([None, 5, [0.0], "w", {}]),
+}
+BAD_MODEL = {
+    "a weight missing": lambda m, rng: {name: m[name] for name in rng.sample(list(m), len(m) - 1)},
+    "a weight too many": lambda m, rng: m | {f"transformer.h.{rng.randrange(9)}.x.weight": torch.zeros(3)},
+    "a weight renamed": renamed,
+    "two weights swapped": swapped,
+    "one number for many": lambda m, rng: m | {"transformer.ln_f.weight": torch.zeros(1).expand(16)},
+}
+BAD_ARGS = {
+    "n_layer": [2, 3, 1000],
+    "n_embd": [2, 8, 32, 2**20],
+    "block_size": [1, 7, 9, 2**20],
+    "vocab_size": [12, 2**20],
+    "bias": [True],
+}
+BAD = [*BAD_WEIGHT, *BAD_MODEL, *BAD_ARGS]
+
+
+def mutant(content: dict, kind: str, rng: random.Random) -> dict:
+    model, args = content["model"], content["model_args"]
+    if kind in BAD_ARGS:
+        return content | {"model_args": args | {kind: rng.choice(BAD_ARGS[kind])}}
+    if kind in BAD_MODEL:
+        return content | {"model": BAD_MODEL[kind](model, rng)}
+    name = rng.choice(list(model))
+    return content | {"model": model | {name: BAD_WEIGHT[kind](model[name], rng)}}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_mutant_with_a_valid_hash_is_loaded_and_then_refused_by_build_model(content, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # slow, and nothing crashes here
+    path, before_kb = tmp_path / "mutant.pt", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(8):
+        checkpoint.save(path, mutant(content, kind, random.Random(seed)))
+        loaded = checkpoint.load(path)  # its hash and its header are right
+        with pytest.raises(
+            CheckpointError, match=r"^[^\n]*mutant\.pt: [^\n]*(its weights don't fit|is not finite)[^\n]*$"
+        ):
+            checkpoint.build_model(loaded, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 2**18
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_that_differs_but_fits_is_built(content, tmp_path, dtype):
+    model, path = content["model"], tmp_path / "other.pt"
+    other = {f"_orig_mod.{name}": weight.to(dtype) for name, weight in reversed(model.items())}
+    checkpoint.save(path, content | {"model": other, "model_args": content["model_args"] | {"n_head": 4}})
+    built = checkpoint.build_model(checkpoint.load(path), path)
+    assert built.config.n_head == 4
+    for name, weight in built.state_dict().items():
+        assert weight.dtype is torch.float32 and torch.equal(weight, model[name].to(dtype).float())
+
+
 # --- which file it is
 
 
