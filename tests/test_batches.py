@@ -103,7 +103,7 @@ def test_rows_depend_on_seed_and_number_alone(split):
     assert not np.array_equal(windows(2).rows(0, count)[0], starts)
 
 
-def test_rows_far_away_are_as_cheap_as_near(split):
+def test_a_row_far_ahead_is_computed_directly(split):
     starts, _ = TrainWindows(split, T, 1, 0.5).rows(10**12, 3)
     assert starts.shape == (3,)
 
@@ -152,7 +152,7 @@ def test_a_batch_is_the_naive_slice(split):
 def test_ranks_share_a_step_without_overlap_in_equal_micro_batches(split, world_size, accumulation, batch_size):
     cfg = train.TrainConfig(gradient_accumulation_steps=accumulation, batch_size=batch_size)
     windows, total, step = TrainWindows(split, T, 1, 0.5), accumulation * batch_size, 3
-    whole = windows.batch(step * total, total, CPU)
+    full = windows.batch(step * total, total, CPU)
     parts = []
     for rank in range(world_size):
         count, rows = train.micro_batches(cfg, Machine(CPU, torch.float32, rank, world_size))
@@ -161,7 +161,7 @@ def test_ranks_share_a_step_without_overlap_in_equal_micro_batches(split, world_
         first = step * total + rank * count * rows
         parts += [windows.batch(first + micro * rows, rows, CPU) for micro in range(count)]
     for i in range(2):
-        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+        assert torch.equal(torch.cat([part[i] for part in parts]), full[i])
 
 
 def test_ranks_that_can_not_share_equally_are_refused():
@@ -173,7 +173,7 @@ def test_ranks_that_can_not_share_equally_are_refused():
 # --- tags
 
 
-def test_a_certain_tag_is_the_first_input_of_every_row_and_touches_nothing_else(split):
+def test_with_probability_one_the_tag_is_the_first_input_of_every_row_and_nothing_else_changes(split):
     plain, tagged = TrainWindows(split, T, 5, 0.0), TrainWindows(split, T, 5, 1.0)
     starts, tags = tagged.rows(0, 200)
     assert np.array_equal(starts, plain.rows(0, 200)[0])
@@ -239,7 +239,7 @@ def test_evaluation_has_every_target_once_tagged_and_never_across_documents(spli
 
 @pytest.mark.parametrize("searched", [1, 7, 1000])
 @pytest.mark.parametrize("on_device_bytes", [0, 2**30])
-def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, monkeypatch, searched, on_device_bytes):
+def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypatch, searched, on_device_bytes):
     monkeypatch.setattr(batches, "SEARCHED_TOKENS", searched)
     monkeypatch.setattr(batches, "ON_DEVICE_BYTES", on_device_bytes)
     meta, end = write_split(tmp_path, DOCS), 60_000
@@ -262,7 +262,7 @@ def test_documents_that_share_a_span_are_evaluated_as_each_by_itself(tmp_path, m
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_ranks_part_the_batches_of_an_evaluation(split, limit, world_size):
+def test_ranks_share_the_batches_of_an_evaluation(split, limit, world_size):
     alone = list(eval_batches(split, EvalPlan(T, 4), ALONE))
     alone = alone[:limit] if limit else alone
     plan, ranks = EvalPlan(T, 4, limit), [Machine(CPU, torch.float32, rank, world_size) for rank in range(world_size)]
@@ -291,7 +291,7 @@ def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):
 # --- opening
 
 
-def test_an_opened_split_is_as_it_was_written(split):
+def test_an_opened_split_equals_what_was_written(split):
     assert split.styles == [style for style, _ in DOCS]
     assert (split.stops - split.starts).tolist() == [n for _, n in DOCS]
     assert split.tags.tolist() == [STYLES[style] for style, _ in DOCS]
@@ -338,7 +338,7 @@ def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
         open_split(tmp_path, "train", meta, T, CPU)
 
 
-def test_a_bin_is_known_by_all_its_bytes_or_if_large_by_blocks_from_end_to_end(tmp_path, monkeypatch):
+def test_a_bins_hash_covers_all_bytes_or_if_large_blocks_from_end_to_end(tmp_path, monkeypatch):
     path = tmp_path / "some.bin"
     path.write_bytes(content := os.urandom(1001))
     assert bin_sha256(path) == hashlib.sha256(content).hexdigest()
@@ -376,26 +376,26 @@ def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monk
 
 
 def sealed(change) -> bytes:
-    """What `change` makes of a whole meta.json's content, with a hash that fits."""
-    content = json.loads(encode_meta(whole()))
+    """The content of meta.json after `change`, with a hash that fits."""
+    content = json.loads(encode_meta(make_meta()))
     del content["sha256"]
     change(content)
     body = json.dumps(content).encode()[:-1]
     return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
-def whole() -> Meta:
+def make_meta() -> Meta:
     size = SplitMeta(9, 3, 9, 9, "0" * 64, (Span("d", "a", 0, 4), Span("e", "b", 4, 9)))
     tok = CharTokenizer("abc", [END, "<|a|>", "<|b|>"])
     return Meta(FORMAT, "", "0" * 64, 6, {"a": 4, "b": 5}, (), dict.fromkeys(batches.SPLITS, size), tok.saved())
 
 
-def test_meta_is_read_back_and_is_json(tmp_path):
-    (tmp_path / "meta.json").write_bytes(encode_meta(whole()))
-    assert read_meta(tmp_path) == whole()
+def test_meta_is_json_and_is_read_back(tmp_path):
+    (tmp_path / "meta.json").write_bytes(encode_meta(make_meta()))
+    assert read_meta(tmp_path) == make_meta()
     assert json.loads((tmp_path / "meta.json").read_text())["splits"]["val"]["documents"][1]["start"] == 4
     (tmp_path / "meta.json").write_bytes(sealed(lambda content: content))
-    assert read_meta(tmp_path) == whole()
+    assert read_meta(tmp_path) == make_meta()
 
 
 def test_missing_meta_names_what_to_run(tmp_path):
@@ -404,7 +404,7 @@ def test_missing_meta_names_what_to_run(tmp_path):
 
 
 def test_every_altered_byte_of_meta_is_refused(tmp_path):
-    content = encode_meta(whole())
+    content = encode_meta(make_meta())
     for place in range(len(content)):
         altered = bytearray(content)
         altered[place] ^= 1
@@ -414,7 +414,7 @@ def test_every_altered_byte_of_meta_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, {"format": 2}, {"vocab_size": 5, "styles": {}}])
-def test_an_earlier_versions_meta_says_to_prepare_again(tmp_path, content):
+def test_meta_of_an_earlier_format_is_refused_with_prepare_again(tmp_path, content):
     (tmp_path / "meta.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"meta\.json: is of format \d, must be 3; run prepare\.py again$"):
         read_meta(tmp_path)
@@ -433,7 +433,7 @@ def put(*keys):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (put("vocab_size", 7), "vocab_size is 7, the tokenizer has 6"),
         (put("vocab_size", 0), r"\$\.vocab_size"),
@@ -456,9 +456,9 @@ def put(*keys):
         (put("tokenizer", {}), r"\$\.tokenizer"),
     ],
 )
-def test_what_does_not_hold_together_is_refused_though_its_hash_fits(tmp_path, change, told):
+def test_inconsistent_meta_is_refused_though_its_hash_is_right(tmp_path, change, message):
     (tmp_path / "meta.json").write_bytes(sealed(change))
-    with pytest.raises(DataError, match=rf"^[^\n]*meta\.json: [^\n]*{told}[^\n]*run prepare\.py again$"):
+    with pytest.raises(DataError, match=rf"^[^\n]*meta\.json: [^\n]*{message}[^\n]*run prepare\.py again$"):
         read_meta(tmp_path)
 
 

@@ -5,12 +5,12 @@ import os
 import pickle
 import random
 import resource
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import within
 
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
@@ -33,7 +33,7 @@ def saved(content, tmp_path) -> Path:
     return tmp_path / "ckpt.pt"
 
 
-def test_a_checkpoint_alone_is_enough_to_write(saved, content):
+def test_a_checkpoint_alone_is_enough_to_generate(saved, content):
     model, tokenizer, rest = checkpoint.load_model(saved, torch.device("cpu"), torch.float64)
     assert model.config == CONFIG and not model.training
     for name, p in model.state_dict().items():
@@ -49,10 +49,10 @@ def test_model_args_are_nanogpts_seven_and_torch_load_reads_the_file(saved):
 
 
 def test_every_flipped_bit_is_refused(saved, tmp_path):
-    whole, rng = saved.read_bytes(), random.Random(0)
-    places = [rng.randrange(len(whole)) for _ in range(205)] + list(range(len(whole) - 95, len(whole)))
+    intact, rng = saved.read_bytes(), random.Random(0)
+    places = [rng.randrange(len(intact)) for _ in range(205)] + list(range(len(intact) - 95, len(intact)))
     for place in places:
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         damaged[place] ^= 1 << rng.randrange(8)
         (tmp_path / "flipped.pt").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"flipped\.pt"):
@@ -60,9 +60,9 @@ def test_every_flipped_bit_is_refused(saved, tmp_path):
 
 
 def test_every_truncation_is_refused(saved, tmp_path):
-    whole = saved.read_bytes()
-    for size in [0, 1, len(whole) - 1, len(whole) - 71, len(whole) - 72, *range(2, len(whole), len(whole) // 200)]:
-        (tmp_path / "cut.pt").write_bytes(whole[:size])
+    intact = saved.read_bytes()
+    for size in [0, 1, len(intact) - 1, len(intact) - 71, len(intact) - 72, *range(2, len(intact), len(intact) // 200)]:
+        (tmp_path / "cut.pt").write_bytes(intact[:size])
         with pytest.raises(CheckpointError, match=r"cut\.pt"):
             checkpoint.load(tmp_path / "cut.pt")
 
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(saved, content, monkeyp
     assert os.listdir(saved.parent) == ["ckpt.pt"]
 
 
-def test_the_file_before_is_kept_when_asked(saved, content):
+def test_the_file_before_is_kept_on_request(saved, content):
     before = saved.read_bytes()
     checkpoint.save(saved, content | {"iter_num": 4}, keep=saved.with_name("ckpt.prev.pt"))
     assert saved.with_name("ckpt.prev.pt").read_bytes() == before
@@ -114,7 +114,7 @@ def test_ours_without_its_hash_is_refused(tmp_path, content):
         checkpoint.load(tmp_path / "bare.pt")
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     checkpoint.save(tmp_path / "misfit.pt", content | {"model_args": content["model_args"] | {"n_embd": 32}})
@@ -133,14 +133,14 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
 # --- what a file claims
 
 
-def refused(content: dict, folder: Path, said: str) -> None:
-    """Saved under a hash that fits, this is refused in one line, in seconds, in little memory."""
+def refused(content: dict, folder: Path, message: str) -> None:
+    """Save `content` with a valid hash: it is refused in one line, soon and in little memory."""
     path = folder / "claims.pt"
     checkpoint.save(path, content)
-    start, before_kb = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=rf"^[^\n]*claims\.pt: [^\n]*{said}[^\n]*$"):
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with within(5), pytest.raises(CheckpointError, match=rf"^[^\n]*claims\.pt: [^\n]*{message}[^\n]*$") as caught:
         checkpoint.load_model(path, torch.device("cpu"), torch.float32)
-    assert time.perf_counter() - start < 5
+    assert "TimeoutError" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 2**19
 
 
@@ -151,7 +151,7 @@ def test_a_weight_that_is_not_finite_is_named(content, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"n_layer": 0}, r"\$\.model_args\.n_layer"),
         ({"n_layer": 10**5}, "there are 10 tensors, must be 600004"),
@@ -172,12 +172,12 @@ def test_a_weight_that_is_not_finite_is_named(content, tmp_path, value):
         ({"rotary": True}, "unknown field `rotary`"),
     ],
 )
-def test_a_shape_that_is_not_the_weights_is_refused_before_a_model_is_built(content, tmp_path, changes, said):
-    refused(content | {"model_args": content["model_args"] | changes}, tmp_path, said)
+def test_a_shape_that_is_not_the_weights_is_refused_before_a_model_is_built(content, tmp_path, changes, message):
+    refused(content | {"model_args": content["model_args"] | changes}, tmp_path, message)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model": []}, "its weights don't fit"),
         ({"model": {1: torch.zeros(2)}}, "its weights don't fit"),
@@ -195,8 +195,8 @@ def test_a_shape_that_is_not_the_weights_is_refused_before_a_model_is_built(cont
         ({"config": {"dataset": 5}}, r"\$\.config\.dataset"),
     ],
 )
-def test_what_a_checkpoint_says_of_itself_is_typed(content, tmp_path, changes, said):
-    refused(content | changes, tmp_path, said)
+def test_a_header_of_the_wrong_type_is_refused(content, tmp_path, changes, message):
+    refused(content | changes, tmp_path, message)
 
 
 def test_a_tensor_of_another_kind_is_refused(content, tmp_path):
@@ -213,7 +213,7 @@ def test_tensors_that_claim_more_numbers_than_the_file_holds_are_refused(content
     refused(content | {"model": weights | tied, "model_args": args}, tmp_path, "claim more numbers than the file holds")
 
 
-def test_a_zip_that_unpacks_to_more_than_it_is_is_refused(content, tmp_path):
+def test_a_zip_that_unpacks_to_more_than_its_size_is_refused(content, tmp_path):
     nano = {"model": content["model"], "model_args": content["model_args"], "x": torch.zeros(10**6)}
     torch.save(nano, tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as plain:
@@ -232,7 +232,7 @@ def test_a_zip_that_unpacks_to_more_than_it_is_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [["bias"], ["dropout"], ["bias", "dropout"]])
-def test_an_early_nanogpts_arguments_are_filled_in(content, tmp_path, missing):
+def test_missing_arguments_of_an_early_nanogpt_are_filled_in(content, tmp_path, missing):
     """Before it had biases to leave out, and with its loss in a tensor."""
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
     args = {key: value for key, value in checkpoint.model_entries(model)["model_args"].items() if key not in missing}
@@ -343,24 +343,24 @@ def test_only_a_regular_file_is_read(tmp_path):
                 read(path)
 
 
-def test_names_are_asked_of_the_hub_as_it_allows_them_and_files_are_not(monkeypatch, tmp_path):
-    asked = []
+def test_valid_names_are_fetched_from_the_hub_and_file_names_are_not(monkeypatch, tmp_path):
+    fetched = []
 
     def fetch(name):
-        asked.append(name)
-        raise CheckpointError("asked")
+        fetched.append(name)
+        raise CheckpointError("fetched")
 
     monkeypatch.setattr(huggingface, "fetch", fetch)
     monkeypatch.chdir(tmp_path)
     names = ["gpt2", "org/model-1.5B", "org/tiny.en", "a.b/c.d", "org_1/model_2"]
     for name in names:
-        with pytest.raises(CheckpointError, match=r"^asked$"):
+        with pytest.raises(CheckpointError, match=r"^fetched$"):
             checkpoint.load(Path(name))
     files = [*"out/x.pt best.pt out/demo/best ../x /no/such ckpt.PTH model.safetensors".split(), "x" * 300 + ".pt"]
     for name in [*files, "ünï/code", "a\0b", "-x/y", "org/.x"]:
         with pytest.raises(CheckpointError, match="not found; train first"):
             checkpoint.load(Path(name))
-    assert asked == names
+    assert fetched == names
 
 
 def test_a_hash_of_a_file_is_read_in_blocks(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_cleaning_a_cleaned_play_changes_nothing():
     assert clean_drama(CLEANED_PLAY) == CLEANED_PLAY
 
 
-def test_only_the_abbreviation_loses_its_gap():
+def test_only_the_abbreviation_loses_its_space():
     assert clean_drama("Tom & company, & c.\n") == "Tom & company, &c.\n"
 
 
@@ -109,7 +109,7 @@ def test_old_macintosh_line_ends_become_line_feeds():
 
 @pytest.mark.parametrize("clean", [clean_text, clean_prose, clean_drama])
 @pytest.mark.parametrize("blank", ["", "\n", " \t\r\n \x1a"])
-def test_nothing_cleaned_is_nothing(clean, blank):
+def test_a_blank_text_is_cleaned_to_nothing(clean, blank):
     assert clean(blank) == ""
 
 
@@ -125,14 +125,14 @@ def test_plain_cleaning_keeps_every_visible_character_in_order(text):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("ab \t\x0b\n"), max_size=60))
-def test_indents_go_as_textwrap_has_them_go(text):
+def test_dedenting_equals_textwraps(text):
     paragraph = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     assert cleaning._dedent(paragraph) == textwrap.dedent(paragraph)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("aB_ _[\n"), max_size=40))
-def test_a_stage_direction_that_opens_late_is_mended_as_by_the_plain_pattern(text):
+def test_a_misplaced_underscore_is_moved_as_by_the_simple_pattern(text):
     expected = re.sub(r"_(\w+) _\[", r"_[\1 ", text)
     assert re.sub(r"(?<!\w)([^\W_]*)_(\w+) _\[", r"\1_[\2 ", text) == expected  # as in clean_drama
 
@@ -199,7 +199,7 @@ def test_a_megabyte_of_anything_that_starts_a_pattern_is_cleaned(unit):
     take_linear_time(unit, 200_000, *SURROUNDED)
 
 
-def test_numbers_of_characters_that_are_too_long_are_no_character():
+def test_a_character_reference_of_too_many_digits_becomes_a_replacement_mark():
     assert clean_drama("a&#65;b&#" + "9" * 5000 + ";c&#0000000066;\n") == "aAb\ufffdcB\n"
 
 
@@ -240,22 +240,22 @@ SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\
         "",
     ],
 )
-def test_project_gutenbergs_frame_goes_and_the_whole_story_stays(start, end):
+def test_project_gutenbergs_header_and_licence_go_and_the_full_story_stays(start, end):
     assert clean_text((start + STORY + end).replace("\n", "\r\n")) == STORY
 
 
-def test_small_print_behind_the_story_takes_nothing_of_it():
+def test_small_print_after_the_story_removes_nothing_of_it():
     text = STORY + "\nEnd of the Project Gutenberg Etext of A Story\n\n" + SMALL_PRINT
     assert clean_text(text) == STORY
 
 
-def test_a_book_that_is_not_from_project_gutenberg_is_left_whole():
+def test_a_book_that_is_not_from_project_gutenberg_is_left_as_it_is():
     assert clean_text(STORY) == STORY
     credits = "Produced by me.\nIn my own house.\n\nAnd so on.\n"
     assert clean_text(credits) == credits
 
 
-def test_blank_lines_that_hold_a_blank_are_blank():
+def test_lines_that_hold_only_a_space_are_blank():
     lines = f"*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\nand you\n\n{STORY}\n".split("\n")
     assert clean_text("\r\n".join(line or " " for line in lines)) == STORY
 
@@ -291,52 +291,53 @@ def test_of_several_books_in_one_file_each_is_kept():
     assert clean_text("".join(framed)) == "\n".join(books)
 
 
-# --- what cleaning takes is told
+# --- warnings of what cleaning removes
 
 
-def told(*texts: str, clean: str = "text") -> tuple[str, ...]:
+def warnings_of(*texts: str, clean: str = "text") -> tuple[str, ...]:
     docs = [
         Document(f"d{i}", "s", cleaning.CLEANERS[clean](text), text, f"my/d{i}.txt") for i, text in enumerate(texts)
     ]
     return corpus.survey(docs).warnings
 
 
-def test_gutenbergs_own_frame_is_no_loss(capsys):
+def test_project_gutenbergs_licence_does_not_count_as_lost(capsys):
     licence = "You may copy it, give it away or re-use it under the terms of Project Gutenberg.\n" * 250
     start = NEW_HEADER + "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by Me\n\n"
     end = "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***\n"
-    assert told(start + STORY + end + licence) == ()
-    [said] = told(start + STORY + end + licence * 10)  # that is no licence
+    assert warnings_of(start + STORY + end + licence) == ()
+    [message] = warnings_of(start + STORY + end + licence * 10)  # that is no licence
     assert (
-        said.startswith("my/d0.txt: cleaning kept 0% of its letters; the ") and "begin '*** END OF THE PROJECT" in said
+        message.startswith("my/d0.txt: cleaning kept 0% of its letters; the ")
+        and "begin '*** END OF THE PROJECT" in message
     )
-    [said] = told("Poems, by me\n" * 5000 + start + STORY)
-    assert "begin 'Poems, by me Poems" in said
+    [message] = warnings_of("Poems, by me\n" * 5000 + start + STORY)
+    assert "begin 'Poems, by me Poems" in message
 
 
 @pytest.mark.parametrize(
     "line", ["End of Project Gutenberg is what he said", "*** START OF THE PROJECT GUTENBERG EBOOK A ***"]
 )
-def test_a_line_like_the_frames_in_a_book_without_one_loses_nothing_in_silence(line):
-    [said] = told(f"{STORY * 20}\n{line}\n{STORY * 20}")
-    assert "cleaning kept 5" in said or "cleaning kept 4" in said
+def test_text_lost_to_a_line_like_project_gutenbergs_is_reported(line):
+    [message] = warnings_of(f"{STORY * 20}\n{line}\n{STORY * 20}")
+    assert "cleaning kept 5" in message or "cleaning kept 4" in message
 
 
-def test_what_else_is_lost_is_told_by_its_first_words():
+def test_other_losses_are_reported_with_their_first_words():
     text = "It began.\n\n" + "\n\n".join(["Nobody must lose this, whoever cleans."] * 9) + "\n\nThe end.\n"
     doc = Document("d", "s", clean_text("It began.\n\nThe end.\n"), text, "my/d.txt")
-    [said] = corpus.survey([doc]).warnings
-    assert said == (
+    [message] = corpus.survey([doc]).warnings
+    assert message == (
         "my/d.txt: cleaning kept 4% of its letters; the 279 it removed begin "
         "'Nobody must lose this, whoever cleans. Nobody must lose this' (clean: none in a corpus.yaml keeps all)"
     )
     assert (
-        told("&eacute;&eacute;t&eacute; &ldquo;caf&eacute;&rdquo;\n" * 9, clean="drama") == ()
+        warnings_of("&eacute;&eacute;t&eacute; &ldquo;caf&eacute;&rdquo;\n" * 9, clean="drama") == ()
     )  # marks are no letters
 
 
 @pytest.mark.parametrize("kept, warns", [(9000, False), (8999, True)])
-def test_ninety_per_cent_are_enough(kept, warns):
+def test_keeping_ninety_per_cent_gives_no_warning(kept, warns):
     doc = Document("d", "s", "a" * kept, "a" * kept + "b" * (10_000 - kept), "d.txt")
     assert bool(corpus.survey([doc]).warnings) == warns
 

@@ -23,14 +23,14 @@ REPO = Path(__file__).parent.parent
 # --- reading
 
 
-def test_byte_order_mark_goes_from_text_and_stays_in_none(manifest):
+def test_cleaning_removes_a_byte_order_mark_and_none_keeps_it(manifest):
     content = "\ufeffIt  was\r\n\r\n\r\nlate. \x1a".encode()
     assert read_all(manifest("sources: [{style: s, file: a.txt}]", a=content)) == [("a", "s", "It  was\n\nlate.\n")]
     kept = read_all(manifest("sources: [{style: s, file: a.txt, clean: none}]", a=content))
     assert kept[0][2].encode() == content
 
 
-def test_a_glob_is_read_in_order_and_sources_in_theirs(manifest):
+def test_a_globs_files_are_read_in_order_of_name_and_sources_in_order_of_the_manifest(manifest):
     read = manifest(
         'sources: [{style: z, file: c.txt}, {style: s, file: "[ab]*.txt"}]', b=b"B", a=b"A", ab=b"AB", c=b"C"
     )
@@ -53,7 +53,7 @@ BILLION = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"b{i}: &b{i} [*a,*a,*a]\n" fo
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         (BILLION, "alias"),
         ("sources: " + "[" * 10_000, "deep"),
@@ -103,8 +103,8 @@ BILLION = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"b{i}: &b{i} [*a,*a,*a]\n" fo
         ("sources: [{style: s, file: a.txt, remove: ['(']}]", "remove"),
     ],
 )
-def test_a_wrong_manifest_is_told_what_is_wrong(manifest, text, said):
-    with within(5), pytest.raises(DataError, match=said) as caught:
+def test_a_wrong_manifest_is_refused_with_what_is_wrong(manifest, text, message):
+    with within(5), pytest.raises(DataError, match=message) as caught:
         read_all(manifest(text, a=b"abc"))
     assert re.match(r".*/corpus\.yaml: [^\n]{1,500}\Z", str(caught.value))
 
@@ -129,11 +129,11 @@ def test_a_style_that_looks_like_a_number_is_a_name(manifest):
 
 def test_no_mutation_of_a_manifest_is_a_traceback(manifest, tmp_path):
     rng = random.Random(0)
-    whole = (
+    valid = (
         "sources:\n  - {style: s, licence: x, file: '*.txt', clean: prose, remove: ['[xy]+', (a|b)c], max_bytes: 99}\n"
         f"  - {{style: t, file: a.txt, sha256: {sha256(b'abc')}}}\nsplits: [0.8, 0.1, 0.1]\ntags: true\n"
     )
-    read_all(manifest(whole, a=b"abc"))
+    read_all(manifest(valid, a=b"abc"))
     bits = [
         "[",
         "]",
@@ -157,7 +157,7 @@ def test_no_mutation_of_a_manifest_is_a_traceback(manifest, tmp_path):
     ]
     refused = 0
     for _ in range(400):
-        mutated = whole
+        mutated = valid
         for _ in range(rng.randint(1, 3)):
             start = rng.randrange(len(mutated))
             mutated = mutated[:start] + rng.choice(bits) + mutated[start + rng.randint(0, 9) :]
@@ -198,27 +198,27 @@ def test_a_survey_counts_as_the_documents_held_in_memory(entries):
     docs = [Document(f"d{i}", style, text, raw) for i, (style, text, raw) in enumerate(entries)]
     with patch.object(cleaning, "COUNTED_CHARS", 7):
         found = dataclasses.replace(corpus.survey(iter(docs)), warnings=())
-    whole = "".join(f"{doc.name}\0{doc.style}\0{doc.text}\0" for doc in docs)
+    joined = "".join(f"{doc.name}\0{doc.style}\0{doc.text}\0" for doc in docs)
     assert found == corpus.Survey(
         n_documents=len(docs),
         styles=list(dict.fromkeys(style for style, _, _ in entries)),
-        text_sha256=sha256(whole.encode()),
+        text_sha256=sha256(joined.encode()),
         letters=sum(map(str.isalpha, "".join(text for _, text, _ in entries))),
         raw_letters=sum(map(str.isalpha, "".join(raw for _, _, raw in entries))),
         characters="".join(sorted(set("".join(text for _, text, _ in entries)))),
     )
 
 
-def test_the_same_text_twice_is_told_with_both_names():
-    def told(*texts: str) -> tuple[str, ...]:
+def test_a_copy_of_a_text_is_reported_with_both_names():
+    def warnings_of(*texts: str) -> tuple[str, ...]:
         docs = [Document(f"d{i}", "s", cleaning.clean_text(text), text, f"my/d{i}.txt") for i, text in enumerate(texts)]
         return corpus.survey(docs).warnings
 
-    assert told("one", "two", "one\r\n") == (
+    assert warnings_of("one", "two", "one\r\n") == (
         "my/d2.txt: is the same text as my/d0.txt; leave one out, or it counts twice",
     )
-    said = told(*["one"] * 20)
-    assert len(said) == 6 and said[-1] == "14 more are copies"
+    warnings = warnings_of(*["one"] * 20)
+    assert len(warnings) == 6 and warnings[-1] == "14 more are copies"
 
 
 # --- splits
@@ -228,13 +228,13 @@ def make_documents(texts: list[str]) -> list[Document]:
     return [Document(f"d{i}", f"s{i % 3}", text, "") for i, text in enumerate(texts)]
 
 
-def deal(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[str, list[tuple[Document, str]]]:
+def split_all(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[str, list[tuple[Document, str]]]:
     """What each split has of each document."""
-    dealt: dict[str, list[tuple[Document, str]]] = {name: [] for name in corpus.SPLITS}
+    splits: dict[str, list[tuple[Document, str]]] = {name: [] for name in corpus.SPLITS}
     for doc in docs:
         for name, text in corpus.split(doc, len(docs), shares, exact):
-            dealt[name].append((doc, text))
-    return dealt
+            splits[name].append((doc, text))
+    return splits
 
 
 SHARES = st.tuples(st.integers(1, 20), st.integers(0, 20), st.integers(0, 20)).map(
@@ -247,15 +247,15 @@ TEXTS = st.lists(st.text(st.sampled_from("ab\n "), min_size=1, max_size=80), min
 @given(TEXTS, SHARES, st.booleans(), st.booleans())
 def test_every_character_goes_to_just_one_split(texts, shares, exact, many):
     docs = make_documents(texts * 201 if many else texts)
-    dealt = deal(docs, shares, exact)
+    splits = split_all(docs, shares, exact)
     again = dict.fromkeys((doc.name for doc in docs), "")
-    for parts in dealt.values():
+    for parts in splits.values():
         assert all(text for _, text in parts)
         for doc, text in parts:
             again[doc.name] += text
     assert again == {doc.name: doc.text for doc in docs}
     # and within each split the documents keep their order
-    for parts in dealt.values():
+    for parts in splits.values():
         numbers = [int(doc.name[1:]) for doc, _ in parts]
         assert numbers == sorted(numbers)
 
@@ -263,49 +263,51 @@ def test_every_character_goes_to_just_one_split(texts, shares, exact, many):
 def test_documents_are_cut_at_blank_lines_near_the_shares():
     paragraphs = [f"Paragraph {i}\nhas two lines.\n\n" for i in range(200)]
     docs = make_documents(["".join(paragraphs)] * 3)
-    dealt = deal(docs, (0.8, 0.1, 0.1), exact=False)
+    splits = split_all(docs, (0.8, 0.1, 0.1), exact=False)
     for name, share in zip(corpus.SPLITS, (0.8, 0.1, 0.1), strict=True):
-        assert [doc for doc, _ in dealt[name]] == docs
-        for doc, text in dealt[name]:
+        assert [doc for doc, _ in splits[name]] == docs
+        for doc, text in splits[name]:
             assert text.startswith("Paragraph")
             assert text.endswith("\n\n")
             assert abs(len(text) - share * len(doc.text)) <= 2 * len(paragraphs[-1])
 
 
 def test_without_blank_lines_a_line_is_not_cut_and_without_lines_a_word_is():
-    lines = deal(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
+    lines = split_all(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
     assert all(text.endswith("text\n") for parts in lines.values() for _, text in parts)
-    words = deal(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
+    words = split_all(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
     assert [len(words[name][0][1]) for name in corpus.SPLITS] == [80, 10, 10]
 
 
 def test_an_exact_cut_is_nanogpts():
     for n in [*range(1, 300), 1000, 12_345, 1_115_394]:
         text = ("0123456789\n\n" * (n // 12 + 1))[:n]
-        dealt = deal(make_documents([text]), (0.9, 0.1, 0), exact=True)
-        joined = {name: "".join(part for _, part in parts) for name, parts in dealt.items()}
+        splits = split_all(make_documents([text]), (0.9, 0.1, 0), exact=True)
+        joined = {name: "".join(part for _, part in parts) for name, parts in splits.items()}
         assert joined == {"train": text[: int(n * 0.9)], "val": text[int(n * 0.9) :], "test": ""}
 
 
-def test_many_documents_are_dealt_whole_and_in_proportion():
+def test_each_of_many_documents_goes_to_one_split_in_proportion():
     docs = make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(4000)])
-    dealt = deal(docs, (0.8, 0.15, 0.05), exact=False)
-    assert all(text == doc.text for parts in dealt.values() for doc, text in parts)
+    splits = split_all(docs, (0.8, 0.15, 0.05), exact=False)
+    assert all(text == doc.text for parts in splits.values() for doc, text in parts)
     for name, share in zip(corpus.SPLITS, (0.8, 0.15, 0.05), strict=True):
         five_sigma = 5 * (4000 * share * (1 - share)) ** 0.5
-        assert abs(len(dealt[name]) - 4000 * share) < five_sigma
+        assert abs(len(splits[name]) - 4000 * share) < five_sigma
     # a document's split is its own affair: neither order nor company matters
-    of_fewer = deal(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
-    assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in dealt[name]} for name in corpus.SPLITS)
-    assert deal(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
+    of_fewer = split_all(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
+    assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in splits[name]} for name in corpus.SPLITS)
+    assert split_all(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
 
 
-def test_the_deal_of_many_documents_is_as_it_always_was():
-    dealt = deal(make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(300)]), (0.9, 0.05, 0.05), exact=False)
+def test_many_documents_go_to_the_same_splits_as_ever():
+    splits = split_all(
+        make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(300)]), (0.9, 0.05, 0.05), exact=False
+    )
     val = "16 53 58 104 147 157 180 194 202 203 235 241 264 277 288"
-    assert [doc.name for doc, _ in dealt["val"]] == [f"d{i}" for i in val.split()]
+    assert [doc.name for doc, _ in splits["val"]] == [f"d{i}" for i in val.split()]
     test = "25 94 96 107 156 159 222 239 255 269 294"
-    assert [doc.name for doc, _ in dealt["test"]] == [f"d{i}" for i in test.split()]
+    assert [doc.name for doc, _ in splits["test"]] == [f"d{i}" for i in test.split()]
 
 
 def test_the_corpus_hash_depends_on_names_styles_texts_and_order():

@@ -188,13 +188,13 @@ def trained(small: dict) -> Path:
 
 
 def arguments(small: dict, folder: Path) -> Door:
-    whole = checkpoint.load(trained(small))
+    saved = checkpoint.load(trained(small))
     path = folder / "best.pt"
     keys = ("model_args", "model_extra", "tokenizer", "config", "iter_num", "best_val_loss", "licences", "text_sha256")
-    content = {key: whole[key] for key in keys if key in whole}
+    content = {key: saved[key] for key in keys if key in saved}
 
     def dump(content: Any) -> bytes:
-        checkpoint.save(path, {"model": whole["model"], **content} if isinstance(content, dict) else content)
+        checkpoint.save(path, {"model": saved["model"], **content} if isinstance(content, dict) else content)
         return path.read_bytes()
 
     return Door(path, content, dump, lambda: sample.Poet(str(path), "cpu", "float32").write("O", max_new_tokens=2))
@@ -314,7 +314,7 @@ def bounded_memory():
 @pytest.fixture(autouse=True)
 def without_hub(monkeypatch):
     def fetch(name: str) -> Path:
-        raise CheckpointError(f"{name}: not asked for in a test")
+        raise CheckpointError(f"{name}: not fetched in a test")
 
     monkeypatch.setattr(huggingface, "fetch", fetch)
 
@@ -332,7 +332,7 @@ def bounded_time():
 
 
 @pytest.mark.parametrize("name", DOORS)
-def test_mutations_of_what_comes_from_outside_end_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
+def test_mutated_input_ends_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
     (tmp_path / "door").mkdir()
     refused = attack(DOORS[name](small, tmp_path / "door"), 0, 250)
     assert refused or name == "metrics.jsonl"  # whose bad lines are dropped, with a warning

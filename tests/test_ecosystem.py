@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from conftest import decode, make_book
+from conftest import decode, make_book, within
 
 import configurator
 import prepare
@@ -49,7 +48,7 @@ def bpe() -> BPETokenizer:
     return BPETokenizer.train([make_book(3, 60) + "Été, 東京! 1234 don't  we'll\t\n"], 360, [END, "<|alpha|>"])
 
 
-def test_no_script_imports_what_is_optional():
+def test_no_script_imports_optional_packages():
     command = "import sys, prepare, train, sample; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True
@@ -59,7 +58,7 @@ def test_no_script_imports_what_is_optional():
     assert done.returncode == 0 and not optional & set(done.stdout.split())
 
 
-def test_a_machine_without_what_is_optional_is_told_what_to_install(monkeypatch, books):
+def test_a_missing_optional_package_is_reported_with_how_to_install_it(monkeypatch, books):
     monkeypatch.setitem(sys.modules, "rustbpe", None)
     monkeypatch.setitem(sys.modules, "pydivsufsort", None)
     with pytest.raises(prepare.DataError, match="bpe needs rustbpe: pip install rustbpe; or use --tokenizer=char"):
@@ -120,7 +119,7 @@ def nested(depth: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (b"", "is not a meta.pkl"),
         (b"\x80\x04}r\xff\xff\xff\x7f.", "LONG_BINPUT"),  # a memo of 2**31 entries
@@ -139,13 +138,12 @@ def nested(depth: int) -> bytes:
     ],
     ids=range(14),
 )
-def test_a_meta_pkl_that_is_not_nanogpts_is_one_line(nanogpt, tmp_path, raw, said):
+def test_a_meta_pkl_that_is_not_nanogpts_is_refused_in_one_line(nanogpt, tmp_path, raw, message):
     path = tmp_path / "data" / "shakespeare_char" / "meta.pkl"
     path.write_bytes(raw)
-    start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=rf"^[^\n]*meta\.pkl: [^\n]*{said}[^\n]*$"):
+    with within(5), pytest.raises(CheckpointError, match=rf"^[^\n]*meta\.pkl: [^\n]*{message}[^\n]*$") as caught:
         checkpoint.load_model(nanogpt, torch.device("cpu"), torch.float32)
-    assert time.perf_counter() - start < 5
+    assert "TimeoutError" not in str(caught.value)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -201,7 +199,7 @@ def test_prepared_characters_are_a_data_set_of_nanogpts(books):
     assert [meta["stoi"][char] for char in parts[0]] == ids[: len(parts[0])].tolist()
 
 
-def test_nanogpts_optimizer_goes_on_from_ours(small):
+def test_nanogpts_optimizer_resumes_from_ours(small):
     """Its AdamW has two groups, matrices and vectors, each in the order of the model's parameters."""
     train.main(TrainConfig(**small | {"optimizer": "adamw"}))
     saved = torch.load(Path(small["out_dir"]) / "ckpt.pt", weights_only=True)
@@ -230,7 +228,7 @@ def export(path: Path, folder: Path) -> tuple:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_exported_model_is_the_same_in_transformers_and_when_it_comes_back(tmp_path, bpe, shape):
+def test_an_exported_model_is_the_same_in_transformers_and_when_loaded_back(tmp_path, bpe, shape):
     path = make_checkpoint(tmp_path / "best.pt", bpe, **shape)
     theirs, their_tok = export(path, tmp_path / "export")
     ours, tok, _ = checkpoint.load_model(path, torch.device("cpu"), torch.float64)
@@ -268,7 +266,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, bpe, books):
 
 
 @pytest.mark.slow
-def test_the_exported_reference_tokenizer_gives_the_same_ids_on_each_document_whole(tmp_path):
+def test_the_exported_reference_tokenizer_gives_the_same_ids_on_each_full_document(tmp_path):
     prepare.main(prepare.PrepareConfig(corpus="data/robopoet", out=str(tmp_path)))
     meta = read_meta(tmp_path)
     tok = tokenizer.from_json(meta.tokenizer)
@@ -281,7 +279,7 @@ def test_the_exported_reference_tokenizer_gives_the_same_ids_on_each_document_wh
             assert theirs.encode(decode(tok, part)).ids == part
 
 
-def test_an_export_says_what_the_model_is_and_overwrites_nothing(tmp_path, small, capsys):
+def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, capsys):
     train.main(TrainConfig(**small))
     best = Path(small["out_dir"]) / "best.pt"
     export(best, tmp_path / "export")
@@ -342,23 +340,23 @@ def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(
     )
 
 
-def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
-    whole = tmp_path / "whole"
-    export(make_checkpoint(tmp_path / "best.pt", bpe), whole)
-    config, tok = (json.loads((whole / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
+def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
+    intact = tmp_path / "intact"
+    export(make_checkpoint(tmp_path / "best.pt", bpe), intact)
+    config, tok = (json.loads((intact / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
 
-    def refused(name: str, content: bytes | dict | None, said: str) -> None:
+    def refused(name: str, content: bytes | dict | None, message: str) -> None:
         folder = tmp_path / "changed"
         folder.mkdir()
-        for path in whole.iterdir():
+        for path in intact.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         if content is None:
             (folder / name).unlink()
         else:
             (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        with pytest.raises(CheckpointError, match=said) as told:
+        with pytest.raises(CheckpointError, match=message) as caught:
             checkpoint.load_model(folder, torch.device("cpu"), torch.float32)
-        assert len(str(told.value).splitlines()) == 1
+        assert len(str(caught.value).splitlines()) == 1
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
@@ -392,11 +390,11 @@ def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
     refused("model.safetensors", len(claim).to_bytes(8, "little") + claim, r"model\.safetensors: is not what")
     flat = safetensors.torch.save({"h.0.mlp.c_fc.weight": torch.zeros(2, 3, 4), "wte.weight": torch.zeros(1)})
     refused("model.safetensors", flat, "there are 3 tensors")
-    nan = safetensors.torch.load_file(whole / "model.safetensors")
+    nan = safetensors.torch.load_file(intact / "model.safetensors")
     nan["transformer.ln_f.weight"][0] = torch.nan
     refused("model.safetensors", safetensors.torch.save(nan), r"transformer\.ln_f\.weight is not finite")
     refused("model.safetensors", None, r"model\.safetensors: not found")
-    refused("model.safetensors", (whole / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
+    refused("model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
     refused("tokenizer.json", None, "has no tokenizer")
     refused(
         "tokenizer.json",
@@ -422,7 +420,7 @@ def test_what_is_not_gpt2_is_refused_by_name(tmp_path, bpe):
     refused("tokenizer.json", tok | {"added_tokens": twice}, "not the last|appears twice|have the same")
 
 
-def test_a_name_is_asked_of_the_hub_and_its_silence_is_told(tmp_path, bpe, books, monkeypatch):
+def test_a_models_name_is_fetched_from_the_hub_and_a_failure_is_reported(tmp_path, bpe, books, monkeypatch):
     import huggingface_hub
 
     export(make_checkpoint(tmp_path / "best.pt", bpe), tmp_path / "hub")

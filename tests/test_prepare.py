@@ -1,4 +1,4 @@
-"""prepare.py: books in; bins and meta.json out, whole or not at all, and only when something has changed."""
+"""prepare.py: books in; bins and meta.json out, all or none, and only when something has changed."""
 
 import dataclasses
 import hashlib
@@ -94,8 +94,8 @@ def test_bins_hold_the_books_and_meta_says_where(books, argv):
     assert again == BOOKS
     for name, share in {"train": 0.9, "val": 0.05, "test": 0.05}.items():
         assert meta["splits"][name]["characters"] / sum(map(len, BOOKS.values())) == pytest.approx(share, abs=0.03)
-    whole = "".join(f"{name}\0{name.replace(' ', '_')}\0{text}\0" for name, text in BOOKS.items())
-    assert meta["text_sha256"] == hashlib.sha256(whole.encode()).hexdigest()
+    joined = "".join(f"{name}\0{name.replace(' ', '_')}\0{text}\0" for name, text in BOOKS.items())
+    assert meta["text_sha256"] == hashlib.sha256(joined.encode()).hexdigest()
 
 
 def test_vocab_size_is_exact_and_all_ids_lie_within(books):
@@ -125,7 +125,7 @@ def test_one_book_has_no_specials_and_no_tag(books):
 
 @pytest.mark.parametrize("name", ["endoftext", "unk"])
 @pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
-def test_a_book_called_like_a_special_is_refused_or_has_a_style_of_its_own(books, name, argv):
+def test_a_book_named_like_a_special_token_is_refused_or_has_its_own_style(books, name, argv):
     (books / f"{name}.txt").write_text(make_book(3))
     try:
         meta, bins = read(run_on(books, *argv))
@@ -138,7 +138,7 @@ def test_a_book_called_like_a_special_is_refused_or_has_a_style_of_its_own(books
     assert max(*meta["styles"].values(), tok.specials[END]) < meta["vocab_size"] == tok.vocab_size
 
 
-def test_gpt2_ids_fit_and_its_failed_download_is_said(books, monkeypatch):
+def test_a_failed_download_of_gpt2s_table_is_reported(books, monkeypatch):
     def offline(name):
         raise ConnectionError
 
@@ -162,7 +162,7 @@ def renewed(out: Path) -> bool:
     return times != {10**18}
 
 
-def test_what_is_prepared_is_left_alone(books, capsys):
+def test_a_prepared_corpus_is_left_alone(books, capsys):
     out = run_on(books, *CHAR)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     age(out)
@@ -196,7 +196,7 @@ def test_a_change_makes_it_prepare_again(books, change):
 
 
 @pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
-def test_a_failure_midway_leaves_no_meta_and_no_scraps(books, monkeypatch, argv):
+def test_a_failure_midway_leaves_no_meta_and_no_partial_files(books, monkeypatch, argv):
     out = run_on(books, *argv)
     kind = BPETokenizer if argv is BPE else CharTokenizer
     encode, calls = kind.encode_pieces, []
@@ -215,11 +215,11 @@ def test_a_failure_midway_leaves_no_meta_and_no_scraps(books, monkeypatch, argv)
     assert "meta.json" not in left
     assert not any(name.endswith(".part") for name in left)
     monkeypatch.undo()
-    run_on(books, *argv)  # and the next run makes it whole
+    run_on(books, *argv)  # and the next run completes it
     assert (out / "meta.json").is_file()
 
 
-def test_a_failing_write_leaves_no_scraps(books, monkeypatch):
+def test_a_failing_write_leaves_no_partial_files(books, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
@@ -254,31 +254,31 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
-def test_many_documents_are_dealt_whole_and_a_span_holds_all_of_a_style(tmp_path, argv):
+def test_each_of_many_documents_goes_to_one_split_and_a_span_holds_all_of_a_style(tmp_path, argv):
     styles = {"day": [make_book(i, 1 + i % 3) for i in range(150)], "night": [make_book(-i, 1) for i in range(1, 90)]}
     for style, texts in styles.items():
         write_lines(tmp_path / f"{style}.jsonl", texts)
     run(f"--input={tmp_path}", f"--out={tmp_path}/out", *argv)
     meta, bins = read(tmp_path / "out")
     tok = tokenizer.from_json(meta["tokenizer"])
-    dealt: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in bins}
+    expected: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in bins}
     for style, texts in styles.items():
         for number, text in enumerate(texts, 1):
             place = int(hashlib.sha256(f"{style}:{number}\0{text}".encode()).hexdigest()[:16], 16) / 16**16
             split = "train" if place < 0.9 else "val" if place < 0.95 else "test"
-            dealt[split].append((style, [*tok.encode(text), tok.specials[END]]))
+            expected[split].append((style, [*tok.encode(text), tok.specials[END]]))
     for name, ids in bins.items():
-        assert ids.tolist() == [id for _, document in dealt[name] for id in document]
+        assert ids.tolist() == [id for _, document in expected[name] for id in document]
         spans = meta["splits"][name]["documents"]
         for style, span in zip(styles, spans, strict=True):
-            of_style = [document for its, document in dealt[name] if its == style]
+            of_style = [document for its, document in expected[name] if its == style]
             assert (span["style"], span["works"]) == (style, len(of_style))
             assert span["stop"] - span["start"] == sum(map(len, of_style))
         assert (spans[0]["start"], spans[0]["stop"], spans[1]["stop"]) == (0, spans[1]["start"], len(ids))
         split = batches.open_split(tmp_path / "out", name, batches.read_meta(tmp_path / "out"), 8, torch.device("cpu"))
         starts, stops, span = split.documents
-        assert (stops - starts).tolist() == [len(document) for _, document in dealt[name]]
-        assert [split.styles[i] for i in span] == [style for style, _ in dealt[name]]
+        assert (stops - starts).tolist() == [len(document) for _, document in expected[name]]
+        assert [split.styles[i] for i in span] == [style for style, _ in expected[name]]
 
 
 def test_up_to_two_hundred_documents_each_have_spans_of_their_own(tmp_path):
@@ -320,7 +320,7 @@ def write_manifest(folder: Path, text: str, content: str) -> Path:
     return folder
 
 
-def test_a_corpus_as_it_comes_has_nanogpts_ids_and_no_specials(tmp_path):
+def test_an_uncleaned_corpus_without_tags_has_nanogpts_ids_and_no_specials(tmp_path):
     text = "\n First Citizen:\r\nBefore we proceed,  any further… \n\n\n" * 37 + "~"
     manifest = "sources: [{style: s, file: input.txt, clean: none}]\nsplits: [0.9, 0.1, 0]\ntags: false\n"
     folder = write_manifest(tmp_path / "chars", manifest, text)
@@ -335,7 +335,7 @@ def test_a_corpus_as_it_comes_has_nanogpts_ids_and_no_specials(tmp_path):
     assert (meta["tokenizer"]["specials"], meta["styles"]) == ([], {})
 
 
-def test_nanogpts_manifest_asks_for_just_that():
+def test_nanogpts_manifest_is_uncleaned_and_without_tags():
     manifest = corpus.read_manifest(REPO / "data" / "shakespeare_char")
     assert (tuple(manifest.splits), manifest.tags) == ((0.9, 0.1, 0), False)
     assert [source.clean for source in manifest.sources] == ["none"]
@@ -364,7 +364,7 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, message",
     [
         ("empty.txt", b"", r"empty\.txt"),
         ("blank.txt", b" \r\n\x1a", r"blank\.txt"),
@@ -374,12 +374,12 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
         ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a regular file"),
     ],
 )
-def test_a_book_that_can_not_be_read_is_named_and_nothing_is_written(books, name, content, said):
+def test_a_book_that_can_not_be_read_is_named_and_nothing_is_written(books, name, content, message):
     if callable(content):
         content(books / name)
     else:
         (books / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         run_on(books, *CHAR)
     assert not (books.parent / "out").exists()
 
@@ -404,7 +404,7 @@ def test_a_hundred_megabytes_on_one_line_take_at_most_ten_times_as_much_memory(t
     assert size == (tmp_path / "line.txt").stat().st_size + 1  # the line end that it lacked
 
 
-def test_too_little_text_for_the_vocabulary_names_the_most_it_carries(books):
+def test_too_little_text_for_the_vocabulary_names_the_largest_that_works(books):
     with pytest.raises(DataError, match=r"at most (\d+)") as caught:
         run_on(books)
     most = str(caught.value).split("at most ")[1].split(";")[0]
@@ -419,7 +419,7 @@ def test_a_text_of_one_character_leaves_nothing_to_train_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.txt", b"new\nline.txt"])
-def test_a_name_that_is_not_text_is_one_line(books, name):
+def test_a_file_name_that_is_not_text_is_reported_in_one_line(books, name):
     with open(os.path.join(os.fsencode(books), name), "wb") as f:
         f.write(b"text")
     with pytest.raises(DataError, match=r"^'.*\.txt': the name is not UTF-8") as caught:
@@ -462,13 +462,13 @@ def advice(*argv: str) -> str:
 def test_the_advice_about_what_to_prepare_works(books, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for argv in (["my"], ["my/alice.txt", "my/king lear.txt"], ["--input=my/*.txt"]):
-        said = advice(*argv)
-        assert len(said.splitlines()) == 1
-        run(*argv, said.split("as ")[1], *CHAR)  # --out=data/my
-        assert read(Path(said.split("--out=")[1]))
-    said = advice("--corpus=my")
-    assert said.startswith("my/corpus.yaml: not found")
-    run(said.split("as ")[1], "--out=a", *CHAR)  # --input=my
+        message = advice(*argv)
+        assert len(message.splitlines()) == 1
+        run(*argv, message.split("as ")[1], *CHAR)  # --out=data/my
+        assert read(Path(message.split("--out=")[1]))
+    message = advice("--corpus=my")
+    assert message.startswith("my/corpus.yaml: not found")
+    run(message.split("as ")[1], "--out=a", *CHAR)  # --input=my
     assert read(Path("a"))
     corpora = [
         str(write_manifest(tmp_path / name, "sources: [{style: s, file: '*.txt'}]", "text " * 99)) for name in "xy"
@@ -480,7 +480,7 @@ def test_the_advice_about_what_to_prepare_works(books, tmp_path, monkeypatch):
     assert list(read(Path("b"))[0]["styles"]) == ["alice", "king_lear", "input"]
 
 
-def test_what_is_not_there_is_said_with_or_without_out(tmp_path):
+def test_a_missing_input_is_reported_with_or_without_out(tmp_path):
     (tmp_path / "empty").mkdir()
     for argv in ([f"{tmp_path}/none"], [f"{tmp_path}/none*.txt"], [f"--input={tmp_path}/none", f"--out={tmp_path}/o"]):
         assert f"--input: no file matches {tmp_path}/none" in advice(*argv)
@@ -504,7 +504,7 @@ def test_losses_and_copies_are_warned_of_unless_the_text_is_pinned(tmp_path, cap
     assert "warning" not in capsys.readouterr().err
 
 
-def test_the_command_line_says_a_mistake_in_one_line_and_exits_2(tmp_path):
+def test_a_mistake_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
     command = [sys.executable, "prepare.py", f"--input={tmp_path}/*.txt", f"--out={tmp_path}/out"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2

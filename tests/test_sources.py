@@ -40,7 +40,7 @@ def memory_below(limit: int):
 
 
 @pytest.mark.parametrize("clean", ["text", "none", "drama"])
-def test_what_is_not_utf8_is_named_with_its_place(manifest, clean):
+def test_a_byte_that_is_not_utf8_is_reported_with_its_place(manifest, clean):
     for content, place in [("é".encode() + b"bc\xff", 4), ("né".encode("latin-1"), 1), (b"\xed\xa0\x80", 0)]:
         read = manifest(f"sources: [{{style: s, file: a.txt, clean: {clean}}}]", a=content)
         with pytest.raises(DataError, match=rf"a\.txt: byte {place} "):
@@ -77,7 +77,7 @@ def serve():
     def start(reply) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                with contextlib.suppress(OSError):  # who asked may leave
+                with contextlib.suppress(OSError):  # the client may have left
                     reply(self)
 
             def log_message(self, *_):
@@ -110,7 +110,7 @@ def pinned(url: str, content: bytes, **keys: object) -> str:
     return f"sources: [{{style: s, url: '{url}', sha256: {sha256(content)}{more}}}]"
 
 
-def test_a_url_is_checked_kept_and_not_asked_again(manifest, tmp_path, serve):
+def test_a_download_is_checked_kept_and_not_repeated(manifest, tmp_path, serve):
     served = {"content": b"once"}
     source = pinned(serve(lambda handler: send(served["content"])(handler)), b"once")
     assert read_all(manifest(source)) == [("tale", "s", "once\n")]
@@ -125,7 +125,7 @@ def test_a_url_is_checked_kept_and_not_asked_again(manifest, tmp_path, serve):
 
 
 @pytest.mark.parametrize(
-    "reply, said",
+    "reply, message",
     [
         (send(b"twice"), "SHA-256"),
         (send(b"onc", ("Content-Length", "4")), "SHA-256"),
@@ -140,15 +140,15 @@ def test_a_url_is_checked_kept_and_not_asked_again(manifest, tmp_path, serve):
     ],
     ids=range(10),
 )
-def test_a_url_with_another_text_is_refused_and_nothing_is_kept(manifest, tmp_path, serve, reply, said):
-    with within(5), pytest.raises(DataError, match=said) as caught:
+def test_a_url_with_another_text_is_refused_and_nothing_is_kept(manifest, tmp_path, serve, reply, message):
+    with within(5), pytest.raises(DataError, match=message) as caught:
         read_all(manifest(pinned(serve(reply), b"once", max_bytes=1000)))
     assert "/tale.txt: " in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "raw").exists()
 
 
 @pytest.mark.parametrize("length", ["10", "1000000000000", "-5", "many"])
-def test_a_length_that_is_not_true_doesnt_matter_where_the_hash_is_right(manifest, serve, length):
+def test_a_wrong_content_length_does_not_matter_if_the_hash_is_right(manifest, serve, length):
     source = pinned(serve(send(b"once", ("Content-Length", length))), b"once")
     assert read_all(manifest(source))[0][2] == "once\n"
 
@@ -163,13 +163,13 @@ def test_redirects_go_from_https_to_https_alone():
 
 
 @pytest.mark.parametrize("url", ["example/tale.txt", "http://[bad/tale.txt", "http://a b/tale.txt"])
-def test_what_is_not_a_url_is_an_error_that_names_it(manifest, tmp_path, url):
+def test_a_malformed_url_is_refused_by_name(manifest, tmp_path, url):
     with pytest.raises(DataError, match="tale"):
         read_all(manifest(pinned(url, b"once")))
     assert not (tmp_path / "raw").exists()
 
 
-def test_where_nothing_can_be_kept_is_told(manifest, tmp_path, serve):
+def test_a_download_that_can_not_be_written_is_reported(manifest, tmp_path, serve):
     (tmp_path / "raw").write_bytes(b"in the way")
     with pytest.raises(DataError, match=r"raw/tale\.txt: could not be written"):
         read_all(manifest(pinned(serve(send(b"once")), b"once")))
@@ -250,13 +250,13 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(manifest, tmp_path, bomb
         make = make_sparse_tar if bomb == "sparse" else make_long_header_tar
         kind, content = "sdist", make(8**11 - 1 if bomb == "sparse" else large)
     read = manifest(keep(tmp_path, kind, content, members="'*.md'"))
-    said = r"^book==1\.0: unpacks to over max_bytes, or over 100 times its size"
-    with memory_below(45 * 2**20), within(5), pytest.raises(DataError, match=said):  # a few copies of what is let by
+    message = r"^book==1\.0: unpacks to over max_bytes, or over 100 times its size"
+    with memory_below(45 * 2**20), within(5), pytest.raises(DataError, match=message):  # a few copies of what is let by
         read_all(read)
 
 
 @pytest.mark.parametrize("kind, make", [("wheel", make_zip), ("sdist", make_tar)])
-def test_the_members_of_an_archive_share_one_bound(manifest, tmp_path, monkeypatch, kind, make):
+def test_the_members_of_an_archive_share_one_limit(manifest, tmp_path, monkeypatch, kind, make):
     archive = make({"a.md": b"a" * 600, "b.md": b"b" * 600})
     assert len(read_all(manifest(keep(tmp_path, kind, archive, members="'*.md'")))) == 2
     if kind == "wheel":
@@ -266,16 +266,16 @@ def test_the_members_of_an_archive_share_one_bound(manifest, tmp_path, monkeypat
             read_all(manifest(keep(tmp_path, kind, archive)))
 
 
-def test_an_archive_larger_than_its_bound_is_not_even_read(manifest, tmp_path):
+def test_an_archive_larger_than_its_limit_is_not_even_read(manifest, tmp_path):
     with pytest.raises(DataError, match=r"book==1\.0: pip could not download"):
         read_all(manifest(keep(tmp_path, "wheel", make_zip({"a.md": b"a" * 600}), max_bytes=100)))
 
 
 @pytest.mark.parametrize("kind, make", [("wheel", make_zip), ("sdist", make_tar)])
 def test_damaged_archives_are_refused_in_one_line(manifest, tmp_path, kind, make):
-    whole, rng, refused = make({"a.md": b"text " * 50, "b.md": b"B"}), random.Random(0), 0
+    intact, rng, refused = make({"a.md": b"text " * 50, "b.md": b"B"}), random.Random(0), 0
     for i in range(300):
-        plain = bytearray(whole if kind == "wheel" or i % 2 else gzip.decompress(whole))
+        plain = bytearray(intact if kind == "wheel" or i % 2 else gzip.decompress(intact))
         for _ in range(rng.randint(1, 8)):
             plain[rng.randrange(len(plain))] = rng.randrange(256)
         content = bytes(plain[: rng.randrange(len(plain))] if i % 5 == 0 else plain)
@@ -323,7 +323,7 @@ def test_no_file_an_empty_folder_and_an_empty_file_are_refused(tmp_path):
         read_all(corpus.manifest_of_files((str(tmp_path / "*.txt"),)))
 
 
-def test_a_folder_is_its_texts_and_those_of_its_folders_in_order(tmp_path):
+def test_a_folders_texts_are_read_recursively_in_order(tmp_path):
     folder = tmp_path / "my [books]"
     for name in ("b.txt", "a/z.txt", "a/c.jsonl", "d.jsonl.gz", "a/notes.md", "image.png", "e.txt.orig", ".f.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -369,7 +369,7 @@ def test_without_links_a_glob_finds_what_pythons_finds(tmp_path_factory, parts):
     assert {path for path in sources._glob(pattern) if os.path.isfile(path)} == expected
 
 
-def test_a_folder_that_can_not_be_read_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_can_not_be_read_is_reported(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.txt").write_text("one")
     scan = os.scandir
@@ -384,7 +384,7 @@ def test_a_folder_that_can_not_be_read_is_told(tmp_path, monkeypatch):
         corpus.manifest_of_files((str(tmp_path),))
 
 
-def test_a_file_must_be_regular_of_a_bounded_size_and_have_a_name_in_utf8(tmp_path):
+def test_a_file_must_be_regular_of_limited_size_and_have_a_name_in_utf8(tmp_path):
     with pytest.raises(DataError, match="/dev/zero: is not a regular file"):
         read_all(corpus.manifest_of_files(("/dev/zero",)))
     for name in (b"caf\xe9.txt", b"a\nb.txt"):
@@ -435,7 +435,7 @@ def test_a_line_of_json_is_a_document(tmp_path, name):
     assert [text for _, _, text in read_all(corpus.read_manifest(tmp_path))][1] == "Deux  \x85 été"
 
 
-def test_the_other_keys_of_a_line_are_not_looked_at(tmp_path):
+def test_other_keys_of_a_line_are_ignored(tmp_path):
     line = b'{"n": ' + b"9" * 5000 + b', "text": "a", "x": {"text": [null, 1e999]}, "text": "b"}\n'
     path = write_lines(tmp_path / "tales.jsonl", line)
     assert read_all(corpus.manifest_of_files((str(path),))) == [("tales:1", "tales", "b\n")]
@@ -453,7 +453,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["long.jsonl", "long.jsonl.gz"])
-def test_a_line_has_a_bound(tmp_path, monkeypatch, name):
+def test_a_line_has_a_largest_size(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sources, "JSON_BYTES", 100)
     line = b'{"text": "' + b"x" * 87 + b'"}\n'
     path = write_lines(tmp_path / name, line * 2)
@@ -500,9 +500,9 @@ def test_a_bad_line_is_named_in_one_line(tmp_path, name, line):
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
     lines = [f'{{"text": "tale {hashlib.sha256(b"%d" % i).hexdigest()}"}}\n'.encode() for i in range(100)]
-    whole, path = gzip.compress(b"".join(lines)), tmp_path / "tales.jsonl.gz"
-    flipped = whole[:1000] + bytes([whole[1000] ^ 0xFF]) + whole[1001:]
-    for content in (whole[:-1], whole[:2000], flipped, whole[:-8] + bytes(8), b"".join(lines), whole + b"more"):
+    intact, path = gzip.compress(b"".join(lines)), tmp_path / "tales.jsonl.gz"
+    flipped = intact[:1000] + bytes([intact[1000] ^ 0xFF]) + intact[1001:]
+    for content in (intact[:-1], intact[:2000], flipped, intact[:-8] + bytes(8), b"".join(lines), intact + b"more"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"tales\.jsonl\.gz: line \d+: ") as caught:
             read_all(corpus.manifest_of_files((str(path),)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from conftest import decode
+from conftest import decode, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +87,7 @@ def test_char_gives_its_own_alphabet_back(char):
     assert char.vocab_size == len(alphabet) + len(SPECIALS) + 1
 
 
-def test_an_unknown_character_becomes_unk_and_is_named(char):
+def test_an_unknown_character_becomes_unk_and_is_listed(char):
     assert char.specials[UNKNOWN] == char.vocab_size - 1
     [t, unk, e, _, _] = char.encode("TΩe\0Ω")
     assert (t, e) == (char.encode("T")[0], char.encode("e")[0])
@@ -95,7 +95,7 @@ def test_an_unknown_character_becomes_unk_and_is_named(char):
     assert char.unknown("TΩe\0Ω") == "Ω\0"
 
 
-def test_without_specials_there_is_no_unk_and_unknown_characters_are_left_out():
+def test_without_specials_there_is_no_unk_and_unknown_characters_are_dropped():
     plain = CharTokenizer.train(["banana"], [])
     assert (plain.vocab_size, plain.specials) == (3, {})
     assert plain.encode("band") == [1, 0, 2]
@@ -154,7 +154,7 @@ def test_the_vocabulary_has_exactly_the_size_asked_for(size):
     assert {bytes([i]) for i in range(256)} <= set(tok.tokens)
 
 
-def test_too_large_a_vocabulary_names_the_most_that_works():
+def test_too_large_a_vocabulary_names_the_largest_that_works():
     text = "a rose is a rose is a rose"
     with pytest.raises(DataError, match=r"found 5000.*at most (\d+)") as caught:
         BPETokenizer.train([text], 5000, SPECIALS)
@@ -164,13 +164,13 @@ def test_too_large_a_vocabulary_names_the_most_that_works():
         BPETokenizer.train([text], most + 1, SPECIALS)
 
 
-def test_too_small_a_vocabulary_names_the_least_that_works():
+def test_too_small_a_vocabulary_names_the_smallest_that_works():
     with pytest.raises(DataError, match="at least 259"):
         BPETokenizer.train([TEXT], 258, SPECIALS)
     assert BPETokenizer.train([""], 259, SPECIALS).vocab_size == 259
 
 
-def test_the_first_merge_is_the_commonest_pair_of_letters():
+def test_the_first_merge_is_the_most_frequent_pair_of_letters():
     words = ["ab"] * 9 + ["bc"] * 5 + ["cab"] * 3
     pairs = Counter(pair for word in words for pair in pairwise(word))
     commonest = "".join(max(pairs, key=pairs.get)).encode()
@@ -246,22 +246,23 @@ def test_a_tokenizer_of_too_many_ids_is_a_data_error(monkeypatch):
 # --- pieces
 
 
-def whole(tok: BPETokenizer) -> tiktoken.Encoding:
+def uncut(tok: BPETokenizer) -> tiktoken.Encoding:
+    """The same tokenizer, without our cutting of long texts."""
     ranks = {token: id for id, token in enumerate(tok.tokens)}
-    return tiktoken.Encoding("whole", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("uncut", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_long_text_has_the_ids_it_would_have_in_one_piece(bpe, seed):
     text = make_text(25_000, seed)
     assert len(text) > 4 * 25_000
-    assert bpe.encode(text) == whole(bpe).encode_ordinary(text)
+    assert bpe.encode(text) == uncut(bpe).encode_ordinary(text)
 
 
 def test_long_text_is_cut_where_words_are_cut(bpe, monkeypatch):
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 400)
     lines = "".join(random.Random(5).choices(["word ", "x\n", "\n", "  in\n", "\r\n", "a!\n", "\n \n", "\t"], k=9000))
-    assert bpe.encode(lines) == whole(bpe).encode_ordinary(lines)
+    assert bpe.encode(lines) == uncut(bpe).encode_ordinary(lines)
 
 
 MERGED = [
@@ -284,9 +285,9 @@ GPT2_PATTERNS = [pattern for pattern in sorted(tokenizer.PATTERNS) if "\\r" not 
 
 
 @pytest.mark.parametrize("pattern", sorted(tokenizer.PATTERNS))
-def test_a_cut_changes_no_id_whatever_white_space_it_meets(monkeypatch, pattern):
+def test_cutting_changes_no_id_whatever_the_white_space(monkeypatch, pattern):
     tok = BPETokenizer([bytes([byte]) for byte in range(256)] + MERGED, [], pattern)
-    whole_tok, rng, n_cut = whole(tok), random.Random(0), 0
+    uncut_tok, rng, n_cut = uncut(tok), random.Random(0), 0
     for _ in range(1500):
         kinds = [rng.choice([WHITE, OTHER, OTHER, " \n"]) for _ in range(rng.randrange(60))]
         text = "".join(rng.choice(kind) * rng.choice([1, 1, 2]) for kind in kinds)
@@ -296,11 +297,11 @@ def test_a_cut_changes_no_id_whatever_white_space_it_meets(monkeypatch, pattern)
         good = tokenizer._ends_word, tokenizer._ends_text
         if all(any(cuts(*end) for cuts in good[: 1 + (pattern in GPT2_PATTERNS)]) for end in ends):
             n_cut += len(ends)
-            assert tok.encode(text) == whole_tok.encode_ordinary(text)
+            assert tok.encode(text) == uncut_tok.encode_ordinary(text)
     assert n_cut > 1000
 
 
-def test_paragraphs_have_the_ids_and_merges_of_the_whole_text(monkeypatch):
+def test_paragraphs_have_the_ids_and_merges_of_the_full_text(monkeypatch):
     """Cut behind a blank line, `\\n\\n` and the line end before the next word would be other pieces."""
     gaps = ["\n\n", "\n\n\n", "\n \n", "\r\n\r\n", "\n", " "]
     rng = random.Random(1)
@@ -311,20 +312,20 @@ def test_paragraphs_have_the_ids_and_merges_of_the_whole_text(monkeypatch):
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 50)
     assert len(list(tokenizer._pieces(text))) > 300
     assert BPETokenizer.train([text], 330, []).tokens == learned.tokens
-    assert learned.encode(text) == ids == whole(learned).encode_ordinary(text)
+    assert learned.encode(text) == ids == uncut(learned).encode_ordinary(text)
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "\x1c", "🙂", "!\n"])
-def test_a_text_with_no_good_place_for_a_cut_takes_time_in_proportion(unit):
-    text, start = unit * (1_000_000 // len(unit)), time.perf_counter()
-    sizes = [len(piece) for piece in tokenizer._pieces(text)]
+def test_a_text_with_no_good_place_for_a_cut_is_cut_all_the_same(unit):
+    text = unit * (1_000_000 // len(unit))
+    with within(5):
+        sizes = [len(piece) for piece in tokenizer._pieces(text)]
     assert max(sizes) <= tokenizer.PIECE_CHARS and sum(sizes) == len(text) and len(sizes) < 60
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("batch_chars", [1, 300, 10**6])
 @pytest.mark.parametrize("name", ["bpe", "char"])
-def test_texts_encoded_together_have_the_ids_each_has_alone(request, monkeypatch, name, batch_chars):
+def test_texts_encoded_together_have_the_ids_that_each_has_alone(request, monkeypatch, name, batch_chars):
     tok = request.getfixturevalue(name)
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 100)
     monkeypatch.setattr(tokenizer, "BATCH_CHARS", batch_chars)
@@ -335,14 +336,14 @@ def test_texts_encoded_together_have_the_ids_each_has_alone(request, monkeypatch
         assert not found or key in (last := max(found), last + 1)  # in order
         found.setdefault(key, []).extend(ids.tolist())
     if name == "bpe":
-        assert [found[i] for i in range(len(texts))] == [whole(tok).encode_ordinary(text) for text in texts]
+        assert [found[i] for i in range(len(texts))] == [uncut(tok).encode_ordinary(text) for text in texts]
     else:
         ids = {char: id for id, char in enumerate(sorted(set(TEXT)))}
         expected = [[ids.get(char, tok.specials[UNKNOWN]) for char in text] for text in texts]
         assert [found[i] for i in range(len(texts))] == expected
 
 
-def test_what_reads_the_texts_may_fail(bpe):
+def test_an_error_while_reading_texts_is_raised(bpe):
     def texts():
         yield from enumerate(["a", "b"])
         raise DataError("no more")
@@ -392,7 +393,7 @@ def test_token_bytes_sum_to_the_size_of_the_text(name, request):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.sampled_from("aé東🙂\n\0")), seed=st.integers(0, 9))
-def test_a_stream_gives_whole_characters_only(text, seed):
+def test_a_stream_yields_complete_characters_only(text, seed):
     tok = BPETokenizer.train([""], 257, [END])  # every token is one byte
     ids = tok.encode(text)
     assert len(ids) == len(text.encode())

@@ -1,4 +1,4 @@
-"""Bounds, types and places: what is read from outside is whole and typed, or one line of one class of error."""
+"""Limits, types and places: input from outside is complete and typed, or one line of one class of error."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class Sample:
     name: str = ""
 
 
-def test_json_becomes_the_dataclass_and_says_where_it_does_not(tmp_path):
+def test_json_becomes_the_dataclass_or_an_error_with_its_place(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"documents": [{"start": 3}], "name": "x"}')
     assert untrusted.read_json(path, Sample, OursError, "mend it") == Sample((Span(3),), "x")
@@ -51,7 +51,7 @@ def test_json_becomes_the_dataclass_and_says_where_it_does_not(tmp_path):
     ],
     ids=range(9),
 )
-def test_no_other_exception_leaves_json(raw):
+def test_bad_json_raises_no_other_exception(raw):
     with pytest.raises(OursError, match=r"^here: [^\n]{1,330}; mend it$"):
         untrusted.decode_json(raw, Sample, "here", OursError, "mend it")
 
@@ -60,7 +60,7 @@ def test_a_message_that_quotes_a_long_text_is_cut():
     assert len(untrusted.describe(ValueError("x" * 10**6))) < 310
 
 
-def test_values_of_yaml_are_text_and_convert_by_their_types(tmp_path):
+def test_yaml_values_are_text_and_are_converted_by_type(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("rate: 6e-4\nnames: [a, off]\ndeep: {er: 1}\n")
     assert configurator.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
@@ -75,7 +75,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (BOMB, "line 2: has an alias"),
         ("[" * 30 + "]" * 30, "nests over 20 deep"),
@@ -88,11 +88,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     ids=["aliases", "deep", "deeper", "many", "large", "cut", "key"],
 )
 @pytest.mark.parametrize("loader", [configurator.BaseLoader, yaml.BaseLoader])
-def test_yaml_that_would_blow_up_is_refused(tmp_path, monkeypatch, loader, text, told):
+def test_yaml_that_would_blow_up_is_refused(tmp_path, monkeypatch, loader, text, message):
     monkeypatch.setattr(configurator, "BaseLoader", loader)
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(OursError, match=told):
+    with pytest.raises(OursError, match=message):
         configurator.read_yaml(path, OursError)
 
 
