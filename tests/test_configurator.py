@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import pytest
-import torch
 from conftest import within
 
 import configurator
 import prepare
-import robopoet.machine
 import sample
 import train
 from configurator import ConfigError, load
-from robopoet.machine import find_machine
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -369,66 +366,6 @@ def test_change_gives_a_checked_copy():
     for key, text in [("temperature", "hot"), ("temperature", "-1"), ("top_k", "1.5"), ("top_p", ""), ("seed", "x")]:
         with pytest.raises(ConfigError, match=key):
             configurator.change(before, key, text)
-
-
-# --- the machine
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(key, raising=False)
-    return monkeypatch
-
-
-def test_cpu_is_always_available(alone):
-    machine = find_machine("cpu", "bfloat16")
-    assert (machine.device, machine.dtype) == (torch.device("cpu"), torch.bfloat16)
-    assert (machine.rank, machine.world_size, machine.is_main) == (0, 1, True)
-
-
-def test_a_missing_gpu_names_the_way_out(alone):
-    alone.setattr(torch.cuda, "device_count", lambda: 0)
-    for device in ("cuda", "cuda:3"):
-        with pytest.raises(ConfigError, match=r"--device=cpu.*config/demo\.yaml"):
-            find_machine(device, "float32")
-
-
-def test_a_missing_mps_is_reported(alone):
-    alone.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="mps"):
-        find_machine("mps", "float32")
-
-
-@pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x", "cuda:-1", "meta", "xpu"])
-def test_an_unknown_device_lists_the_known_ones(alone, device):
-    with pytest.raises(ConfigError, match=r"device.*auto, cpu, cuda"):
-        find_machine(device, "float32")
-
-
-def test_auto_takes_cuda_then_mps_then_cpu(alone):
-    alone.setattr(torch.cuda, "is_available", lambda: False)
-    alone.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert find_machine("auto", "float32").device.type == "cpu"
-    alone.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert find_machine("auto", "float32").device.type == "mps"
-
-
-def test_torchruns_environment_must_be_numbers(alone):
-    alone.setenv("RANK", "first")
-    with pytest.raises(ConfigError, match="RANK"):
-        find_machine("cpu", "float32")
-
-
-@pytest.mark.parametrize("kept", ["True", "False"])
-def test_several_agents_are_warned_of_a_store_that_names_dead_ranks(alone, capsys, kept):
-    names = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": kept}
-    for name, value in names.items():
-        alone.setenv(name, value)
-    alone.setattr(robopoet.machine.dist, "rendezvous", lambda *args, **keys: iter([(None, 0, 2)]))
-    alone.setattr(robopoet.machine.dist, "init_process_group", lambda *args, **keys: None)
-    robopoet.machine._join("gloo", 0, 2, 10.0, None)
-    assert ("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == (kept == "True")
 
 
 @pytest.mark.parametrize("problem", [ConfigError("key: is bad"), FileNotFoundError(2, "No such file", "x")])
