@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import pytest
 from conftest import within
@@ -270,92 +270,6 @@ def test_yaml_runs_no_code(write, tmp_path, tag):
     error(Toy, write(f"rate: {tag} ['touch {mark}']"))
     error(Toy, write(f"{tag} ['touch {mark}']"))
     assert not mark.exists()
-
-
-# --- the scripts' own configs
-
-
-@pytest.mark.parametrize("cls", SCRIPTS)
-def test_help_prints_every_key_with_default_and_meaning(cls, capsys):
-    for flag in ("--help", "-h"):
-        with pytest.raises(SystemExit) as caught:
-            load(cls, ["--nonsense", flag])
-        assert not caught.value.code
-        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
-        fields = dataclasses.fields(cls)
-        assert set(lines) == {f"--{field.name}" for field in fields}
-        for field in fields:
-            default = "" if field.default == () else str(field.default)
-            _, _, rest = lines[f"--{field.name}"].partition(field.name)
-            assert rest.split()[: len(default.split())] == default.split()
-            assert len(rest.split()) > len(default.split())  # words of meaning follow
-
-
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
-def test_every_config_file_loads(path):
-    assert load(train.TrainConfig, [str(path)]) != train.TrainConfig()
-
-
-def test_there_is_a_demo_config():
-    assert "demo.yaml" in [path.name for path in CONFIG_FILES]
-
-
-KEYS = [(cls, field.name) for cls in SCRIPTS for field in dataclasses.fields(cls)]
-TYPED = [(cls, key) for cls, key in KEYS if get_type_hints(cls)[key] not in (str, tuple[str, ...])]
-
-
-@pytest.mark.parametrize("cls, key", TYPED, ids=[f"{cls.__name__}.{key}" for cls, key in TYPED])
-def test_rubbish_is_refused_by_every_typed_key(write, cls, key):
-    assert f"--{key}" in error(cls, f"--{key}=@@rubbish@@")
-    assert f"a.yaml: {key}" in error(cls, write(f"{key}: '@@rubbish@@'"))
-
-
-@pytest.mark.parametrize("cls, key", KEYS, ids=[f"{cls.__name__}.{key}" for cls, key in KEYS])
-def test_every_misspelt_key_is_refused_with_its_spelling(write, cls, key):
-    assert f"did you mean {key}?" in error(cls, f"--{key}_=1")
-    assert f"did you mean {key}?" in error(cls, write(f"{key}_: 1"))
-
-
-@pytest.mark.parametrize("cls, key", KEYS, ids=[f"{cls.__name__}.{key}" for cls, key in KEYS])
-def test_every_key_without_a_value_is_named(write, cls, key):
-    kind = get_type_hints(cls)[key]
-    if kind is not bool and "true" not in get_args(kind):  # these are true by their name alone
-        assert f"--{key}" in error(cls, f"--{key}")
-
-
-@pytest.mark.parametrize(
-    "cls, argv, named",
-    [
-        (train.TrainConfig, ["--n_embd=100", "--n_head=8"], "n_embd"),
-        (train.TrainConfig, ["--n_head=0"], "n_head"),
-        (train.TrainConfig, ["--min_lr=0.1", "--learning_rate=0.01"], "min_lr"),
-        (train.TrainConfig, ["--dropout=1"], "dropout"),
-        (train.TrainConfig, ["--tag_prob=1.1"], "tag_prob"),
-        (train.TrainConfig, ["--seed=-1"], "seed"),
-        (train.TrainConfig, ["--block_size=0"], "block_size"),
-        (train.TrainConfig, ["--max_iters=0"], "max_iters"),
-        (train.TrainConfig, ["--learning_rate=0"], "learning_rate"),
-        (sample.SampleConfig, ["--top_p=0"], "top_p"),
-        (sample.SampleConfig, ["--top_p=1.5"], "top_p"),
-        (sample.SampleConfig, ["--temperature=-0.1"], "temperature"),
-        (sample.SampleConfig, ["--top_k=-1"], "top_k"),
-        (sample.SampleConfig, ["--repetition_penalty=0"], "repetition_penalty"),
-        (sample.SampleConfig, ["--num_samples=0"], "num_samples"),
-        (sample.SampleConfig, ["--stop="], "stop"),
-        (prepare.PrepareConfig, ["--corpus=x", "--vocab_size=65537"], "vocab_size"),
-        (prepare.PrepareConfig, ["--corpus=x", "--vocab_size=0"], "vocab_size"),
-        (prepare.PrepareConfig, ["--input=x.txt"], "out"),
-        (prepare.PrepareConfig, ["--corpus=x", "--input=x.txt", "--out=y"], "input"),
-        (prepare.PrepareConfig, [], "corpus"),
-    ],
-)
-def test_values_out_of_range_name_their_key(cls, argv, named):
-    assert named in error(cls, *argv)
-
-
-def test_the_ends_of_ranges_are_allowed():
-    load(sample.SampleConfig, ["--top_p=1", "--temperature=0", "--top_k=0"])
-    load(train.TrainConfig, ["--dropout=0", "--min_lr=3e-3", "--tag_prob=1", "--warmup_iters=0"])
 
 
 def test_change_gives_a_checked_copy():
