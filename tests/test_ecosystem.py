@@ -1,4 +1,4 @@
-"""Weights and tokenizers of other tools, both ways, against those tools' own code."""
+"""Optional packages, and nanoGPT's weights, tokenizers, data and optimizer, both ways."""
 
 import json
 import os
@@ -9,38 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import tokenizers
 import torch
-import transformers
 from conftest import decode, make_book, within
 
-import configurator
 import prepare
-import sample
 import train
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
-from robopoet.text import tokenizer, tokenizer_json
+from robopoet.text import tokenizer
 from robopoet.text.batches import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality
-from sample import Poet, SampleConfig
+from sample import Poet
 from train import TrainConfig
-
-SHAPES = [{}, {"bias": False}, {"gelu": "tanh"}, {"n_layer": 1, "n_head": 4, "block_size": 24}]
-
-
-def make_checkpoint(path: Path, tok: tokenizer.Tokenizer, **shape) -> Path:
-    """A checkpoint of ours with random weights, biases and gains too."""
-    torch.manual_seed(0)
-    config = GPTConfig(**{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32} | shape, vocab_size=tok.vocab_size)
-    model = GPT(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -215,227 +197,3 @@ def test_nanogpts_optimizer_resumes_from_ours(small):
     for p, state in optimizer.state.items():
         assert state["exp_avg"].shape == p.shape and state["step"] == small["max_iters"]
     assert len(optimizer.state) == len(params)
-
-
-# --- Hugging Face
-
-
-def export(path: Path, folder: Path) -> tuple:
-    """Export, then load with transformers, in float64: its model and tokenizer."""
-    sample.main(SampleConfig(checkpoint=str(path), export=str(folder), device="cpu", dtype="float32", max_new_tokens=5))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
-    return theirs, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_exported_model_is_the_same_in_transformers_and_when_loaded_back(tmp_path, bpe, shape):
-    path = make_checkpoint(tmp_path / "best.pt", bpe, **shape)
-    theirs, their_tok = export(path, tmp_path / "export")
-    ours, tok, _ = checkpoint.load_model(path, torch.device("cpu"), torch.float64)
-    back, back_tok, _ = checkpoint.load_model(tmp_path / "export", torch.device("cpu"), torch.float64)
-    idx = torch.randint(tok.vocab_size, (3, ours.config.block_size))
-    with torch.no_grad():
-        logits = ours(idx, idx)[0]
-        torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-9)
-        torch.testing.assert_close(back(idx, idx)[0], logits, rtol=0, atol=1e-9)
-        torch.testing.assert_close(theirs.float()(idx).logits, logits.float(), rtol=0, atol=1e-4)
-        theirs.double()
-    assert back_tok.to_json() == tok.to_json()
-    assert theirs.config.eos_token_id == their_tok.eos_token_id == tok.specials[END]
-    prompt = their_tok("The rabbit", return_tensors="pt")
-    new = ours.config.block_size - prompt["input_ids"].shape[1]
-    greedy = theirs.generate(**prompt, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
-    choose = lambda logits: logits.argmax(-1)  # noqa: E731
-    written = [ids.item() for ids in ours.generate(prompt["input_ids"], new, choose)]
-    assert greedy[-new:].tolist() == written
-
-
-def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, bpe, books):
-    texts = [make_book(9, 20), "  spaces\n\n\n and\ttabs, it's 1234 we'll don't", "Été 東京 🙂", " ", "\n"]
-    chars = tokenizer.from_json(json.loads((books / "meta.json").read_text())["tokenizer"])
-    val = np.fromfile(books / "val.bin", dtype=np.uint16).tolist()
-    for name, tok, checked in (("bpe", bpe, texts), ("char", chars, [decode(chars, val), make_book(9, 3), "é"])):
-        _, theirs = export(make_checkpoint(tmp_path / f"{name}.pt", tok), tmp_path / name)
-        for text in checked:
-            assert theirs(text)["input_ids"] == tok.encode(text)
-            assert theirs.decode(tok.encode(text), skip_special_tokens=True) == decode(tok, tok.encode(text))
-        for special, id in tok.specials.items():
-            assert theirs(special)["input_ids"] == [id]
-        back = tokenizer_json.from_huggingface((tmp_path / name / "tokenizer.json").read_bytes())
-        assert back.to_json() == tok.to_json()
-
-
-@pytest.mark.slow
-def test_the_exported_reference_tokenizer_gives_the_same_ids_on_each_full_document(tmp_path):
-    prepare.main(prepare.PrepareConfig(corpus="data/robopoet", out=str(tmp_path)))
-    meta = read_meta(tmp_path)
-    tok = tokenizer.from_json(meta.tokenizer)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json.to_huggingface(tok)))
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for name, split in meta.splits.items():
-        ids = np.fromfile(tmp_path / f"{name}.bin", "<u2")
-        for span in split.documents:
-            part = ids[span.start : span.stop].tolist()[:-1]  # without <|endoftext|>
-            assert theirs.encode(decode(tok, part)).ids == part
-
-
-def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, capsys):
-    train.main(TrainConfig(**small))
-    best = Path(small["out_dir"]) / "best.pt"
-    export(best, tmp_path / "export")
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()} == {0o644}
-    assert "Validation loss: " in card and "- alpha: " in card and "`<|beta|>`" in card
-    with pytest.raises(CheckpointError, match="exists"):
-        export(best, tmp_path / "export")
-    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
-
-
-@pytest.fixture(scope="module")
-def their_tokenizer():
-    """A byte-level BPE that tokenizers trained, with a special token behind it, as GPT-2 has one."""
-    theirs = tokenizers.ByteLevelBPETokenizer()
-    theirs.train_from_iterator([make_book(1, 60), "Été 東京"], vocab_size=500, show_progress=False)
-    theirs.add_special_tokens([END])
-    return theirs
-
-
-@pytest.mark.parametrize("gelu", ["gelu_new", "gelu"])
-@pytest.mark.parametrize("shard", ["10GB", "40KB"])
-def test_a_gpt2_of_transformers_is_fine_tuned_with_its_own_vocabulary(
-    tmp_path, small, shapeless, their_tokenizer, gelu, shard
-):
-    vocab_size = their_tokenizer.get_vocab_size()
-    torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "activation_function": gelu}
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=vocab_size, initializer_range=0.2, **shape)
-    )
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
-    their_tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shard == "40KB")
-
-    text = make_book(5, 80)
-    for name in ("alpha", "beta"):
-        (tmp_path / f"{name}.txt").write_text(text)
-    keys = {"input": (str(tmp_path / "*.txt"),), "out": str(tmp_path / "bins"), "tokenizer": str(tmp_path / "theirs")}
-    prepare.main(prepare.PrepareConfig(**keys))
-    meta = json.loads((tmp_path / "bins" / "meta.json").read_text())
-    assert meta["vocab_size"] == vocab_size + 2 and meta["styles"] == {"alpha": vocab_size, "beta": vocab_size + 1}
-    first = meta["splits"]["train"]["documents"][0]
-    ids = np.fromfile(tmp_path / "bins" / "train.bin", dtype=np.uint16)[first["start"] : first["stop"]].tolist()
-    assert ids[:-1] == their_tokenizer.encode(decode(tokenizer.from_json(meta["tokenizer"]), ids)).ids
-    assert ids[-1] == their_tokenizer.token_to_id(END)
-
-    ours, _, _ = checkpoint.load_model(tmp_path / "theirs", torch.device("cpu"), torch.float64)
-    idx = torch.randint(vocab_size, (2, 48))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(idx, idx)[0], theirs.double().eval()(idx).logits, rtol=0, atol=1e-9)
-    train.main(TrainConfig(**shapeless | {"init_from": str(tmp_path / "theirs"), "dataset": str(tmp_path / "bins")}))
-    trained = checkpoint.load(Path(shapeless["out_dir"]) / "best.pt")
-    assert trained["model_args"]["vocab_size"] == vocab_size + 2 and trained["model_args"]["block_size"] == 48
-    assert trained["model_extra"] == {"gelu": "tanh" if gelu == "gelu_new" else "none"}
-    assert Poet(str(Path(shapeless["out_dir"]) / "best.pt"), "cpu", "float32").write(
-        "The", style="beta", max_new_tokens=5
-    )
-
-
-def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
-    intact = tmp_path / "intact"
-    export(make_checkpoint(tmp_path / "best.pt", bpe), intact)
-    config, tok = (json.loads((intact / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
-
-    def refused(name: str, content: bytes | dict | None, message: str) -> None:
-        folder = tmp_path / "changed"
-        folder.mkdir()
-        for path in intact.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        if content is None:
-            (folder / name).unlink()
-        else:
-            (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        with pytest.raises(CheckpointError, match=message) as caught:
-            checkpoint.load_model(folder, torch.device("cpu"), torch.float32)
-        assert len(str(caught.value).splitlines()) == 1
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-
-    refused("config.json", config | {"model_type": "llama"}, "model_type: found 'llama'")
-    refused(
-        "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
-    )
-    refused("config.json", config | {"activation_function": "relu"}, "activation_function: found 'relu'")
-    refused("config.json", b"{", r"config\.json: .*is not what")
-    refused("config.json", {"model_type": "gpt2"}, r"config\.json: .*missing required field `n_layer`.*is not what")
-    refused("config.json", b"{" * 10**6, r"config\.json: .*is not what")
-    refused("config.json", config | {"n_layer": 3}, "its weights don't fit")
-    refused("config.json", config | {"n_layer": 10**5}, "its weights don't fit.*there are 29 tensors, must be 1200005")
-    refused("config.json", config | {"n_layer": 10**9}, r"config\.json: .*\$\.n_layer")
-    for n_head in (0, -1, 10**9, "2", None, True, 2.5):
-        refused("config.json", config | {"n_head": n_head}, r"config\.json: .*\$\.n_head")
-    refused("config.json", config | {"n_head": 3}, r"config\.json: .*n_embd is 32, must be divisible by n_head, 3")
-    refused("config.json", config | {"n_embd": 2**20}, r"must be \(360, 1048576\)")
-    refused("config.json", config | {"resid_pdrop": None}, r"config\.json: .*\$\.resid_pdrop")
-    refused("config.json", config | {"activation_function": "x" * 10**6}, r"config\.json: .*\$\.activation_function")
-    refused("model.safetensors.index.json", b"[" * 10**6, r"index\.json: .*is not what")
-    refused("model.safetensors.index.json", {"weight_map": {"a": 5}}, r"index\.json: .*\$\.weight_map")
-    refused("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, r"length <= 255")
-    refused("model.safetensors.index.json", {"weight_map": {"a": ".."}}, "is a folder")
-    refused("model.safetensors.index.json", {"weight_map": {}}, "there are 0 tensors")
-    huge = (2**40).to_bytes(8, "little") + b"{}"
-    refused("model.safetensors", huge, r"model\.safetensors: its header has 1,099,511,627,776 bytes")
-    refused("model.safetensors", b"", r"model\.safetensors: is not what")
-    claim = json.dumps({"wte.weight": {"dtype": "F32", "shape": [2**30, 2**9], "data_offsets": [0, 2**41]}}).encode()
-    refused("model.safetensors", len(claim).to_bytes(8, "little") + claim, r"model\.safetensors: is not what")
-    flat = safetensors.torch.save({"h.0.mlp.c_fc.weight": torch.zeros(2, 3, 4), "wte.weight": torch.zeros(1)})
-    refused("model.safetensors", flat, "there are 3 tensors")
-    nan = safetensors.torch.load_file(intact / "model.safetensors")
-    nan["transformer.ln_f.weight"][0] = torch.nan
-    refused("model.safetensors", safetensors.torch.save(nan), r"transformer\.ln_f\.weight is not finite")
-    refused("model.safetensors", None, r"model\.safetensors: not found")
-    refused("model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
-    refused("tokenizer.json", None, "has no tokenizer")
-    refused(
-        "tokenizer.json",
-        tok | {"model": tok["model"] | {"merges": tok["model"]["merges"][::-1]}},
-        "order of its merges",
-    )
-    refused("tokenizer.json", tok | {"added_tokens": [{"id": 0, "content": END}]}, "not the last")
-    refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in another way")
-    refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "in another way")
-    refused("tokenizer.json", tok | {"pre_tokenizer": None}, "cuts text in another way")
-    for regex in ("", ".", "(a+)+$", "("):
-        cut = {"type": "Split", "pattern": {"Regex": regex}}
-        refused("tokenizer.json", tok | {"pre_tokenizer": cut}, r"tokenizer\.json: its pattern is not one")
-    refused("tokenizer.json", b"[" * 10**6, r"tokenizer\.json: .*like GPT-2's")
-    refused("tokenizer.json", tok | {"model": []}, r"tokenizer\.json: .*\$\.model")
-    refused("tokenizer.json", tok | {"model": tok["model"] | {"vocab": {"a": "0"}}}, r"\$\.model\.vocab")
-    refused("tokenizer.json", tok | {"model": tok["model"] | {"merges": [["a"]]}}, r"\$\.model\.merges\[0\]")
-    refused(
-        "tokenizer.json", tok | {"model": {"vocab": {"a": 0, "東": 1}}, "added_tokens": []}, "'東' stands for no byte"
-    )
-    refused("tokenizer.json", tok | {"model": {"vocab": {"a": 0}}, "added_tokens": []}, "not all 256 bytes")
-    twice = [{"id": 359 + i, "content": END} for i in range(2)]
-    refused("tokenizer.json", tok | {"added_tokens": twice}, "not the last|appears twice|have the same")
-
-
-def test_a_models_name_is_fetched_from_the_hub_and_a_failure_is_reported(tmp_path, bpe, books, monkeypatch):
-    import huggingface_hub
-
-    export(make_checkpoint(tmp_path / "best.pt", bpe), tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **keys: str(tmp_path / name))
-    assert checkpoint.load(Path("hub"))["model_args"]["n_embd"] == 32
-
-    def offline(name, **keys):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match=r"gpt2: no such file or folder, and the Hugging Face Hub could not be asked"
-    ):
-        train.main(TrainConfig(init_from="gpt2", device="cpu", out_dir=str(tmp_path / "out"), dataset=str(books)))
-    with pytest.raises(
-        configurator.ConfigError, match="tokenizer: must be bpe, char, gpt2 or a checkpoint; bpee: no such"
-    ):
-        prepare.main(prepare.PrepareConfig(corpus="data/robopoet", tokenizer="bpee"))
