@@ -123,7 +123,7 @@ def nested(depth: int) -> bytes:
 def test_a_meta_pkl_that_is_not_nanogpts_is_refused_in_one_line(nanogpt, tmp_path, raw, message):
     path = tmp_path / "data" / "shakespeare_char" / "meta.pkl"
     path.write_bytes(raw)
-    with within(5), pytest.raises(CheckpointError, match=rf"^[^\n]*meta\.pkl: [^\n]*{message}[^\n]*$") as caught:
+    with within(30), pytest.raises(CheckpointError, match=rf"^[^\n]*meta\.pkl: [^\n]*{message}[^\n]*$") as caught:
         checkpoint.load_model(nanogpt, torch.device("cpu"), torch.float32)
     assert "TimeoutError" not in str(caught.value)
 

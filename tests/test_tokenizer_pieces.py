@@ -97,7 +97,7 @@ def test_paragraphs_have_the_ids_and_merges_of_the_full_text(monkeypatch):
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "\x1c", "🙂", "!\n"])
 def test_a_text_with_no_good_place_for_a_cut_is_cut_all_the_same(unit):
     text = unit * (1_000_000 // len(unit))
-    with within(5):
+    with within(30):
         sizes = [len(piece) for piece in tokenizer._pieces(text)]
     assert max(sizes) <= tokenizer.PIECE_CHARS and sum(sizes) == len(text) and len(sizes) < 60
 
