@@ -1,4 +1,4 @@
-"""Batches: pure functions of a row's number; every window once an epoch; every target once an evaluation."""
+"""Batches are pure functions of a row's number: every window once per epoch, every target once per evaluation."""
 
 import dataclasses
 import hashlib
@@ -61,7 +61,7 @@ DOCS = [("alice", 40), ("king", 1), ("king", 100), ("alice", 9), ("king", 3), ("
 
 @pytest.fixture(params=["in memory", "mapped"])
 def split(request, tmp_path, monkeypatch) -> Split:
-    """The same split, both ways of holding it."""
+    """The same split, in memory and memory-mapped."""
     if request.param == "mapped":
         monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
     split = open_split(tmp_path, "train", write_split(tmp_path, DOCS), T, CPU)
@@ -323,7 +323,7 @@ def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
 @pytest.mark.parametrize("hashed_bytes", [2**28, 100])
 @pytest.mark.parametrize("place", [0, 1, 201, 405])
 def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
-    """A large one by its hashed blocks, among them the first and the last."""
+    """Of a large bin only some blocks are hashed, the first and the last among them."""
     monkeypatch.setattr(batches, "HASHED_BYTES", hashed_bytes)
     monkeypatch.setattr(batches, "BLOCK_BYTES", 20)
     meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"

@@ -1,3 +1,5 @@
+"""Checkpoints: saved atomically, refused if damaged, and not trusted about shapes and sizes."""
+
 import hashlib
 import io
 import math
@@ -233,7 +235,7 @@ def test_a_zip_that_unpacks_to_more_than_its_size_is_refused(content, tmp_path):
 
 @pytest.mark.parametrize("missing", [["bias"], ["dropout"], ["bias", "dropout"]])
 def test_missing_arguments_of_an_early_nanogpt_are_filled_in(content, tmp_path, missing):
-    """Before it had biases to leave out, and with its loss in a tensor."""
+    """Its early checkpoints lack `bias` or `dropout`, and hold the loss in a tensor."""
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
     args = {key: value for key, value in checkpoint.model_entries(model)["model_args"].items() if key not in missing}
     nano = {"model": model.state_dict(), "model_args": args, "iter_num": 3, "best_val_loss": torch.tensor([1.5])}

@@ -1,4 +1,4 @@
-"""What cleaning keeps of a text, and what it takes."""
+"""Cleaning: what it keeps of a text, what it removes, and when it warns."""
 
 import re
 import signal

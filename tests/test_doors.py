@@ -1,7 +1,8 @@
-"""All that comes from outside, mutated: each door ends in one line of a class of ours, soon and in little memory.
+"""Every kind of input file, mutated: it is read, or refused in one line, soon and in little memory.
 
-A door reads a file or folder into typed values. A mutation changes values, keys or the shape of what stands there, or
-bytes of the file; then the door gives what it always gives, or raises ConfigError, DataError or CheckpointError.
+A door is whatever reads a file or folder. A mutation changes values, keys, structure or bytes of the file. The door
+then reads it, or raises ConfigError, DataError or CheckpointError and no other exception. For mutated weights see
+test_checkpoint.py.
 """
 
 import copy
@@ -32,10 +33,10 @@ from robopoet.training.log import Log
 from robopoet.training.run import Progress
 from robopoet.weights import checkpoint, huggingface
 
-OURS = (ConfigError, DataError, CheckpointError)
+EXPECTED = (ConfigError, DataError, CheckpointError)
 SECONDS, BYTES = 5, 2**30
 CPU = Machine(torch.device("cpu"), torch.float32)
-DEEP = "@deep@"  # stands for brackets in brackets
+DEEP = "@deep@"  # replaced by deeply nested brackets
 VALUES = (None, True, -1, 0, 1, 7, 255, 2**16, 10**5, 10**9, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e-300, 1e308)
 VALUES += ("", "x", "\0", "a\nb", "é" * 1000, "\ud800", "/dev/zero", "../../../etc/passwd", "nan", "1e999", "(a*)*b")
 VALUES += ([], [[]], {}, {"a": 1}, [0] * 1000, "[", DEEP)
@@ -43,7 +44,7 @@ BITS = (b"\0", b"\xff\xfe", b"[" * 10**5, b"{", b'"', b"\n\n", b" " * 10**4, b"9
 
 
 class Door(NamedTuple):
-    """A file with valid content, as a tree that `dump` turns into bytes, and what reads it."""
+    """A file, its valid content, `dump` which turns that into bytes, and `read` which reads the file."""
 
     path: Path
     content: Any
@@ -74,7 +75,7 @@ def mutated(content: Any, rng: random.Random) -> Any:
 
 
 def place_in(value: Any, rng: random.Random) -> tuple[Any, Any]:
-    """A container and one of its keys: short branches are met as often as long ones."""
+    """A random container in the tree, and one of its keys; large branches are no more likely than small ones."""
     key = rng.choice(keys_of(value))
     return place_in(value[key], rng) if keys_of(value[key]) and rng.random() < 0.6 else (value, key)
 
@@ -84,7 +85,7 @@ def keys_of(value: Any) -> list[Any]:
 
 
 def mutated_bytes(raw: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, cut out, doubled or put in."""
+    """A copy with bytes changed, removed, repeated or inserted."""
     damaged = bytearray(raw)
     for _ in range(rng.choice([1, 3, 30])):
         at = rng.randrange(len(damaged) + 1)
@@ -168,7 +169,7 @@ def meta_json(small: dict, folder: Path) -> Door:
 
     def dump(content: Any) -> bytes:
         body = as_json(content).removesuffix(b"}")
-        return body + batches._seal(body)  # so that it is looked at beyond its hash
+        return body + batches._seal(body)  # a valid hash, so that the content is read
 
     return Door(folder / "meta.json", content, dump, lambda: read_dataset(folder))
 
@@ -276,7 +277,7 @@ DOORS = {
 
 
 def attack(door: Door, seed: int, times: int) -> int:
-    """Read that many mutations; returns how many of them were refused."""
+    """Read `times` mutations; returns how many were refused."""
     rng, refused = random.Random(seed), 0
     door.path.write_bytes(door.dump(door.content))
     door.read()
@@ -286,13 +287,13 @@ def attack(door: Door, seed: int, times: int) -> int:
         else:
             try:
                 raw = door.dump(mutated(door.content, rng))
-            except Exception:  # what its format has no way to say
+            except Exception:  # the format can't hold this value
                 continue
         door.path.write_bytes(raw)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             door.read()
-        except OURS as e:
+        except EXPECTED as e:
             refused += 1
             assert str(e) and len(str(e)) < 2000, number
             assert all(len(line) < 1000 for line in str(e).splitlines()), number
@@ -303,7 +304,7 @@ def attack(door: Door, seed: int, times: int) -> int:
 
 @pytest.fixture
 def bounded_memory():
-    """No more than BYTES beside what there is: beyond it there is a MemoryError, which is no class of ours."""
+    """Limit memory to BYTES more than now; beyond it Python raises MemoryError, which fails the test."""
     now = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, before[1]))
@@ -321,7 +322,7 @@ def without_hub(monkeypatch):
 
 @pytest.fixture
 def bounded_time():
-    """A door that takes longer than SECONDS raises TimeoutError, which is no class of ours."""
+    """A door that takes longer than SECONDS raises TimeoutError, which fails the test."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"over {SECONDS} s")
@@ -335,7 +336,7 @@ def bounded_time():
 def test_mutated_input_ends_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
     (tmp_path / "door").mkdir()
     refused = attack(DOORS[name](small, tmp_path / "door"), 0, 250)
-    assert refused or name == "metrics.jsonl"  # whose bad lines are dropped, with a warning
+    assert refused or name == "metrics.jsonl"  # its bad lines are dropped, with a warning
 
 
 @pytest.mark.slow

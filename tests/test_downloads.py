@@ -170,7 +170,7 @@ def test_members_of_an_archive_are_read_in_order_of_name(manifest, tmp_path, kin
 
 
 def keep(tmp_path: Path, kind: str, archive: bytes, **keys: object) -> str:
-    """A manifest of a package that need not be downloaded."""
+    """A manifest of a package whose archive is there already, so that nothing is downloaded."""
     (tmp_path / "raw").mkdir(exist_ok=True)
     (tmp_path / "raw" / f"book==1.0.{kind}").write_bytes(archive)
     more = "".join(f", {key}: {value}" for key, value in keys.items())

@@ -28,7 +28,7 @@ SHAPES = [{}, {"bias": False}, {"gelu": "tanh"}, {"n_layer": 1, "n_head": 4, "bl
 
 
 def make_checkpoint(path: Path, tok: tokenizer.Tokenizer, **shape) -> Path:
-    """A checkpoint of ours with random weights, biases and gains too."""
+    """A checkpoint of ours whose weights are all random, biases and LayerNorms too."""
     torch.manual_seed(0)
     config = GPTConfig(**{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32} | shape, vocab_size=tok.vocab_size)
     model = GPT(config)
@@ -116,7 +116,7 @@ def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, caps
 
 @pytest.fixture(scope="module")
 def their_tokenizer():
-    """A byte-level BPE that tokenizers trained, with a special token behind it, as GPT-2 has one."""
+    """A byte-level BPE trained by tokenizers, its special token last, as GPT-2's is."""
     theirs = tokenizers.ByteLevelBPETokenizer()
     theirs.train_from_iterator([make_book(1, 60), "Été 東京"], vocab_size=500, show_progress=False)
     theirs.add_special_tokens([END])

@@ -1,4 +1,4 @@
-"""prepare.py: books in; bins and meta.json out, all or none, and only when something has changed."""
+"""prepare.py: books in, bins and meta.json out; all files or none, and only if something has changed."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ WORDS = "the rabbit queen of hearts said never more and rose again by night, wen
 
 
 def make_book(seed: int, n_paragraphs: int = 60) -> str:
-    """Text that is clean already: cleaning leaves it as it is."""
+    """Random text that cleaning leaves unchanged."""
     rng = random.Random(seed)
     return "\n\n".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(n_paragraphs)) + "\n"
 

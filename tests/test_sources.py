@@ -1,4 +1,4 @@
-"""Where texts come from: a user's files and a manifest's, what is pinned, archives, lines of JSON."""
+"""Text files: those of a manifest, a user's own, and JSON lines."""
 
 import contextlib
 import glob
@@ -20,7 +20,7 @@ from robopoet.text import corpus, sources
 
 @contextlib.contextmanager
 def memory_below(limit: int):
-    """Refuses what allocates more bytes at once."""
+    """Fails if more than `limit` bytes are allocated at once."""
     tracemalloc.start()
     try:
         yield
