@@ -122,14 +122,12 @@ def test_the_same_command_twice_gives_the_same_bits_and_one_rank_the_same_losses
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
-def seconds_since(happened: Path) -> float:
-    """How long ago rank 1 fell out."""
-    return time.time() - happened.stat().st_mtime
+FORCED = "forcefully exiting"  # what torchrun prints when a rank outlives its signal by 30 s and is killed
 
 
-def test_when_a_rank_is_killed_the_others_end_soon(small, faulty, tmp_path):
+def test_when_a_rank_is_killed_the_others_end_soon(small, faulty):
     done = torchrun(small | {"max_iters": 100_000, "eval_interval": 2}, *faulty("kill", 4))
-    assert done.returncode != 0 and seconds_since(tmp_path / "happened") < 15
+    assert done.returncode != 0 and FORCED not in done.stderr
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 4
 
 
@@ -143,10 +141,11 @@ def test_a_restarted_job_goes_on_by_itself_as_if_nothing_had_happened(small, fau
     assert torch.equal(weights(Path(small["out_dir"]) / "ckpt.pt"), weights(tmp_path / "whole" / "ckpt.pt"))
 
 
-def test_when_a_rank_hangs_the_job_ends_with_the_timeout(small, faulty, tmp_path):
-    done = torchrun(small | {"max_iters": 100_000, "timeout_s": 5}, *faulty("hang", 4))
-    assert done.returncode != 0 and seconds_since(tmp_path / "happened") < 5 + 10
-    assert "rank 0: another rank is gone or has not answered for 5 s" in done.stderr
+@pytest.mark.parametrize("timeout_s", [5, 8])
+def test_when_a_rank_hangs_the_job_ends_with_the_timeout(small, faulty, timeout_s):
+    done = torchrun(small | {"max_iters": 100_000, "timeout_s": timeout_s}, *faulty("hang", 4))
+    assert done.returncode != 0 and FORCED not in done.stderr
+    assert f"rank 0: another rank is gone or has not answered for {timeout_s} s (" in done.stderr
 
 
 @pytest.mark.parametrize("shard", [False, True])
