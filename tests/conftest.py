@@ -1,21 +1,23 @@
-"""A small corpus of two styles, prepared once, a small config that trains on it in seconds; and a corpus.yaml."""
+"""Small corpora, prepared once, and small configs that train on them in seconds; what several test files share."""
 
 import contextlib
 import hashlib
+import json
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import configurator
 import prepare
-from model import GPT, GPTConfig
+import train
+from bench import common
 from robopoet.text import corpus
-from robopoet.text.tokenizer import END, CharTokenizer, Tokenizer
-from robopoet.training import start
-from robopoet.weights import checkpoint
-from sample import Poet
+from robopoet.text.batches import read_meta
+from robopoet.text.tokenizer import Tokenizer
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
@@ -94,33 +96,13 @@ def small(books: Path, tmp_path: Path) -> dict:
 @pytest.fixture
 def shapeless(small: dict) -> dict:
     """Those keys without the model's shape, which a checkpoint has."""
-    return {key: value for key, value in small.items() if key not in start.SHAPE}
+    return {key: value for key, value in small.items() if key not in train.SHAPE}
 
 
 @pytest.fixture
 def small_config(small: dict) -> TrainConfig:
     """That config."""
     return TrainConfig(**small)
-
-
-@pytest.fixture(scope="session")
-def random_pt(tmp_path_factory) -> Path:
-    """A checkpoint of random weights that generates characters, in two styles."""
-    torch.manual_seed(3)
-    tokenizer = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
-    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5)
-    path = tmp_path_factory.mktemp("model") / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tokenizer.to_json()})
-    return path
-
-
-@pytest.fixture(scope="session")
-def poet(random_pt: Path) -> Poet:
-    """A poet of that checkpoint, in float64."""
-    return Poet(str(random_pt), device="cpu", dtype="float64")
 
 
 @pytest.fixture
@@ -134,3 +116,92 @@ def manifest(tmp_path):
         return corpus.read_manifest(tmp_path)
 
     return read
+
+
+# --- what the tests of bench share
+
+
+REPO = Path(__file__).parents[1]
+TINY = ["--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu"]
+TINY += ["--dtype=float32", "--compile=false", "--max_iters=4", "--warmup_iters=0"]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A folder that holds tiny data and a finished run on it, made as a user makes them."""
+    folder = tmp_path_factory.mktemp("bench")
+    for style in ("day", "night"):
+        (folder / f"{style}.txt").write_text(f"To be or not to be, by {style}.\n\n" * 100, encoding="utf-8")
+    data = str(folder / "data")
+    prepare.main(prepare.PrepareConfig(input=(f"{folder}/*.txt",), out=data, tokenizer="char"))
+    (folder / "tiny.yaml").write_text(f"dataset: {data}\nout_dir: {folder}/out\n", encoding="utf-8")
+    train.main(configurator.load(train.TrainConfig, [f"{folder}/tiny.yaml", *TINY]))
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+STAND_IN = """
+import os, sys, torch
+from model import GPT, GPTConfig
+args = dict(arg[2:].split("=") for arg in sys.argv[1:])
+assert sorted(os.listdir("data/" + args["dataset"])) == ["meta.pkl", "train.bin", "val.bin"]
+torch.manual_seed(1337)
+keys = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": int(open("vocab").read())}
+model = GPT(GPTConfig(**keys))
+os.makedirs(args["out_dir"])
+for i in range(int(args["max_iters"]) + 1):
+    if i and i % int(args["eval_interval"]) == 0:
+        content = {"model": model.state_dict(), "model_args": keys | {"bias": True, "dropout": 0.0}, "iter_num": i}
+        config = {"batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": args.get("learning_rate")}
+        torch.save(content | {"best_val_loss": 1.0, "optimizer": {}, "config": config}, args["out_dir"] + "/ckpt.pt")
+    slow = i % int(args["eval_interval"]) == 0  # it counts its evaluations
+    print(f"iter {i}: loss 3.0, time {500 if slow else 10}.00ms, mfu 1.00%")
+"""
+
+
+WRITES = """
+class GPT(GPT):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature
+            kept = logits.topk(min(top_k, logits.shape[1]))
+            chosen = kept.indices.gather(1, torch.multinomial(kept.values.softmax(-1), 1))
+            idx = torch.cat([idx, chosen], dim=1)
+        return idx
+"""
+
+
+@pytest.fixture
+def peer(run, tmp_path):
+    """A checkout that is laid out as nanoGPT's and talks like it; our own model has its names and shapes."""
+    folder = tmp_path / "peer"
+    (folder / "config").mkdir(parents=True)
+    vocab_size = read_meta(run / "data").vocab_size
+    train_py = STAND_IN.replace('open("vocab").read()', f'"{vocab_size}"')
+    (folder / "train.py").write_text(train_py, encoding="utf-8")
+    (folder / "configurator.py").write_text("", encoding="utf-8")
+    (folder / "model.py").write_text((REPO / "model.py").read_text(encoding="utf-8") + WRITES, encoding="utf-8")
+    (folder / "robopoet").symlink_to(REPO / "robopoet")  # what model.py imports
+    return folder
+
+
+def start(monkeypatch, script, cls, *args, positional=None):
+    """Run a script's main on a command line; returns what it wrote."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *args])
+    script.main(configurator.load(cls, list(args), positional))
+    (path,) = common.RESULTS.glob("*.json")
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    result = json.loads(text)
+    assert text == json.dumps(result, indent=2, sort_keys=True) + "\n"
+    assert str(Path(args[0]).parent) not in text  # no absolute path
+    return result, path.stem
+
+
+def ordered(figure):
+    return 0 < figure["min"] <= figure["median"] <= figure["max"]

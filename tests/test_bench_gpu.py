@@ -293,6 +293,7 @@ def test_bad_keys_are_named(args, problem):
         configurator.load(GpuConfig, args)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_command_ends_in_one_line():
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -300,6 +301,7 @@ def test_without_a_gpu_the_command_ends_in_one_line():
     assert done.returncode == 2 and "device: found cuda" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_it_runs_where_only_what_it_needs_is_installed():
     absent = "matplotlib transformers zstandard pyppmd hypothesis pytest wandb tensorboard"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()!r}))\nimport bench.gpu, bench.train_speed"
