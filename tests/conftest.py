@@ -61,6 +61,22 @@ def read_all(manifest: corpus.Manifest) -> list[tuple[str, str, str]]:
     return [(doc.name, doc.style, doc.text) for doc in corpus.documents(manifest)]
 
 
+def records(out_dir: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Call `act()` in the middle of a step."""
+    train_step = train.train_step
+
+    def acting(state, windows, cfg, machine, number):
+        if number == step:
+            act()
+        return train_step(state, windows, cfg, machine, number)
+
+    monkeypatch.setattr(train, "train_step", acting)
+
+
 @pytest.fixture(scope="session")
 def books(tmp_path_factory) -> Path:
     """A folder of bins: two books, so two styles, with a character tokenizer."""
