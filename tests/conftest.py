@@ -15,9 +15,13 @@ import configurator
 import prepare
 import train
 from bench import common
+from model import GPT, GPTConfig
 from robopoet.text import corpus
 from robopoet.text.batches import read_meta
-from robopoet.text.tokenizer import Tokenizer
+from robopoet.text.tokenizer import END, CharTokenizer, Tokenizer
+from robopoet.training.start import SHAPE
+from robopoet.weights import checkpoint
+from sample import Poet
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
@@ -69,10 +73,10 @@ def at_step(monkeypatch, step: int, act) -> None:
     """Call `act()` in the middle of a step."""
     train_step = train.train_step
 
-    def acting(state, windows, cfg, machine, number):
+    def acting(state, windows, number):
         if number == step:
             act()
-        return train_step(state, windows, cfg, machine, number)
+        return train_step(state, windows, number)
 
     monkeypatch.setattr(train, "train_step", acting)
 
@@ -112,13 +116,33 @@ def small(books: Path, tmp_path: Path) -> dict:
 @pytest.fixture
 def shapeless(small: dict) -> dict:
     """Those keys without the model's shape, which a checkpoint has."""
-    return {key: value for key, value in small.items() if key not in train.SHAPE}
+    return {key: value for key, value in small.items() if key not in SHAPE}
 
 
 @pytest.fixture
 def small_config(small: dict) -> TrainConfig:
     """That config."""
     return TrainConfig(**small)
+
+
+@pytest.fixture(scope="session")
+def random_pt(tmp_path_factory) -> Path:
+    """A checkpoint of random weights that generates characters, in two styles."""
+    torch.manual_seed(3)
+    tokenizer = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    path = tmp_path_factory.mktemp("model") / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tokenizer.to_json()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def poet(random_pt: Path) -> Poet:
+    """A poet of that checkpoint, in float64."""
+    return Poet(str(random_pt), device="cpu", dtype="float64")
 
 
 @pytest.fixture
