@@ -19,7 +19,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 clean:  ## remove what `make` made; your own runs and data stay
 	rm -rf .venv out/demo data/robopoet/raw data/robopoet/*.bin data/robopoet/meta.json
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-light.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
