@@ -1,4 +1,4 @@
-"""Classical coders that know the train split: what a language model's bits per byte stand beside."""
+"""Classical coders that know the train split, to compare a language model's bits per byte with."""
 
 import lzma
 from collections.abc import Callable
@@ -7,17 +7,17 @@ import numpy as np
 import pyppmd
 import zstandard
 
-Coder = Callable[[bytes], float]  # text -> bits it takes after the text that the coder knows
+Coder = Callable[[bytes], float]  # text -> the bits that it needs after the known text
 
 
 def _after(known: bytes, compress: Callable[[bytes], bytes]) -> Coder:
-    """What `compress` makes of both texts less what it makes of the known one."""
+    """The compressed size of both texts minus that of the known one."""
     size = len(compress(known))
     return lambda text: 8.0 * (len(compress(known + text)) - size)
 
 
 def xz(known: bytes) -> Coder:
-    """LZMA at its best preset, its dictionary as large as the text."""
+    """LZMA at its best preset, with a dictionary as large as the text."""
 
     def compress(data: bytes) -> bytes:
         size = max(len(data), 2**16)
@@ -28,11 +28,11 @@ def xz(known: bytes) -> Coder:
 
 
 def zstd(known: bytes) -> Coder:
-    """Zstandard at its highest level, the known text its dictionary, its window over both."""
+    """Zstandard at its highest level, with the known text as its dictionary and a window over both."""
     dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
     def bits(text: bytes) -> float:
-        sizes = {"source_size": len(text), "dict_size": len(known)}  # the window follows from these
+        sizes = {"source_size": len(text), "dict_size": len(known)}  # they set the window
         parameters = zstandard.ZstdCompressionParameters.from_level(22, **sizes)
         return 8.0 * len(zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(text))
 
@@ -40,49 +40,49 @@ def zstd(known: bytes) -> Coder:
 
 
 def ppmd(known: bytes, order: int) -> Coder:
-    """PPMd, variant I (Shkarin 2002), with memory enough never to forget."""
+    """PPMd, variant I (Shkarin 2002), with enough memory to forget nothing."""
     return _after(known, lambda data: pyppmd.compress(data, max_order=order, mem_size=2**29))
 
 
 class KneserNey:
     """An n-gram model with interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999).
 
-    ids: (n,) int64 token ids to learn from. order: the tokens of its longest n-gram. One discount for each length,
-    n1 / (n1 + 2 n2); what single tokens leave is shared by the whole vocabulary.
+    ids: (n,) int64 token ids to learn from. order: the tokens of its longest n-gram. Each length has one discount,
+    n1 / (n1 + 2 n2); what unigrams leave is spread evenly over the vocabulary.
     """
 
     def __init__(self, ids: np.ndarray, vocab_size: int, order: int):
         self.vocab_size, self.order = vocab_size, order
         keys, counts = [], []
-        grams = np.zeros(len(ids), np.int64)  # the number of the k-gram that starts at each place
+        grams = np.zeros(len(ids), np.int64)  # the index of the k-gram that starts at each position
         for k in range(1, order + 1):
             shorter = grams
             found = np.unique(shorter[: len(ids) - k + 1] * vocab_size + ids[k - 1 :], True, True, True)
             key, first, grams, count = found
-            if k > 1:  # a shorter gram counts once for each token that it was seen to follow
+            if k > 1:  # a shorter gram counts once per distinct token before it
                 counts[-1] = np.bincount(shorter[first + 1], minlength=len(keys[-1]))
             keys.append(key)
             counts.append(count)
         self.levels = []
         for key, count in zip(keys, counts, strict=True):
             once, twice = (count == 1).sum(), (count == 2).sum()
-            discount = once / (once + 2 * twice) if once else 0.5  # a text may be too small for any to occur once
+            discount = once / (once + 2 * twice) if once else 0.5  # in a tiny text none may occur once
             totals = np.bincount(key // vocab_size, count)
             types = np.bincount(key // vocab_size, count > 0)
             self.levels.append((key, count, totals, types, discount))
 
     def probabilities(self, ids: np.ndarray) -> np.ndarray:
-        """The probability of each id but the first order - 1 after those before it: (n - order + 1,) float64."""
+        """Each id's probability given the ids before it, from the order-th id on: (n - order + 1,) float64."""
         n = len(ids)
         probs = np.full(n - self.order + 1, 1 / self.vocab_size)
-        context = np.zeros(n, np.int64)  # the number of the gram without its last id, -1 if it was never seen
+        context = np.zeros(n, np.int64)  # the index of the gram without its last id, -1 if unseen
         for k, (keys, counts, totals, types, discount) in enumerate(self.levels, 1):
             context = context[: n - k + 1]
-            wanted = context * self.vocab_size + ids[k - 1 :]  # below 0 for a context never seen, so not found
+            wanted = context * self.vocab_size + ids[k - 1 :]  # negative, so not found, if the context is unseen
             at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
             grams = np.where(keys[at] == wanted, at, -1)
             gram, before = grams[self.order - k :], context[self.order - k :]
-            before = np.where(before < len(totals), before, -1)  # seen, but only at the text's very end
+            before = np.where(before < len(totals), before, -1)  # seen only at the end of the text
             total = np.where(before >= 0, totals[before], 0)
             kept = np.where(gram >= 0, np.maximum(counts[gram] - discount, 0), 0)
             mixed = (kept + discount * types[before] * probs) / np.maximum(total, 1)
@@ -90,5 +90,5 @@ class KneserNey:
         return probs
 
     def bits(self, known: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """What each of `ids` takes after the ids before it, the first after the last of `known`: (n,) float64."""
+        """The bits of each of `ids` given the ids before it; `known` precedes the first: (n,) float64."""
         return -np.log2(self.probabilities(np.concatenate([known[len(known) - self.order + 1 :], ids])))

@@ -1,4 +1,4 @@
-"""What the scripts of bench share: the machine's name, medians with their spread, result files, tables."""
+"""What the scripts of bench share: the machine's name, medians with their range, result files, Markdown tables."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine(machine: Machine) -> dict[str, Any]:
-    """What a figure depends on beside the code: device, its memory (GB = 2**30 bytes; CUDA only), dtype, versions."""
+    """What a figure depends on beside the code: device, its memory (GB = 2**30 bytes; CUDA only), dtype, torch."""
     memory_gb = None
     if machine.device.type == "cuda":
         device = torch.cuda.get_device_properties(machine.device)
@@ -46,24 +46,25 @@ def describe_machine(machine: Machine) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model, as Linux tells it; elsewhere as Python does."""
+    """The processor's model, from /proc/cpuinfo on Linux, else from Python."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The median of repeats and the least and greatest of them."""
+    """The median of repeats, with their minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def show(figure: dict[str, float], form: str = ",.0f") -> str:
-    """A spread as text: the median, then the range in brackets."""
-    return f"{figure['median']:{form}} ({figure['min']:{form}} to {figure['max']:{form}})"
+    """A spread as text: the median, then the range in brackets if it shows at this precision."""
+    median, low, high = (f"{figure[key]:{form}}" for key in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns padded so that it reads well in a terminal too."""
+    """A Markdown table, padded so that a terminal shows its columns too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -71,9 +72,49 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def side_by_side(columns: list[str], blocks: list[tuple[str, list[list[str]]]]) -> str:
+    """A Markdown table that compares `columns`: in each block a row per quantity, with a cell for each column.
+
+    A block is its name, whose lines stand in the block's first rows, and its rows: the quantity, then the cells. Cells
+    at a row's end may be left out; a row without any is dropped.
+    """
+    rows = []
+    for name, block in blocks:
+        names = name.split("\n")
+        for quantity, *cells in block:
+            if any(cells):
+                row = [names.pop(0) if names else "", quantity, *cells]
+                rows.append(row + [""] * (len(columns) + 2 - len(row)))
+    return markdown(["", "", *columns], rows)
+
+
+def wrap_command(command: str, width: int = 100) -> str:
+    """A shell command broken into lines of `width` columns; the shell reads the same arguments.
+
+    Lines break between arguments. An argument longer than a line is put into double quotes and breaks at its blanks.
+    """
+    text, column = "", 0
+    for word in shlex.split(command):
+        pieces = [shlex.quote(word)]
+        if len(pieces[0]) > width - 6 and not set(word) & set('"$`\\!'):
+            pieces = f'"{word}"'.split(" ")
+        for i, piece in enumerate(pieces):
+            if text and column + len(piece) + 3 > width:
+                text, column = (f"{text}\\\n ", 1) if i else (f"{text} \\\n    ", 4)
+            elif text:
+                text, column = f"{text} ", column + 1
+            text, column = text + piece, column + len(piece)
+    return text
+
+
+def last_line(printed: str) -> str:
+    """The last line that a process printed, which says why it failed."""
+    return (printed.strip().splitlines() or ["it printed nothing"])[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A line of metrics.jsonl, of a step or of an evaluation; what the other kind has is 0, or None."""
+    """A line of metrics.jsonl, for a step or an evaluation; fields that only the other kind has are 0 or None."""
 
     kind: str = ""
     iter: untrusted.Count = 0
@@ -87,7 +128,10 @@ class Record:
 
 
 def read_records(out: Path) -> list[Record]:
-    """The lines of a run's metrics.jsonl, but for a last one that is not whole yet; raises ConfigError."""
+    """The lines of a run's metrics.jsonl; a last line without its line end is still being written and left out.
+
+    Raises ConfigError for a damaged line.
+    """
     path, records = out / "metrics.jsonl", []
     for number, line in enumerate(untrusted.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
@@ -97,15 +141,15 @@ def read_records(out: Path) -> list[Record]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result that `write_result` wrote; raises ConfigError when it is none."""
+    """Read a result that `write_result` wrote; raises ConfigError for any other file."""
     result = untrusted.read_json(path, dict[str, Any], ConfigError, "run its bench again")
     if not {"kind", "machine"} <= result.keys():
-        raise ConfigError(f"{path}: is no result of a bench; remove it, or run its bench again")
+        raise ConfigError(f"{path}: is not a result of a bench; remove it, or run its bench again")
     return result
 
 
 def forget_peak(machine: Machine) -> None:
-    """Have peak memory on a CUDA device count from here on, without what was freed before."""
+    """Reset the peak memory statistics of a CUDA device, and return its freed memory."""
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(machine.device)
@@ -117,19 +161,19 @@ def config_name() -> str:
 
 
 def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
-    """The command that starts train.py afresh with the keys of `cfg` but for `changes`, and with no logger."""
+    """The command that starts a new run of train.py with the keys of `cfg`, except `changes`, and without loggers."""
     keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
     keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
-    # -u: a line comes when it is printed, as in a terminal
+    # -u: each line arrives as it is printed
     return [sys.executable, "-u", train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
 
 
 def evaluate_checkpoint(
     saved: dict[str, Any], path: Path, model: GPT, split_name: str, machine: Machine
 ) -> dict[str, Any]:
-    """train.evaluate on a whole split of the dataset that the checkpoint was trained on; `model` has its weights.
+    """Evaluate `model`, which has the checkpoint's weights, on a full split of the dataset that it was trained on.
 
-    Raises CheckpointError when the checkpoint does not say which that was, as nanoGPT's and Hugging Face's don't.
+    Raises CheckpointError when the checkpoint does not name a dataset; nanoGPT's and Hugging Face's don't.
     """
     if not {"dataset", "batch_size"} <= saved.get("config", {}).keys():
         raise CheckpointError(f"{path}: does not say what it was trained on; name a checkpoint of train.py")
@@ -144,26 +188,26 @@ def evaluate_checkpoint(
 
 
 def command_line() -> str:
-    """The command that is running; an absolute path is cut to its last part, for it says nothing elsewhere."""
+    """The command that is running; absolute paths are cut to their last part, since they mean nothing elsewhere."""
     args = [re.sub(r"(^|=)/(?:[^=]*/)?(?=[^/])", r"\1", arg) for arg in sys.argv[1:]]
     return f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(args)}".strip()
 
 
 def origin(kind: str, machine: Machine) -> dict[str, Any]:
-    """Where the figures of a result come from: its kind, the command, the date (UTC) and the machine."""
+    """Where a result's figures come from: its kind, the command, the date (UTC) and the machine."""
     date = f"{datetime.now(UTC):%Y-%m-%d}"
     return {"kind": kind, "command": command_line(), "date": date, "machine": describe_machine(machine)}
 
 
 def slug(device: str) -> str:
-    """A device's name as it stands in the names of files."""
+    """A device's name as file names have it."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_result(result: dict[str, Any], name: str) -> None:
-    """Write bench/results/`name`.json and say so; `DEVICE` in the name stands for the device's.
+    """Write bench/results/`name`.json and print its name; `DEVICE` in the name stands for the device's slug.
 
-    A name that is an absolute path is written there.
+    `name` may be an absolute path.
     """
     path = RESULTS / f"{name.replace('DEVICE', slug(result['machine']['device']))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

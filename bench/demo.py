@@ -1,4 +1,4 @@
-"""Keep what a finished run reached: its figures from metrics.jsonl, and best.pt's loss on the test split.
+"""Record what a finished run reached: its figures from metrics.jsonl, and best.pt's loss on the test split.
 
 python -m bench.demo out/demo
 """
@@ -24,8 +24,8 @@ class DemoConfig:
     """The keys of bench.demo."""
 
     run: str = "out/demo"  # out_dir of a finished run
-    device: str = "auto"  # evaluates the test split; auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products there
+    device: str = "auto"  # where the test split is evaluated: auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     out: str = ""  # name of the result (demo_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -34,7 +34,7 @@ class DemoConfig:
 
 
 def main(cfg: DemoConfig) -> None:
-    """Collect the figures, evaluate the test split, print the figures and keep them."""
+    """Collect the figures, evaluate the test split, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     path = Path(cfg.run) / "best.pt"
     best = checkpoint.load(path)
@@ -63,26 +63,24 @@ def main(cfg: DemoConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results, and the val loss that the older LSTM reached."""
-    header = ["Run", "Device", "Parameters", "Steps", "Training", "Tokens/s", "Val loss", "Val bits/byte"]
-    header += ["Val loss by style", "Test loss", "Test bits/byte"]
+    """The Markdown table of these results, a column each, beside the val loss that the older LSTM reached."""
+    styles = dict.fromkeys(style for r in results for style in r["val"]["loss_by_style"])
     rows = [
-        [
-            r["run"],
-            r["machine"]["device"],
-            f"{r['parameters']:,}",
-            f"{r['steps']:,}",
-            f"{r['seconds'] / 60:,.1f} min",
-            f"{r['tok_per_sec']:,.0f}",
-            f"{r['val']['loss']:.3f}",
-            f"{r['val']['bpb']:.3f}",
-            ", ".join(f"{style} {loss:.3f}" for style, loss in r["val"]["loss_by_style"].items()),
-            f"{r['test']['loss']:.3f}",
-            f"{r['test']['bpb']:.3f}",
-        ]
-        for r in results
+        ["parameters", *(f"{r['parameters']:,}" for r in results), ""],
+        ["steps", *(f"{r['steps']:,}" for r in results), ""],
+        ["minutes of training", *(f"{r['seconds'] / 60:,.1f}" for r in results), ""],
+        ["tokens/s", *(f"{r['tok_per_sec']:,.0f}" for r in results), ""],
+        ["val loss", *(f"{r['val']['loss']:.3f}" for r in results), f"{OLDER_LSTM_VAL_LOSS:.1f}"],
     ]
-    return markdown(header, [*rows, ["the older LSTM", *[""] * 5, f"{OLDER_LSTM_VAL_LOSS:.1f}", *[""] * 4]])
+    for style in styles:
+        losses = [r["val"]["loss_by_style"].get(style) for r in results]
+        rows.append([f"val loss, {style}", *("" if loss is None else f"{loss:.3f}" for loss in losses), ""])
+    rows += [
+        ["val bits/byte", *(f"{r['val']['bpb']:.3f}" for r in results), ""],
+        ["test loss", *(f"{r['test']['loss']:.3f}" for r in results), ""],
+        ["test bits/byte", *(f"{r['test']['bpb']:.3f}" for r in results), ""],
+    ]
+    return markdown(["", *(r["run"] for r in results), "older LSTM"], rows)
 
 
 if __name__ == "__main__":

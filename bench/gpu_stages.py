@@ -1,4 +1,4 @@
-"""The stages of bench.gpu, a function each: they run the project's own commands, each in a process of its own."""
+"""The stages of bench.gpu, a function each; they run the project's own commands in processes of their own."""
 
 import contextlib
 import importlib.util
@@ -23,21 +23,21 @@ from configurator import ConfigError
 ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=2"]
 QUICK += ["--gradient_accumulation_steps=1", "--dtype=float32"]
-ADVICE = "halve batch_size"  # of configurator.launch, when memory is out
-UNCOMPILED = "uncompiled"  # in train.build_state's warning, when it can't compile
+ADVICE = "halve batch_size"  # what configurator.launch prints when memory runs out
+UNCOMPILED = "uncompiled"  # in the warning of train.build_state when it can't compile
 
 
 class TimeUpError(ConfigError):
-    """A stage has had its minutes."""
+    """A stage ran out of time."""
 
 
 @dataclass
 class Lab:
-    """What a stage works with, and what it has found so far: that stays, if it fails.
+    """What a stage works with, and what it has found so far, which stays if it fails.
 
-    machine: as common.describe_machine has it. data, characters, checkpoint: what is trained on, and what writes. peer:
-    its key, if there is one. deadline: by time.monotonic(). checks: what must hold -> whether it does. estimates: the
-    same of what was reckoned for an H100.
+    machine: as common.describe_machine returns it. data, characters: datasets to train on. checkpoint: the model that
+    generates. peer: its argument, if there is one. deadline: by time.monotonic(). checks: what must hold -> whether it
+    does. estimates: the same for what was estimated for an H100.
     """
 
     device: str
@@ -57,17 +57,17 @@ class Lab:
     printed: str = ""  # by the last command
 
     def size(self, full: Any, quick: Any) -> Any:
-        """The first, or with --quick the second."""
+        """`full`, or `quick` with --quick."""
         return quick if self.quick else full
 
-    def reckon(self, text: str, holds: bool) -> None:
-        """Compare with an estimate, where it was made for this card."""
+    def estimate(self, text: str, holds: bool) -> None:
+        """Note whether an estimate holds, if it was made for this card."""
         if "H100" in self.machine["device"] and not self.quick:
             self.estimates[text] = holds
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of a stage: when it fails the stage has failed, but its other parts go on."""
+        """A part of a stage: if it fails the stage fails, but its other parts still run."""
         try:
             yield
         except TimeUpError:
@@ -76,9 +76,9 @@ class Lab:
             self.checks[f"{name}: {describe(e)}"] = False
 
     def run(self, *command: str, **environment: str) -> int | None:
-        """Run a Python command in the project's folder; its exit code, or None if the stage's time was up before.
+        """Run a Python command in the project's folder; returns its exit code, or None if the stage ran out of time.
 
-        It and all that it started are gone afterwards; what they printed is in `printed`.
+        Every process that it started is ended by then; `printed` holds what they printed.
         """
         print(f"  python {' '.join(re.sub(r'=/.*/', '=', arg) for arg in command)}", flush=True)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -89,7 +89,7 @@ class Lab:
             self.printed, _ = process.communicate(timeout=max(self.deadline - time.monotonic(), 0.1))
             return process.returncode
         except subprocess.TimeoutExpired:
-            for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun passes the first one on to its ranks
+            for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun forwards the first to its ranks
                 with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
                     os.killpg(process.pid, number)
                     self.printed, _ = process.communicate(timeout=10)
@@ -101,7 +101,7 @@ class Lab:
             process.wait()
 
     def must_run(self, *command: str, **environment: str) -> None:
-        """As `run`; raises ConfigError with the last line that was printed when it fails."""
+        """Like `run`, but raises ConfigError with the last line printed if it fails."""
         code = self.run(*command, **environment)
         if code is None:
             raise TimeUpError(f"time was up in {' '.join(command[:2])}")
@@ -109,21 +109,21 @@ class Lab:
             raise ConfigError((self.printed.strip().splitlines() or [f"exit code {code}, and nothing printed"])[-1])
 
     def train(self, name: str, *args: str, launcher: tuple[str, ...] = ()) -> list[Record]:
-        """The records of a run of train.py on the reference config, in a folder called `name`."""
+        """Train the reference config in a folder called `name`; returns the run's records."""
         keys = [f"--dataset={self.data}", f"--out_dir={self.scratch / name}", f"--device={self.device}", *args]
         script = [*launcher, "train.py", "config/robopoet.yaml", *self.size([], QUICK)]
         self.must_run(*script, *keys, TORCH_LOGS="recompiles")
         return read_records(self.scratch / name)
 
     def bench(self, module: str, *args: str, keep: str = "") -> dict[str, Any]:
-        """The result of another bench; with `keep` it is left among the results under that name."""
+        """Run another bench and return its result; `keep` saves it among the results under that name."""
         name = f"{keep or module}_{common.slug(self.machine['device'])}"
         path = (self.results if keep else self.scratch) / f"{name}.json"
         self.must_run("-m", f"bench.{module}", *args, f"--device={self.device}", f"--out={path.with_suffix('')}")
         return common.read_result(path)
 
     def time_training(self, name: str, config: str, *args: str, keep: str = "") -> dict[str, Any]:
-        """The result of bench.train_speed, noted under `name`."""
+        """Run bench.train_speed; returns its result and notes it under `name`."""
         laps = self.size(["--steps=50"], [*QUICK, "--repeats=2", "--steps=2", "--warmup_steps=1"])
         result = self.bench("train_speed", f"config/{config}.yaml", *laps, *args, keep=keep)
         self.figures[name] = result
@@ -146,7 +146,7 @@ def losses(records: list[Record]) -> dict[int, float]:
 
 
 def furthest(these: dict[int, float], those: dict[int, float]) -> float:
-    """The largest difference between two runs' losses, step by step, relative; inf where one lacks a step."""
+    """The largest relative difference between two runs' losses at the same step; inf if one lacks a step."""
     if these.keys() != those.keys():
         return float("inf")
     return max((abs(these[step] - those[step]) / those[step] for step in those), default=float("inf"))
@@ -157,7 +157,7 @@ def furthest(these: dict[int, float], those: dict[int, float]) -> float:
 
 
 def cuda_tests(lab: Lab) -> None:
-    """tests/test_cuda.py by pytest."""
+    """Run tests/test_cuda.py."""
     if importlib.util.find_spec("pytest") is None:
         raise ConfigError("pytest is not installed here; pip install pytest")
     code = lab.run("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "tests/test_cuda.py")
@@ -172,7 +172,7 @@ def cuda_tests(lab: Lab) -> None:
 
 
 def replays(lab: Lab) -> None:
-    """The reference run, eager, compiled and recorded; each evaluates, saves and samples, the last resumes as well."""
+    """The reference run, eager, compiled and recorded; each evaluates, saves and samples, the last also resumes."""
     steps, until, warmup = lab.size((40, 17, 10), (6, 4, 2))
     keys = [f"--lr_decay_iters={steps}", f"--warmup_iters={warmup}", "--log_interval=1", "--tensorboard=true"]
     keys += [f"--eval_interval={lab.size(5, 3)}", "--eval_iters=10"]
@@ -202,7 +202,7 @@ def replays(lab: Lab) -> None:
 
 
 def training_speed(lab: Lab) -> None:
-    """The reference model with AdamW and Muon, recorded and not, beside nanoGPT and torch.compile's own graphs."""
+    """The reference model with AdamW and Muon, recorded and not, beside nanoGPT and reduce-overhead."""
     all_four = [("AdamW", False), ("AdamW", True), ("Muon", False), ("Muon", True)]
     for name, recorded in lab.size(all_four, [("AdamW", False), ("Muon", True)]):
         config = "robopoet" if name == "Muon" else "robopoet_adamw"
@@ -212,8 +212,8 @@ def training_speed(lab: Lab) -> None:
         with lab.part(how):
             result = lab.time_training(how, config, *more, keep=f"train_speed_{config}{'_recorded' * recorded}")
             if recorded:
-                lab.reckon(f"{how} under 2.5 ms", result["dt_ms"]["median"] < 2.5)
-                lab.reckon(f"{how} under 1 GB", result["peak_mem_mb"] < 1024)
+                lab.estimate(f"{how} under 2.5 ms", result["dt_ms"]["median"] < 2.5)
+                lab.estimate(f"{how} under 1 GB", result["peak_mem_mb"] < 1024)
     if lab.device.startswith("cuda"):
         more = [f"--dataset={lab.data}", "--start=false", "--compile=true", "--compile_mode=reduce-overhead"]
         with lab.part("AdamW, reduce-overhead"):
@@ -222,7 +222,7 @@ def training_speed(lab: Lab) -> None:
 
 def gpt2_speed(lab: Lab) -> None:
     """GPT-2 124M on random ids, 12 rows of 1,024 tokens a step, beside nanoGPT with its own vocabulary."""
-    rows = 12 if (lab.machine["memory_gb"] or 0) >= 16 else 4  # with three micro-batches, on a smaller card
+    rows = 12 if (lab.machine["memory_gb"] or 0) >= 16 else 4  # a smaller card takes three micro-batches
     shape = [f"--batch_size={rows}", f"--gradient_accumulation_steps={12 // rows}", "--vocab_size=50257"]
     shape = lab.size([*shape, "--repeats=3", "--steps=10"], ["--vocab_size=300"])
     for recorded in lab.size((False, True), (False,)):
@@ -231,7 +231,7 @@ def gpt2_speed(lab: Lab) -> None:
         with lab.part(name):
             result = lab.time_training(name, "gpt2", *shape, *more, keep=f"train_speed_gpt2{'_recorded' * recorded}")
             lab.seen.append(f"MFU {result['mfu']['median']:.0%}")
-            lab.reckon(f"{name}: MFU over 35%", result["mfu"]["median"] > 0.35)
+            lab.estimate(f"{name}: MFU over 35%", result["mfu"]["median"] > 0.35)
 
 
 def writing_speed(lab: Lab) -> None:
@@ -248,13 +248,13 @@ def writing_speed(lab: Lab) -> None:
             one, many = (case["speed"]["RoboPoet"]["median"] for case in result["cases"][:2])
             lab.figures[name] = result
             lab.seen.append(f"{name} {1000 / one:.2f} ms a token, {many:,.0f} tok/s")
-            lab.checks[f"{name}: the same text by everyone"] = result["same_text"]
+            lab.checks[f"{name}: the same text by all"] = result["same_text"]
             if recorded:
-                lab.reckon(f"{name} under 1.5 ms a token", 1000 / one < 1.5)
+                lab.estimate(f"{name} under 1.5 ms a token", 1000 / one < 1.5)
 
 
 def modes(lab: Lab) -> None:
-    """float16 beside bfloat16; what fits 8 GB; one rank under torchrun."""
+    """float16 beside bfloat16; what fits into 8 GB; one rank under torchrun."""
     keys, twenty = [f"--dataset={lab.data}", "--start=false"], lab.size(["--steps=4", "--repeats=5"], [])
     with lab.part("float16"):
         its, ours = (
@@ -264,13 +264,13 @@ def modes(lab: Lab) -> None:
         far = furthest(*(dict(enumerate(result["repeats_loss"])) for result in (ours, its)))
         lab.checks["float16's losses as bfloat16's, to 5%"] = far < 0.05
         lab.seen.append(f"losses differ by {far:.1%}, scale {ours['loss_scales'][-1]:g}")
-        lab.reckon("float16 as fast as bfloat16, to 10%", ours["dt_ms"]["median"] < 1.1 * its["dt_ms"]["median"])
+        lab.estimate("float16 as fast as bfloat16, to 10%", ours["dt_ms"]["median"] < 1.1 * its["dt_ms"]["median"])
     with lab.part("the reference in 8 GB"):
         result = lab.time_training("reference in 8 GB", "robopoet", *keys, "--vram_limit_gb=8")
         lab.checks["the reference in 8 GB: under 6 GB"] = result["peak_mem_mb"] < 6 * 1024
     with lab.part("GPT-2 in 8 GB"):
         few = lab.size(["--vocab_size=50257", "--repeats=1", "--steps=3"], ["--vocab_size=300"])
-        for count in (1, 2, 4, 12):  # as the advice has it, until it fits
+        for count in (1, 2, 4, 12):  # follows the advice until it fits
             rows = [f"--batch_size={12 // count}", f"--gradient_accumulation_steps={count}"]
             name = f"GPT-2 in 8 GB, {count} x {12 // count} rows"
             try:
@@ -279,7 +279,7 @@ def modes(lab: Lab) -> None:
             except ConfigError as e:
                 if ADVICE not in str(e) or "Traceback" in lab.printed or count == 12:
                     raise
-                lab.seen.append(f"{name}: out of memory, told in one line with advice")
+                lab.seen.append(f"{name}: out of memory, one line of advice")
     with lab.part("one rank"):
         steps, launcher = lab.size(20, 4), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
         found = losses(
@@ -290,7 +290,7 @@ def modes(lab: Lab) -> None:
 
 
 def whole_run(lab: Lab) -> None:
-    """The reference run from start to end, as it is configured and recorded, against its targets."""
+    """The reference run from start to end, as configured and recorded, compared with its targets."""
     few = lab.size([], ["--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--log_interval=1"])
     for name, more in (("as_configured", []), ("recorded", ["--record=true"]))[: lab.size(2, 1)]:
         with lab.part(name):
@@ -306,11 +306,11 @@ def whole_run(lab: Lab) -> None:
             lab.checks |= {f"{name}: under 6 GB": peak < 6 * 1024}
             targets = {f"{name}: over 1,000 tokens/s": speed > 1000, f"{name}: val under 5.0": val < 5.0}
             lab.checks |= lab.size(targets, {})
-            lab.reckon(f"{name}: val under 3.75", val < 3.75)
+            lab.estimate(f"{name}: val under 3.75", val < 3.75)
 
 
 def characters(lab: Lab) -> None:
-    """nanoGPT's run on characters, 10.7M parameters: with Muon, by its own recipe, and by nanoGPT itself."""
+    """nanoGPT's run on characters, 10.7M parameters: with Muon, with its own recipe, and by nanoGPT itself."""
     keys = [f"--dataset={lab.characters}"]
     keys += lab.size([], [*QUICK, "--max_iters=4", "--warmup_iters=1", "--eval_interval=2"])
     muon = ["--optimizer=muon", "--learning_rate=1e-2", "--min_lr=0", "--beta1=0.8", "--max_iters=2000"]
@@ -328,4 +328,4 @@ def characters(lab: Lab) -> None:
             for who, side in ((name, result["ours"]), ("nanoGPT", result["peer"])):
                 if side:
                     lab.seen.append(f"{who}: {side['loss']['median']:.4f} after {side['seconds']['median']:,.0f} s")
-            lab.reckon(f"{name}: val under 1.50", result["ours"]["loss"]["median"] < 1.50)
+            lab.estimate(f"{name}: val under 1.50", result["ours"]["loss"]["median"] < 1.50)

@@ -1,4 +1,4 @@
-"""Train our recipe and nanoGPT's on the same text, seed by seed in turns, and tell how soon each reaches which loss.
+"""Train our recipe and nanoGPT's on the same text, seed by seed in turns, and compare how fast their losses fall.
 
 python -m bench.learn config/demo.yaml --seeds=5
 python -m bench.learn config/demo.yaml --peer=PATH_TO_NANOGPT --peer_args='--max_iters=600 --device=cpu ...'
@@ -18,8 +18,18 @@ import numpy as np
 
 import configurator
 import train
-from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
-from bench.peer import iteration_ms, launch
+from bench.common import (
+    config_name,
+    last_line,
+    origin,
+    read_records,
+    show,
+    side_by_side,
+    spread,
+    train_command,
+    write_result,
+)
+from bench.peer import Launch, iteration_ms
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, find_machine
@@ -28,20 +38,20 @@ from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
 from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 
-Curve = list[dict[str, float]]  # an evaluation each: iter, tokens, seconds of training, val loss (nats/token), bpb
+Curve = list[dict[str, float]]  # per evaluation: iter, tokens, seconds of training, val loss (nats/token), bpb
 
 
 @dataclass(frozen=True)
 class LearnConfig(train.TrainConfig):
-    """The keys of train.py, and what they are compared with."""
+    """The keys of train.py, and those of the comparison."""
 
     # comparison
-    seeds: int = 1  # runs of each; they count from `seed`
+    seeds: int = 1  # runs of each, from `seed` on
     peer: str = ""  # a checkout of nanoGPT
-    peer_args: str = ""  # its train.py's own arguments, config file and all, as on a command line
-    peer_rate: tuple[str, ...] = ()  # a learning rate to try at its first seed; of several the best is kept
-    peer_seeds: int = 0  # runs of nanoGPT, where it takes too long for as many as ours (0: as many)
-    peer_evals: int = 10  # evaluations of its run, evenly spaced
+    peer_args: str = ""  # the arguments of its train.py, config file included, as on a command line
+    peer_rate: tuple[str, ...] = ()  # learning rates to try at its first seed; the best one is kept
+    peer_seeds: int = 0  # runs of nanoGPT, if it is too slow for as many as ours (0: as many)
+    peer_evals: int = 10  # evaluations of each of its runs, evenly spaced
     out: str = ""  # name of the result (learn_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -50,19 +60,19 @@ class LearnConfig(train.TrainConfig):
 
 
 def run_ours(cfg: LearnConfig, seed: int) -> Curve:
-    """Train with train.py in a process of its own; its curve, from metrics.jsonl."""
+    """Train with train.py in a process of its own and return its curve."""
     with tempfile.TemporaryDirectory() as out:
         command = train_command(cfg, out_dir=out, seed=seed)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise ConfigError(f"train.py failed: {(done.stdout.strip().splitlines() or ['it printed nothing'])[-1]}")
+            raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
         return read_curve(Path(out))
 
 
 def read_curve(out: Path) -> Curve:
-    """The curve of a run of train.py, from the metrics.jsonl in its out_dir; raises ConfigError."""
+    """The curve in the metrics.jsonl of a run's out_dir; raises ConfigError."""
     curve = []
-    for step, found in itertools.pairwise(read_records(out)):  # an evaluation follows the record of its step
+    for step, found in itertools.pairwise(read_records(out)):  # an evaluation follows its step's record
         if found.kind == "eval" and found.loss is not None and found.bpb is not None:
             place = {"iter": step.iter, "tokens": step.tokens, "seconds": step.seconds}
             curve.append(place | {"loss": found.loss, "bpb": found.bpb})
@@ -70,26 +80,26 @@ def read_curve(out: Path) -> Curve:
 
 
 def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: float | None) -> Curve:
-    """Train with nanoGPT's train.py; its curve: its own clock, and its checkpoints evaluated as ours are."""
+    """Train with nanoGPT's train.py and return its curve: times that it printed, its checkpoints evaluated as ours."""
     meta = read_meta(folder)
     split = open_split(folder, "val", meta, 1, machine.device)
-    split = dataclasses.replace(split, tags=np.full_like(split.tags, -1))  # it has seen none
+    split = dataclasses.replace(split, tags=np.full_like(split.tags, -1))  # its model knows no tags
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     args = shlex.split(cfg.peer_args)
     given = dict(arg.removeprefix("--").split("=", 1) for arg in args if "=" in arg)
     try:
         steps = int(given["max_iters"])
     except (KeyError, ValueError):
-        raise ConfigError("peer_args: must hold --max_iters=NUMBER, so that its evaluations can be spaced") from None
+        raise ConfigError("peer_args: must hold --max_iters=NUMBER, to space its evaluations") from None
     every = max(steps // cfg.peer_evals, 1)
     args += [f"--eval_interval={every}", "--eval_iters=1", "--log_interval=1", "--always_save_checkpoint=True"]
     if rate is not None:
         args += [f"--learning_rate={rate}", f"--min_lr={rate / 10}"]
     with tempfile.TemporaryDirectory() as scratch:
-        printed, _ = launch(Path(cfg.peer), Path(scratch), args, folder, meta.vocab_size, seed)
+        printed, _ = Launch(Path(cfg.peer), args, folder, meta.vocab_size, seed).run(Path(scratch))
         times = iteration_ms(printed)
         usual = statistics.median(times)
-        ms = np.cumsum([usual if i % every == 0 else time for i, time in enumerate(times)])  # evaluation left out
+        ms = np.cumsum([usual if i % every == 0 else time for i, time in enumerate(times)])  # without evaluations
         curve = []
         for iteration in range(every, steps + 1, every):
             saved = checkpoint.load(Path(scratch) / "out" / f"ckpt.pt.{iteration}")
@@ -104,7 +114,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
 
 
 def seconds_to(loss: float, curve: Curve) -> float | None:
-    """When a curve first comes down to `loss`, between two evaluations by the straight line; None if never."""
+    """When a curve first reaches `loss`, interpolated between two evaluations; None if it never does."""
     for before, after in zip([None, *curve], curve, strict=False):
         if after["loss"] <= loss:
             if before is None:
@@ -115,12 +125,12 @@ def seconds_to(loss: float, curve: Curve) -> float | None:
 
 
 def best(curve: Curve) -> dict[str, float]:
-    """A curve's evaluation of lowest loss."""
+    """The evaluation of lowest loss."""
     return min(curve, key=lambda point: point["loss"])
 
 
 def main(cfg: LearnConfig) -> None:
-    """Train both, seed by seed in turns, print the figures and keep them."""
+    """Train both, seed by seed in turns, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     folder = find_dataset(cfg.dataset)
     ours: list[Curve] = []
@@ -152,38 +162,46 @@ def main(cfg: LearnConfig) -> None:
 
 
 def summary(curves: list[Curve]) -> dict[str, Any]:
-    """What a recipe's runs reached, the least loss of each, and their curves."""
+    """The lowest loss of each of a recipe's runs, and their curves."""
     ends = [best(curve) for curve in curves]
     found = {key: spread([end[key] for end in ends]) for key in ("loss", "bpb", "seconds")}
     return found | {"curves": curves}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results: the lowest val loss, when, and how soon ours has the peer's."""
-    header = ["Config", "Corpus", "", "Steps", "Seeds", "Val loss", "Bits/byte", "Training, s"]
-    header += ["nanoGPT's loss after, s", "Sooner"]
-    rows = []
+    """The Markdown table of these results: each recipe's lowest val loss, and when ours reaches nanoGPT's."""
+    blocks = []
     for r in results:
-        for name, side in (("RoboPoet", r["ours"]), ("nanoGPT", r["peer"])):
-            if side is None:
-                continue
-            row = ["", ""] if side is r["peer"] else [r["config"], r["corpus"]]
-            row += [name, f"{side['curves'][0][-1]['iter']:,}", str(len(side["curves"]))]
-            row += [show(side["loss"], ".3f"), show(side["bpb"], ".3f"), show(side["seconds"])]
-            rows.append([*row, *reached(r, side is r["peer"])])
-    return markdown(header, rows)
+        sides = [side for side in (r["ours"], r["peer"]) if side]
+        rows = [
+            ["steps", *(f"{side['curves'][0][-1]['iter']:,}" for side in sides)],
+            ["seeds", *(f"{len(side['curves'])}" for side in sides)],
+            ["lowest val loss", *(show(side["loss"], ".3f") for side in sides)],
+            ["in bits/byte", *(f"{side['bpb']['median']:.3f}" for side in sides)],
+            ["seconds of training", *(f"{side['seconds']['median']:,.0f}" for side in sides)],
+            *reached(r),
+        ]
+        blocks.append((f"{r['config']}\non {r['corpus']}", rows))
+    return side_by_side(["RoboPoet", "nanoGPT"], blocks)
 
 
-def reached(result: dict[str, Any], is_peer: bool) -> list[str]:
-    """The table's last two cells: seconds to the peer's own loss, and how many times sooner ours has it."""
+def reached(result: dict[str, Any]) -> list[list[str]]:
+    """The last rows of a result: the seconds to nanoGPT's lowest loss, and how many times sooner ours is there."""
     if not (goal := result.get("goal")):
-        return ["", ""]
-    if is_peer:
-        return [show(spread(goal["peer_seconds"])), ""]
+        return []
+    name, theirs = "seconds to nanoGPT's", f"{statistics.median(goal['peer_seconds']):,.0f}"
     if None in goal["seconds"]:
-        return [f"{goal['seconds'].count(None)} of {len(goal['seconds'])} never", ""]
-    ratios = [b / a for a, b in zip(goal["seconds"], goal["peer_seconds"], strict=True)]
-    return [show(spread(goal["seconds"])), show(spread(ratios), ".1f")]
+        return [[name, f"{goal['seconds'].count(None)} of {len(goal['seconds'])} never", theirs]]
+    return [
+        [name, f"{statistics.median(goal['seconds']):,.0f}", theirs],
+        ["times sooner", show(times_sooner(result), ".1f")],
+    ]
+
+
+def times_sooner(result: dict[str, Any]) -> dict[str, float]:
+    """How many times sooner our runs reach nanoGPT's lowest loss than it does; all of them must reach it."""
+    goal = result["goal"]
+    return spread([theirs / ours for ours, theirs in zip(goal["seconds"], goal["peer_seconds"], strict=True)])
 
 
 if __name__ == "__main__":

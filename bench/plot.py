@@ -1,4 +1,4 @@
-"""Draw bits per byte: of runs of train.py, or of what bench.learn and bench.demo kept, which is the README's picture.
+"""Plot bits per byte: of runs of train.py, or of the results of bench.learn (the README's picture).
 
 python -m bench.plot out/a                                # out/a/loss.png and loss.svg, against tokens and seconds
 python -m bench.plot out/a out/b --out=runs               # runs.png and runs.svg
@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import configurator
 from bench import common
@@ -48,7 +49,7 @@ class PlotConfig:
 
 
 def main(cfg: PlotConfig) -> None:
-    """Draw what is asked for; the same figures give the same file."""
+    """Plot what is asked for; the same figures give the same file."""
     matplotlib.rcParams["svg.hashsalt"] = "robopoet"
     figure = draw_runs(cfg.runs) if cfg.runs else draw_results()
     figure.tight_layout()
@@ -59,10 +60,10 @@ def main(cfg: PlotConfig) -> None:
 
 
 def draw_runs(runs: tuple[str, ...]) -> plt.Figure:
-    """Two panels, bits per byte against tokens and against seconds: for each run val's, and pale the training loss.
+    """Two panels, bits per byte against tokens and against seconds: each run's val loss, and its training loss in pale.
 
-    Nats per token can't be compared between vocabularies; a training loss is divided by the bytes that a token has in
-    the val split. Raises ConfigError for a run that was never evaluated.
+    Bits per byte, since nats per token can't be compared across vocabularies. Raises ConfigError for a run without an
+    evaluation.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for run, colour in zip(runs, itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), strict=False):
@@ -82,12 +83,12 @@ def draw_runs(runs: tuple[str, ...]) -> plt.Figure:
 
 
 def bytes_per_token(curve: Curve) -> float:
-    """The bytes of text that a token of the val split has, by its loss in both units."""
+    """The bytes per token of the val split, from its loss in both units."""
     return curve[-1]["loss"] / math.log(2) / curve[-1]["bpb"]
 
 
 def train_curve(out: Path, token_bytes: float) -> Curve:
-    """The training loss in each record of a run, as bits per byte if a token has `token_bytes` bytes."""
+    """A run's training loss in bits per byte, if a token has `token_bytes` bytes."""
     steps = [r for r in common.read_records(out) if r.kind == "train" and r.loss is not None]
     return [
         {"tokens": r.tokens, "seconds": r.seconds, "bpb": r.loss / math.log(2) / token_bytes} for r in steps if r.loss
@@ -95,35 +96,34 @@ def train_curve(out: Path, token_bytes: float) -> Curve:
 
 
 def draw_results() -> plt.Figure:
-    """A panel for each result that holds curves; raises ConfigError when there is none."""
-    paths = sorted([*common.RESULTS.glob("learn_*.json"), *common.RESULTS.glob("demo_*.json")])
-    if not paths:
-        raise ConfigError("bench/results: holds no learn_*.json, demo_*.json; run `python -m bench.learn` first")
-    results = [common.read_result(path) for path in paths]
-    across = min(len(results), 3)
-    down = -(-len(results) // across)
-    figure, panels = plt.subplots(down, across, figsize=(5.5 * across, 4 * down), squeeze=False)
-    for panel, result in itertools.zip_longest(panels.flat, results):
-        if result:
-            draw(panel, result)
-        else:
-            panel.remove()
+    """A panel for each corpus and device, with the longest runs there, next to nanoGPT's where there are any.
+
+    Raises ConfigError without a result of bench.learn.
+    """
+    results = [common.read_result(path) for path in sorted(common.RESULTS.glob("learn_*.json"))]
+    if not results:
+        raise ConfigError("bench/results: holds no learn_*.json; run `python -m bench.learn` first")
+    shown = {}
+    for r in sorted((r for r in results if r["peer"]), key=lambda r: r["ours"]["curves"][0][-1]["iter"]):
+        shown[r["corpus"], r["machine"]["device"]] = r
+    figure, panels = plt.subplots(1, len(shown or results), figsize=(4.5 * len(shown or results), 3.5), squeeze=False)
+    for panel, result in zip(panels.flat, shown.values() or results, strict=True):
+        draw(panel, result)
     return figure
 
 
 def draw(panel: plt.Axes, result: dict[str, Any]) -> None:
-    """A line for each seed of each recipe; a finished run has one."""
-    if result["kind"] == "demo":
-        title, curves = f"{result['run']}, whole run", {"RoboPoet": [result["curve"]]}
-    else:
-        title, curves = f"{result['config']} on {result['corpus']}", {"RoboPoet": result["ours"]["curves"]}
-        curves |= {"nanoGPT": result["peer"]["curves"]} if result["peer"] else {}
-    for name, lines in curves.items():
-        for i, curve in enumerate(lines):
+    """A line for each seed of each recipe."""
+    sides = {"RoboPoet": result["ours"]} | ({"nanoGPT": result["peer"]} if result["peer"] else {})
+    for name, side in sides.items():
+        for i, curve in enumerate(side["curves"]):
             seconds, bpb = [p["seconds"] for p in curve], [p["bpb"] for p in curve]
             panel.plot(seconds, bpb, color=COLOURS[name], marker=".", label=name if i == 0 else None)
     panel.set_xscale("log")
-    panel.set(title=title, xlabel=f"seconds of training, {result['machine']['device']}")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set(title=result["corpus"], xlabel=f"seconds of training, {result['machine']['device']}")
     panel.set_ylabel("val, bits per byte")
     panel.grid(True, which="both", alpha=0.2)
     panel.legend()

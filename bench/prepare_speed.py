@@ -1,4 +1,4 @@
-"""Time prepare.py on text of many documents, and its encoder in turns with tiktoken's own batches on as many threads.
+"""Time prepare.py on many documents, and its encoder in turns with tiktoken's encode_ordinary_batch.
 
 python -m bench.prepare_speed
 """
@@ -19,7 +19,7 @@ import tiktoken
 
 import configurator
 import prepare
-from bench.common import markdown, origin, show, spread, write_result
+from bench.common import last_line, origin, show, side_by_side, spread, write_result
 from bench.peer import resident_mb
 from configurator import ConfigError, bounds
 from robopoet.errors import DataError
@@ -28,17 +28,19 @@ from robopoet.text import corpus, tokenizer
 from robopoet.text.batches import read_meta
 from robopoet.text.tokenizer import BPETokenizer
 
+SPEEDS = ("tok_per_sec", "tiktoken_tok_per_sec")  # the keys of both encoders
+
 
 @dataclass(frozen=True)
 class PrepareSpeedConfig:
     """The keys of bench.prepare_speed."""
 
-    corpus: str = "data/robopoet"  # folder of a corpus whose train text is cut into documents, again and again
+    corpus: str = "data/robopoet"  # folder of the corpus whose train text is cut into documents, over and over
     document_chars: int = 2000  # characters of a document
-    megabytes: float = 200.0  # text that is prepared (MB = 10**6 bytes)
-    lap_megabytes: float = 20.0  # text that is encoded in a lap
+    megabytes: float = 200.0  # text to prepare (MB = 10**6 bytes)
+    lap_megabytes: float = 20.0  # text to encode in a lap
     vocab_size: int = 6725  # ids in all
-    repeats: int = 5  # laps, of which the median counts
+    repeats: int = 5  # laps; the median counts
     out: str = ""  # name of the result (prepare_speed_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -48,7 +50,7 @@ class PrepareSpeedConfig:
 
 
 def documents(cfg: PrepareSpeedConfig, megabytes: float) -> Iterator[str]:
-    """The corpus's train text as documents of equal length, from its start again where it ends, up to `megabytes`."""
+    """The corpus's train text, repeated, as documents of equal length, up to `megabytes`."""
     manifest = corpus.read_manifest(Path(cfg.corpus))
     works = list(corpus.documents(manifest))
     parts = [part for work in works for part in corpus.split(work, len(works), manifest.splits, exact=False)]
@@ -62,7 +64,7 @@ def documents(cfg: PrepareSpeedConfig, megabytes: float) -> Iterator[str]:
 
 
 def write_lines(path: Path, cfg: PrepareSpeedConfig) -> tuple[int, int]:
-    """Write the documents as lines of JSON; returns how many they are and how many bytes of text they hold."""
+    """Write the documents as lines of JSON; returns their number and their bytes of text."""
     count, size = 0, 0
     with open(path, "w", encoding="utf-8") as lines:
         for text in documents(cfg, cfg.megabytes):
@@ -72,7 +74,7 @@ def write_lines(path: Path, cfg: PrepareSpeedConfig) -> tuple[int, int]:
 
 
 def run_prepare(path: Path, out: Path, cfg: PrepareSpeedConfig) -> tuple[float, float]:
-    """Seconds that prepare.py takes from start to end in a process of its own, and its peak memory in MB."""
+    """Run prepare.py in a process of its own; returns its seconds from start to end and its peak memory in MB."""
     command = [sys.executable, prepare.__file__, f"--input={path}", f"--out={out}", f"--vocab_size={cfg.vocab_size}"]
     start, peak_mem_mb = time.perf_counter(), 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -82,12 +84,12 @@ def run_prepare(path: Path, out: Path, cfg: PrepareSpeedConfig) -> tuple[float, 
         elapsed_s = time.perf_counter() - start
         printed = process.stdout.read() if process.stdout else ""
     if process.returncode:
-        raise ConfigError(f"prepare.py failed: {(printed.splitlines() or ['it printed nothing'])[-1]}")
+        raise ConfigError(f"prepare.py failed: {last_line(printed)}")
     return elapsed_s, peak_mem_mb
 
 
 def time_encoders(tok: BPETokenizer, texts: list[str], repeats: int) -> tuple[list[float], list[float]]:
-    """Tokens per second in laps of prepare.py's encoder and of tiktoken's encode_ordinary_batch, made in turns."""
+    """Tokens per second of prepare.py's encoder and of tiktoken's encode_ordinary_batch, in laps taken in turns."""
     ranks, threads = {token: id for id, token in enumerate(tok.tokens)}, os.cpu_count() or 1
     peer = tiktoken.Encoding("peer", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens={})
     ours, theirs = [], []
@@ -103,7 +105,7 @@ def time_encoders(tok: BPETokenizer, texts: list[str], repeats: int) -> tuple[li
 
 
 def main(cfg: PrepareSpeedConfig) -> None:
-    """Prepare the text once, time the encoders on some of it, print the figures and keep them."""
+    """Prepare the text once, time the encoders on part of it, print a table and write the result."""
     with tempfile.TemporaryDirectory() as scratch:
         path, out = Path(scratch) / "many.jsonl", Path(scratch) / "out"
         count, size = write_lines(path, cfg)
@@ -127,15 +129,18 @@ def main(cfg: PrepareSpeedConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results."""
-    header = ["Device", "Text", "In all", "Peak memory", "Threads", "Encoder", "Tokens/s", "Ours is faster"]
-    rows = []
+    """The Markdown table of these results."""
+    blocks = []
     for r in results:
-        whole = [f"{r['megabytes']:,.0f} MB in {r['documents']:,} documents", f"{r['mb_per_s']:,.1f} MB/s"]
-        whole += [f"{r['peak_mem_mb']:,.0f} MB", str(r["encoding_threads"])]
-        rows.append([r["machine"]["device"], *whole, "RoboPoet", show(r["tok_per_sec"]), ""])
-        rows.append([*[""] * 5, "tiktoken", show(r["tiktoken_tok_per_sec"]), show(r["ratio"], ".2f")])
-    return markdown(header, rows)
+        rows = [
+            ["prepare.py, MB/s from start to end", f"{r['mb_per_s']:,.1f}"],
+            ["its peak memory, MB", f"{r['peak_mem_mb']:,.0f}"],
+            ["encoder threads", *[f"{r['encoding_threads']}"] * 2],
+            ["encoder, million tokens/s", *(f"{r[key]['median'] / 1e6:.1f}" for key in SPEEDS)],
+            ["ours is faster", "", show(r["ratio"], ".2f")],
+        ]
+        blocks.append((f"{r['megabytes']:,.0f} MB in\n{r['documents']:,} documents", rows))
+    return side_by_side(["RoboPoet", "tiktoken"], blocks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time train.py on one rank and on several, in turns, each rank with a thread of its own: what torchrun brings.
+"""Time train.py on one rank and on several, in turns, with one thread per rank.
 
 python -m bench.ranks config/robopoet.yaml --device=cpu
 """
@@ -13,13 +13,23 @@ from typing import Any
 
 import configurator
 import train
-from bench.common import config_name, markdown, origin, read_records, show, spread, train_command, write_result
+from bench.common import (
+    config_name,
+    last_line,
+    origin,
+    read_records,
+    show,
+    side_by_side,
+    spread,
+    train_command,
+    write_result,
+)
 from configurator import ConfigError, bounds
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text.batches import find_dataset, read_meta
 
-# Milliseconds of an all_reduce of as many numbers as there are gradients, by itself: the least that ranks cost a step.
+# Times an all_reduce of as many numbers as there are gradients, in ms: a step on several ranks costs at least that.
 REDUCE = """
 import os, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -37,11 +47,11 @@ dist.destroy_process_group()
 
 @dataclass(frozen=True)
 class RanksConfig(train.TrainConfig):
-    """The keys of train.py, and how its runs are timed."""
+    """The keys of train.py, and those of the timing."""
 
     # timing
-    ranks: int = 2  # beside one; each has a core
-    repeats: int = 3  # runs of each, in turns, of which the median counts
+    ranks: int = 2  # ranks to compare with one; each has a core
+    repeats: int = 3  # runs of each, in turns; the median counts
     steps: int = 12  # optimizer steps of a run; the first third is not timed
     out: str = ""  # name of the result (ranks_CONFIG_DEVICE unless given)
 
@@ -51,30 +61,30 @@ class RanksConfig(train.TrainConfig):
 
 
 def launch(ranks: int, command: list[str]) -> str:
-    """Run a Python command on `ranks` ranks with a thread each; what it printed."""
+    """Run a Python command on `ranks` ranks with a thread each, and return what it printed."""
     if ranks > 1:
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [command[0], *run, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"{ranks} ranks failed: {(done.stderr.strip().splitlines() or ['nothing printed'])[-1]}")
+        raise ConfigError(f"{ranks} ranks failed: {last_line(done.stderr)}")
     return done.stdout
 
 
 def tok_per_sec(cfg: RanksConfig, ranks: int) -> float:
-    """Tokens per second, over all ranks, of a run's later steps."""
+    """Tokens per second over all ranks, without the first third of the steps."""
     with tempfile.TemporaryDirectory() as out:
         first = cfg.steps // 3
         changes = {"max_iters": cfg.steps, "log_interval": first, "eval_interval": cfg.steps, "eval_iters": 1}
         command = train_command(cfg, out_dir=out, warmup_iters=0, **changes)
-        launch(ranks, [command[0], *command[2:]])  # without -u, which torchrun doesn't know
+        launch(ranks, [command[0], *command[2:]])  # without -u, which torchrun does not accept
         steps = [r for r in read_records(Path(out)) if r.kind == "train" and r.iter >= first]
     return (steps[-1].tokens - steps[0].tokens) / (steps[-1].seconds - steps[0].seconds)
 
 
 def main(cfg: RanksConfig) -> None:
-    """Time each, in turns, print the figures and keep them."""
+    """Time one rank and several in turns, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     meta = read_meta(find_dataset(cfg.dataset))
     parameters = train.new_model(cfg, meta.vocab_size).num_params()
@@ -100,19 +110,21 @@ def main(cfg: RanksConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results; the all_reduce of a step's gradients as a share of the step."""
-    header = ["Device", "Config", "Ranks", "Tokens/s", "Times one rank's", "Efficiency", "All-reduce alone, of a step"]
-    rows = []
+    """The Markdown table of these results; all-reduce: of a step's gradients, as a share of the step."""
+    counts = sorted({int(ranks) for r in results for ranks in r["tok_per_sec"]})
+    blocks = []
     for r in results:
-        what = [r["machine"]["device"], r["config"]]
-        for ranks, found in r["tok_per_sec"].items():
-            row = [*what, ranks, show(found)]
-            if int(ranks) == r["ranks"]:
-                share = r["all_reduce_ms"] * found["median"] / r["tokens_per_step"] / 1000
-                row += [show(r["speedup"], ".2f"), f"{r['speedup']['median'] / r['ranks']:.0%}", f"{share:.1%}"]
-            rows.append(row + [""] * (len(header) - len(row)))
-            what = ["", ""]
-    return markdown(header, rows)
+        speed = {int(ranks): found["median"] for ranks, found in r["tok_per_sec"].items()}
+        before = [""] * counts.index(r["ranks"])
+        share = r["all_reduce_ms"] * speed[r["ranks"]] / r["tokens_per_step"] / 1000
+        rows = [
+            ["tokens/s", *(f"{speed[ranks]:,.0f}" if ranks in speed else "" for ranks in counts)],
+            ["times one rank's", *before, show(r["speedup"], ".2f")],
+            ["efficiency", *before, f"{r['speedup']['median'] / r['ranks']:.0%}"],
+            ["all-reduce alone, of a step", *before, f"{share:.1%}"],
+        ]
+        blocks.append((r["config"], rows))
+    return side_by_side([f"{ranks} rank{'s' * (ranks > 1)}" for ranks in counts], blocks)
 
 
 if __name__ == "__main__":

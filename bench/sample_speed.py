@@ -1,4 +1,4 @@
-"""Time how fast a model writes, through the stream that sample.py prints, beside nanoGPT and transformers.
+"""Time how fast a model generates, through sample.py's stream, beside nanoGPT and transformers.
 
 python -m bench.sample_speed out/demo/best.pt
 python -m bench.sample_speed out/demo/best.pt --peer=PATH_TO_NANOGPT
@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 import configurator
-from bench.common import evaluate_checkpoint, markdown, origin, show, spread, write_result
+from bench.common import evaluate_checkpoint, last_line, origin, show, side_by_side, spread, write_result
 from bench.peer import load_model_module, resident_mb
 from configurator import ConfigError, bounds
 from model import GPT, GPTConfig
@@ -29,7 +29,7 @@ from robopoet.writing.generate import generate, prepack
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
-SAMPLING = {"temperature": 0.8, "top_k": 200}  # nanoGPT's; the same for all
+SAMPLING = {"temperature": 0.8, "top_k": 200}  # nanoGPT's defaults, used by all
 Write = Callable[[int, int], tuple[float, float]]  # (passages, tokens) -> seconds in all, and to the first token
 
 
@@ -37,22 +37,22 @@ Write = Callable[[int, int], tuple[float, float]]  # (passages, tokens) -> secon
 class SampleSpeedConfig:
     """The keys of bench.sample_speed."""
 
-    # what is written
+    # what is generated
     checkpoint: str = "out/demo/best.pt"  # the model
     shape: Literal["checkpoint", "gpt2"] = "checkpoint"  # gpt2: random weights of GPT-2's smallest shape instead
-    prompt: str = "To be or not to be"  # text to go on from
-    batch_size: int = 32  # passages of the batch, beside a single one
-    max_new_tokens: int = 120  # tokens of each; transformers writes no more than fit a block with the prompt
-    long_tokens: int = 1000  # tokens of a single passage that outgrows the window
-    check_tokens: int = 100  # tokens of the likeliest passage, which must be the same
-    # beside
-    peer: str = ""  # a checkout of nanoGPT; transformers is taken where it is installed
+    prompt: str = "To be or not to be"  # text to continue
+    batch_size: int = 32  # passages of the batch; a single one is timed too
+    max_new_tokens: int = 120  # tokens of each, at most the block less the prompt
+    long_tokens: int = 1000  # tokens of a single passage longer than the window
+    check_tokens: int = 100  # tokens of the greedy passage, which must be the same for all
+    # compared with
+    peer: str = ""  # a checkout of nanoGPT; transformers takes part if it is installed
     # timing
-    starts: int = 3  # launches of sample.py, and of the import of torch alone, that are timed (0: none)
-    repeats: int = 5  # rounds, everyone once in each; the median counts
+    starts: int = 3  # timed launches of sample.py, and of `import torch` alone (0: none)
+    repeats: int = 5  # rounds, in each of which all take turns; the median counts
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of our weights; the peers keep float32 on CPU
-    record: bool = False  # replay each token's step as a CUDA graph
+    record: bool = False  # replay each decode step as a CUDA graph
     out: str = ""  # name of the result (sample_speed_SHAPE_DTYPE_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -61,7 +61,7 @@ class SampleSpeedConfig:
 
 
 def read_model(cfg: SampleSpeedConfig) -> GPT:
-    """The weights that everyone writes with, on the CPU in float32."""
+    """The model whose weights all use, on the CPU in float32."""
     if cfg.shape == "gpt2":
         torch.manual_seed(0)
         return GPT(GPT2).eval()
@@ -70,9 +70,9 @@ def read_model(cfg: SampleSpeedConfig) -> GPT:
 
 
 def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poet:
-    """A poet with these weights, whose passages all have their full length."""
+    """A poet with these weights that always generates all tokens asked for."""
     poet = Poet(cfg.checkpoint, device, dtype, record=cfg.record)
-    if cfg.shape == "gpt2":  # the tokenizer's ids are the first of its many
+    if cfg.shape == "gpt2":  # it has more ids than the tokenizer; those come first
         poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
         poet.model.load_state_dict(model.state_dict())
         prepack(poet.model)
@@ -83,7 +83,7 @@ def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poe
 
 
 def ours(poet: Poet, prompt: str) -> Write:
-    """How we write."""
+    """Our way to generate."""
 
     def write(passages: int, tokens: int) -> tuple[float, float]:
         poet.machine.synchronize()
@@ -91,7 +91,7 @@ def ours(poet: Poet, prompt: str) -> Write:
         settings = {"max_new_tokens": tokens, "until": "tokens", "top_p": 1.0}
         stream = poet.stream(poet.begin(prompt, passages, **settings, **SAMPLING))
         next(stream)
-        first_s = time.perf_counter() - start  # the ids are on the host by then
+        first_s = time.perf_counter() - start  # the ids have reached the host
         collections.deque(stream, maxlen=0)
         return time.perf_counter() - start, first_s
 
@@ -99,7 +99,7 @@ def ours(poet: Poet, prompt: str) -> Write:
 
 
 def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
-    """nanoGPT's model with our weights."""
+    """nanoGPT's model, with our weights."""
     module = load_model_module(folder)
     keys = dataclasses.asdict(model.config)
     theirs = module.GPT(module.GPTConfig(**{key: keys[key] for key in checkpoint.NANOGPT_ARGS}))
@@ -109,7 +109,7 @@ def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
 
 @torch.no_grad()
 def transformers_gpt2(model: GPT, machine: Machine) -> torch.nn.Module:
-    """transformers' GPT-2 with our weights."""
+    """transformers' GPT-2, with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -122,19 +122,19 @@ def transformers_gpt2(model: GPT, machine: Machine) -> torch.nn.Module:
     )
     weights = model.state_dict()
     for name, p in theirs.state_dict().items():
-        if name in weights:  # without biases, theirs stay 0
-            in_block = ".attn." in name or ".mlp." in name  # whose matrices they keep the other way round
+        if name in weights:  # without biases of ours, theirs stay 0
+            in_block = ".attn." in name or ".mlp." in name  # Conv1D: transposed
             p.copy_(weights[name].T if in_block and p.ndim == 2 else weights[name])
     return theirs.to(machine.device, peer_dtype(machine)).eval()
 
 
 def peer_dtype(machine: Machine) -> torch.dtype:
-    """What a peer writes in: as shipped, float32 on CPU; on CUDA our dtype, as their scripts choose there."""
+    """A peer's dtype: float32 on CPU, as shipped; on CUDA ours, as their scripts choose there."""
     return machine.dtype if machine.device.type == "cuda" else torch.float32
 
 
 def theirs(generate: Callable[[torch.Tensor, int], Any], ids: list[int], machine: Machine) -> Write:
-    """How a peer writes."""
+    """A peer's way to generate."""
 
     def write(passages: int, tokens: int) -> tuple[float, float]:
         idx = torch.tensor([ids] * passages, device=machine.device)
@@ -152,7 +152,7 @@ def theirs(generate: Callable[[torch.Tensor, int], Any], ids: list[int], machine
 
 
 def likeliest(model: torch.nn.Module, name: str, idx: torch.Tensor, tokens: int) -> list[int]:
-    """The likeliest continuation of idx, (1, n), by a model in float64, where rounding can't tip it."""
+    """The greedy continuation of idx, (1, n), by a model in float64, where rounding can't change it."""
     with torch.inference_mode():
         if name == "RoboPoet":
             return [int(ids) for ids in generate(model, idx, tokens, lambda logits: logits.argmax(-1))]
@@ -162,7 +162,7 @@ def likeliest(model: torch.nn.Module, name: str, idx: torch.Tensor, tokens: int)
 
 
 def read_gb_per_s(device: torch.device) -> float:
-    """The speed at which the device reads a large tensor, GB/s (1e9 bytes): the best of ten sums over 256 MiB."""
+    """How fast the device reads a large tensor, in GB/s (1e9 bytes): the best of ten sums over 256 MiB."""
     big, times = torch.ones(2**26, device=device), []
     for _ in range(10):
         start = time.perf_counter()
@@ -172,16 +172,16 @@ def read_gb_per_s(device: torch.device) -> float:
 
 
 def seconds_of(*command: str) -> float:
-    """How long a Python process takes from start to end."""
+    """Run a Python command; returns its seconds from start to end."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+        raise ConfigError(f"{command[0]} failed: {last_line(done.stderr)}")
     return time.perf_counter() - start
 
 
 def main(cfg: SampleSpeedConfig) -> None:
-    """Time everyone in turns, see that they agree, print the figures and keep them."""
+    """Time all in turns, check that they agree, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     model = read_model(cfg)
     before_mb = resident_mb("self", "VmRSS")
@@ -203,7 +203,7 @@ def main(cfg: SampleSpeedConfig) -> None:
             machine,
         )
     short = min(cfg.max_new_tokens, model.config.block_size - len(ids))
-    cases = [(1, short), (cfg.batch_size, short), (1, cfg.long_tokens)]
+    cases = [Case(1, short), Case(cfg.batch_size, short), Case(1, cfg.long_tokens)]
     result = origin("sample_speed", poet.machine) | {
         "model": cfg.shape if cfg.shape != "checkpoint" else Path(cfg.checkpoint).parent.name,
         "parameters": model.num_params(),
@@ -211,7 +211,7 @@ def main(cfg: SampleSpeedConfig) -> None:
         "read_gb_per_s": read_gb_per_s(machine.device),
         "weights_mb": model.num_params() * poet.machine.dtype.itemsize / 2**20,
         "memory_mb": memory_mb,
-        "cases": [compare(cfg, machine, model.config, writers, *case) for case in cases],
+        "cases": [compare(case, writers, cfg, machine, model.config) for case in cases],
         "recorded": cfg.record and on_gpu,
     }
     if cfg.starts:
@@ -227,16 +227,16 @@ def main(cfg: SampleSpeedConfig) -> None:
     if cfg.shape == "checkpoint":
         try:
             result["val_loss"] = val_losses(Path(cfg.checkpoint), machine)
-        except (CheckpointError, DataError) as e:  # the speeds stand without it
+        except (CheckpointError, DataError) as e:  # the speeds count without it
             configurator.warn(f"val loss is left out: {e}")
     print(table([result]))
     if not result["same_text"]:
-        configurator.warn("the likeliest texts differ")
+        configurator.warn("the greedy passages differ")
     write_result(result, cfg.out or f"sample_speed_{result['model']}_{str(poet.machine.dtype)[6:]}_DEVICE")
 
 
 def val_losses(path: Path, machine: Machine) -> dict[str, float]:
-    """The checkpoint's loss on the val split in float32, and with the weights and activations that it writes with."""
+    """The checkpoint's val loss in float32, and in the dtype that it generates with."""
     saved, found = checkpoint.load(path), {}
     for dtype in dict.fromkeys((torch.float32, machine.dtype)):
         model = checkpoint.build_model(saved, path).to(machine.device, dtype)
@@ -245,15 +245,18 @@ def val_losses(path: Path, machine: Machine) -> dict[str, float]:
     return found
 
 
+class Case(NamedTuple):
+    """Passages that are generated together, and the tokens of each."""
+
+    passages: int
+    tokens: int
+
+
 def compare(
-    cfg: SampleSpeedConfig,
-    machine: Machine,
-    config: GPTConfig,
-    writers: dict[str, Write],
-    passages: int,
-    tokens: int,
+    case: Case, writers: dict[str, Write], cfg: SampleSpeedConfig, machine: Machine, config: GPTConfig
 ) -> dict[str, Any]:
-    """Time all in turns, so that a machine that slows down slows everyone; ratios are taken round by round."""
+    """Time all in turns: when the machine slows down, all do. Ratios are taken round by round."""
+    passages, tokens = case
     beyond = tokens > config.block_size
     names = [name for name in writers if not (beyond and name == "transformers")]
     for name in names:
@@ -271,33 +274,37 @@ def compare(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results."""
-    header = ["Device", "Model", "dtype", "Passages x tokens", "", "Tokens/s", "First token", "Ours is faster"]
-    header += ["Read, GB/s"]
-    rows = []
+    """The Markdown table of these results."""
+    columns = list(dict.fromkeys(name for r in results for case in r["cases"] for name in case["speed"]))
+    blocks = []
     for r in results:
-        for i, case in enumerate(r["cases"]):
-            for name, speed in case["speed"].items():
-                own = name == "RoboPoet"
-                row = [r["machine"]["device"], r["model"], r["machine"]["dtype"]] if own and i == 0 else [""] * 3
-                row += [f"{case['passages']} x {case['tokens']:,}" if own else ""]
-                row += [f"{name}, recorded" if own and r.get("recorded") else name, show(speed)]
-                row += [f"{case['first_token_ms'][name]['median']:,.1f} ms"]
-                row += ["" if own else show(case["ratio"][name], ".1f")]
-                rows.append([*row, f"{case['gb_per_s']:.1f} of {r['read_gb_per_s']:.1f}" if own else ""])
-    return markdown(header, rows)
+        rows = []
+        for case in r["cases"]:
+            size = f"{case['passages']} x {case['tokens']:,} tokens"
+            speed, first, ratio = (
+                [case[key].get(name) for name in columns] for key in ("speed", "first_token_ms", "ratio")
+            )
+            rows += [
+                [f"{size}: tokens/s", *(f"{found['median']:,.0f}" if found else "" for found in speed)],
+                ["first token, ms", *(f"{found['median']:,.1f}" if found else "" for found in first)],
+                ["ours is faster", *(show(found, ".1f") if found else "" for found in ratio)],
+                ["GB/s read, of at most", f"{case['gb_per_s']:.1f} of {r['read_gb_per_s']:.1f}"],
+            ]
+        name = f"{r['model']}\n{r['machine']['dtype']}" + ("\nrecorded" if r.get("recorded") else "")
+        blocks.append((name, rows))
+    return side_by_side(columns, blocks)
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What else a result says, a line each."""
+    """What else a result shows, a line each."""
     start = ""
     if "start_s" in result:
-        start = f"sample.py takes {show(result['start_s'], '.1f')} s for one token, start and end included, "
-        start += f"the import of torch alone {show(result['import_torch_s'], '.1f')} s; "
-    same = "the same by everyone" if result["same_text"] else "NOT the same by everyone"
+        start = f"sample.py takes {show(result['start_s'], '.1f')} s for one token, from start to end, "
+        start += f"`import torch` alone {show(result['import_torch_s'], '.1f')} s; "
+    same = "the same for all" if result["same_text"] else "NOT the same for all"
     return [
         f"{result['model']}, {result['machine']['dtype']}: {start}weights of {result['weights_mb']:,.0f} MB take "
-        f"{result['memory_mb']:,.0f} MB with cache and all else; the likeliest text is {same}"
+        f"{result['memory_mb']:,.0f} MB with cache and everything else; the greedy passage is {same}"
         + "".join(f"; val loss {loss:.4f} in {dtype}" for dtype, loss in result.get("val_loss", {}).items())
     ]
 

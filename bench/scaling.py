@@ -1,4 +1,4 @@
-"""Time training at four times the batch, and on four times the text read from disk, in turns with the config as it is.
+"""Time training at four times the batch, and on four times the text read from disk, in turns with the config itself.
 
 python -m bench.scaling config/robopoet_adamw.yaml --device=cpu
 """
@@ -16,7 +16,7 @@ import torch
 
 import configurator
 import train
-from bench.common import config_name, markdown, origin, show, spread, write_result
+from bench.common import config_name, origin, show, side_by_side, spread, write_result
 from bench.train_speed import build, find_one_machine, lap
 from configurator import bounds
 from robopoet.errors import DataError
@@ -25,17 +25,17 @@ from robopoet.text import batches
 from robopoet.text.batches import TrainWindows, bin_sha256, encode_meta, find_dataset, open_split, read_meta
 
 TIMES = 4
-CAN_DROP = hasattr(os, "posix_fadvise")  # pages from memory; macOS has no such call
+CAN_DROP = hasattr(os, "posix_fadvise")  # drops a file's pages from memory; macOS lacks it
 
 
 @dataclass(frozen=True)
 class ScalingConfig(train.TrainConfig):
-    """The keys of train.py, and how its steps are timed."""
+    """The keys of train.py, and those of the timing."""
 
     # timing
-    repeats: int = 5  # laps, of which the median counts
-    steps: int = 3  # optimizer steps of a lap at four times the batch; four times as many at the others
-    warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records CUDA's graph
+    repeats: int = 5  # laps; the median counts
+    steps: int = 3  # optimizer steps of a lap at four times the batch; the other laps have four times as many
+    warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records a CUDA graph
     out: str = ""  # name of the result (scaling_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -44,7 +44,7 @@ class ScalingConfig(train.TrainConfig):
 
 
 def tile(folder: Path, out: Path) -> None:
-    """Write the train split of the corpus in `folder`, TIMES over, to `out`, and the meta.json that describes it."""
+    """Write the train split in `folder`, repeated TIMES times, to `out`, with a meta.json that describes it."""
     meta = read_meta(folder)
     entry = meta.splits["train"]
     shifts = [i * entry.tokens for i in range(TIMES)]
@@ -53,7 +53,7 @@ def tile(folder: Path, out: Path) -> None:
             with open(folder / "train.bin", "rb") as source:
                 shutil.copyfileobj(source, tiled)
         tiled.flush()
-        os.fsync(tiled.fileno())  # pages that are not on disk yet can't be dropped
+        os.fsync(tiled.fileno())  # dirty pages can't be dropped
     documents = tuple(
         dataclasses.replace(doc, start=doc.start + shift, stop=doc.stop + shift)
         for shift in shifts
@@ -66,8 +66,8 @@ def tile(folder: Path, out: Path) -> None:
 
 
 def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> None:
-    """Have `windows` read a mapped file, however small it is, none of which is in memory."""
-    with patch.object(batches, "ON_DEVICE_BYTES", 0):  # mapped anew: pages that a mapping has touched can't be dropped
+    """Make `windows` read a memory-mapped file, however small, with no page of it in memory."""
+    with patch.object(batches, "ON_DEVICE_BYTES", 0):  # a new mapping: touched pages can't be dropped
         windows.split = open_split(folder, "train", read_meta(folder), windows.block_size, machine.device)
     if CAN_DROP:
         with open(folder / "train.bin", "rb") as f:
@@ -76,7 +76,7 @@ def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> Non
 
 @dataclass
 class Variant:
-    """A way to train, what it works on, and the speed of its laps. steps: of a lap; all laps have as many tokens."""
+    """A way to train, its model and data, and the speed of its laps. steps: of a lap; all laps have equal tokens."""
 
     name: str
     cfg: ScalingConfig
@@ -89,17 +89,17 @@ class Variant:
         """Time the `repeat`-th lap."""
         rows = self.cfg.gradient_accumulation_steps * self.cfg.batch_size
         first = self.cfg.warmup_steps + repeat * self.steps
-        self.windows.rows(first * rows, 1)  # draws the epoch's order, which comes once an epoch, not once a lap
+        self.windows.rows(first * rows, 1)  # draws the epoch's order outside the lap: it comes once an epoch
         ms, _ = lap(self.state, self.windows, self.cfg, machine, range(first, first + self.steps))
         self.tok_per_sec.append(1000 * rows * self.cfg.block_size / ms)
 
 
 def main(cfg: ScalingConfig) -> None:
-    """Time each variant on as many tokens, in turns, print the figures and keep them."""
+    """Time all variants on equal numbers of tokens, in turns, print a table and write the result."""
     machine = find_one_machine(cfg)
     larger = dataclasses.replace(cfg, batch_size=TIMES * cfg.batch_size)
     folder, steps = find_dataset(cfg.dataset), TIMES * cfg.steps
-    own_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # compiled as in a run of their own
+    own_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # as in separate runs
     with tempfile.TemporaryDirectory() as scratch, own_shapes:
         tile(folder, tiled := Path(scratch))
         larger_corpus = f"{TIMES}x the corpus, mapped" + (", cold" if CAN_DROP else "")
@@ -112,7 +112,7 @@ def main(cfg: ScalingConfig) -> None:
         read_from_disk(from_disk.windows, tiled, machine)
         for v in variants:
             lap(v.state, v.windows, v.cfg, machine, range(cfg.warmup_steps))
-        for repeat in range(cfg.repeats):  # in turns, so that a machine that slows down slows all
+        for repeat in range(cfg.repeats):  # in turns: when the machine slows down, all variants do
             read_from_disk(from_disk.windows, tiled, machine)
             for v in variants:
                 v.lap(machine, repeat)
@@ -140,16 +140,22 @@ def main(cfg: ScalingConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results; a variant's speed also as a multiple of the config's own."""
-    header = ["Device", "Config", "dtype", "", "Rows", "Corpus, tokens", "Tokens/s", "As a multiple"]
-    rows = []
+    """The Markdown table of these results."""
+    columns = list(dict.fromkeys(v["name"] for r in results for v in r["variants"]))
+    headers = [name.partition(", ") for name in columns]  # such as 4x the corpus, mapped, cold
+    blocks = []
     for r in results:
-        what = [r["machine"]["device"], f"{r['config']}, {r['optimizer']}", r["machine"]["dtype"]]
-        for i, v in enumerate(r["variants"]):
-            sizes = [f"{v['batch_size']:,}", f"{v['corpus_tokens']:,}"]
-            rows.append([*what, v["name"], *sizes, show(v["tok_per_sec"]), show(v["ratio"], ".2f") if i else ""])
-            what = ["", "", ""]
-    return markdown(header, rows)
+        found = {v["name"]: v for v in r["variants"]}
+        variants = [found.get(name) for name in columns]
+        rows = [
+            ["rows a step", *(f"{v['batch_size']:,}" if v else "" for v in variants)],
+            ["corpus is", *(how for _, _, how in headers)],
+            ["corpus, tokens", *(f"{v['corpus_tokens']:,}" if v else "" for v in variants)],
+            ["tokens/s", *(f"{v['tok_per_sec']['median']:,.0f}" if v else "" for v in variants)],
+            ["as a multiple", *(show(v["ratio"], ".2f") if v else "" for v in variants)],
+        ]
+        blocks.append((f"{r['config']}\n{r['optimizer']}, {r['machine']['dtype']}", rows))
+    return side_by_side([name for name, _, _ in headers], blocks)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,148 @@
-"""Print the tables of the README from bench/results, so that every figure in it comes from a file.
+"""Write every table of results into bench/RESULTS.md and a summary into README.md, from the files in bench/results.
 
-python -m bench.table
+python -m bench.table              # print what RESULTS.md shows
 python -m bench.table --write
+python -m bench.table --check
 """
 
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import configurator
-from bench import common, demo, gpu, learn, prepare_speed, ranks, sample_speed, scaling, torture, train_speed, writing
+from bench import (
+    common,
+    demo,
+    gpu,
+    learn,
+    prepare_speed,
+    ranks,
+    sample_speed,
+    scaling,
+    summary,
+    torture,
+    train_speed,
+    writing,
+)
 from configurator import ConfigError
 
-SECTIONS = {  # a result's kind -> its heading, and the function that shows all results of that kind
-    "demo": ("**Finished runs.** Losses in nats per token.", demo.table),
-    "learn": (
-        "**Learning.** Lowest val loss in nats per token, and how soon ours has what nanoGPT ended with; medians.",
-        learn.table,
-    ),
-    "train_speed": ("**Training speed.** The median of repeats, and their range.", train_speed.table),
+Results = list[dict[str, Any]]
+SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
+    "demo": ("Finished runs", "Losses in nats per token.", demo.table),
+    "learn": ("Learning", "Lowest val loss in nats per token, and when ours has nanoGPT's; medians.", learn.table),
+    "train_speed": ("Training speed", "Medians of laps in turns; range of the ratios.", train_speed.table),
     "scaling": (
-        "**Scaling.** Four times the batch; four times the text, read from disk. Ratios of laps in turns.",
+        "Scaling",
+        "Four times the batch; four times the text, read from disk. Medians of laps in turns.",
         scaling.table,
     ),
     "ranks": (
-        "**Ranks.** The same batch on one core, and shared out among ranks with a core each; medians of runs in turns.",
+        "Ranks",
+        "The same batch on one rank and on several, a core each. Medians of runs in turns.",
         ranks.table,
     ),
-    "gpu": ("**On a GPU.** What `python -m bench.gpu` reckons with, on an H100, and what it saw.", gpu.table),
-    "sample_speed": ("**Writing speed.** The median of repeats, and their range.", sample_speed.table),
+    "gpu": ("On a GPU", "What `python -m bench.gpu` expects of an H100, and what it saw.", gpu.table),
+    "sample_speed": ("Sampling speed", "Medians of rounds in turns; range of the ratios.", sample_speed.table),
     "prepare_speed": (
-        "**Preparing text.** From JSON lines to bins, start to end; and the encoder beside tiktoken's batches.",
+        "Preparing text",
+        "From JSON lines to bins; and the encoder beside tiktoken's.",
         prepare_speed.table,
     ),
     "writing": (
-        "**Writing.** Bits per byte beside coders that know the train split; passages beside people's, from the test "
-        "split, with means and people's 1st to 99th percentile. Coherent: between these by every measure.",
+        "Writing",
+        "Bits per byte beside coders that know the train split. Then passages, at a temperature, beside people's from "
+        "the test split: means, and people's 1st to 99th percentile. A passage is coherent if it lies between these by "
+        "every measure.",
         writing.table,
     ),
-    "torture": ("**Torture.** A run that is killed, stopped and damaged, beside an unbroken one.", torture.table),
+    "torture": ("Torture", "A run that is killed, stopped and damaged, compared with an unbroken one.", torture.table),
 }
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 @dataclass(frozen=True)
 class TableConfig:
     """The keys of bench.table."""
 
-    write: bool = False  # put the tables into the README
-    check: bool = False  # fail unless the README shows them already
-    readme: str = "README.md"  # holds the lines <!-- results --> and <!-- /results -->
+    write: bool = False  # write the tables into both files
+    check: bool = False  # fail unless both files show them already
+    readme: str = "README.md"  # has the lines <!-- results -->, <!-- /results -->, <!-- files -->, <!-- /files -->
+    results: str = "bench/RESULTS.md"  # has the lines <!-- results --> and <!-- /results -->
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         return ["write, check: choose one"] if self.write and self.check else []
 
 
+def read_results() -> Results:
+    """Every result in bench/results, by file name."""
+    return [common.read_result(path) for path in sorted(common.RESULTS.glob("*.json"))]
+
+
 def tables() -> str:
-    """A section for each kind of result: its table, the verdict on the targets, and the commands that measured it."""
-    results = [common.read_result(path) for path in sorted(common.RESULTS.glob("*.json"))]
-    sections = []
-    for kind, (heading, table) in SECTIONS.items():
-        if not (found := [r for r in results if r.get("kind") == kind]):
-            continue
-        lines = [heading, "", table(found), ""]
-        reference = [r for r in found if kind == "train_speed" and "robopoet" in r["config"]]  # whose targets they are
-        lines += [f"- {verdict}" for r in reference for verdict in train_speed.verdicts(r)]
-        lines += [f"- {remark}" for r in found if kind == "sample_speed" for remark in sample_speed.remarks(r)]
-        lines += [
-            f"- `{r['command']}`: {r['machine']['device']}, {r['machine']['threads']} threads, "
-            f"torch {r['machine']['torch']}, {r['date']}"
-            for r in found
-        ]
-        sections.append("\n".join(lines) + "\n")
-    return "\n".join(sections)
+    """A section for each kind of result: for each device its table, remarks, and the commands that measured it."""
+    results, parts = read_results(), []
+    for kind, (heading, introduction, table) in SECTIONS.items():
+        found = [r for r in results if r.get("kind") == kind]
+        if found:
+            parts.append(f"## {heading}\n\n{textwrap.fill(introduction, 100)}\n")
+        devices = list(dict.fromkeys(r["machine"]["device"] for r in found))
+        for device in devices:
+            of_device = [r for r in found if r["machine"]["device"] == device]
+            parts += [f"### {device}\n"] * (len(devices) > 1) + [table(of_device) + "\n", *remarks(kind, of_device)]
+            parts.append("\n".join(["```sh", *map(command, of_device), "```\n"]))
+    return "\n".join(parts)
+
+
+def remarks(kind: str, results: Results) -> list[str]:
+    """What results of a kind show beside their table, as one list; empty if nothing."""
+    lines = []
+    for r in results:
+        if kind == "sample_speed":
+            lines += sample_speed.remarks(r)
+        elif kind == "train_speed" and "robopoet" in r["config"]:  # the targets are the reference model's
+            met = "; ".join(f"{target}: {'met' if holds else 'not met'}" for target, holds in r["targets"].items())
+            lines.append(f"{r['config']}, {r['machine']['dtype']}: {met} ({train_speed.card(r)})")
+    items = [textwrap.fill(f"- {line}", 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+    return ["\n".join(items) + "\n"] if items else []
+
+
+def command(result: dict[str, Any]) -> str:
+    """The command that measured a result, below a comment on where and when."""
+    machine = result["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    where = f"# {machine['device']}, {threads}, torch {machine['torch']}, {result['date']}"
+    return f"{where}\n{common.wrap_command(result['command'])}"
+
+
+def split(text: str, name: str, path: Path) -> tuple[str, str, str]:
+    """The text up to a marked block, the block, and the text after it; raises ConfigError without the marks."""
+    before, begin, rest = text.partition(f"<!-- {name} -->\n")
+    block, end, after = rest.partition(f"<!-- /{name} -->")
+    if not begin or not end:
+        raise ConfigError(
+            f"{path}: lacks the lines <!-- {name} --> and <!-- /{name} -->, which enclose what is written"
+        )
+    return before + begin, block, end + after
 
 
 def main(cfg: TableConfig) -> None:
-    """Print the tables, put them into the README, or see that it shows them; raises ConfigError when it doesn't."""
+    """Print the tables, write them into both files, or check these; raises ConfigError when they differ."""
     if not cfg.write and not cfg.check:
         return print(tables(), end="")
-    readme = Path(cfg.readme)
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{readme}: lacks the lines {BEGIN} and {END}, between which the tables go")
-    wanted = f"{before}{BEGIN}\n{tables()}{END}{after}"
-    if cfg.check and text != wanted:
-        raise ConfigError(f"{readme}: does not show what bench/results holds; run python -m bench.table --write")
-    if cfg.write:
-        readme.write_text(wanted, encoding="utf-8")
+    blocks = [
+        (cfg.readme, "results", summary.results_block(read_results())),
+        (cfg.readme, "files", summary.files_block()),
+        (cfg.results, "results", tables()),
+    ]
+    for name, mark, wanted in blocks:
+        path = Path(name)
+        before, block, after = split(path.read_text(encoding="utf-8"), mark, path)
+        if cfg.write:
+            path.write_text(before + wanted + after, encoding="utf-8")
+        elif block != wanted and not (mark == "files" and summary.alike(block, wanted)):
+            raise ConfigError(f"{path}: its {mark} are out of date; run python -m bench.table --write")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Kill, stop and damage a training run again and again, resume it each time, and compare it with an unbroken one.
+"""Kill, stop and damage a training run over and over, resume it each time, and compare it with an unbroken run.
 
 python -m bench.torture --minutes=10
 
-Also measures what the protections cost at the reference size: share of a step, and how long a save holds it up.
+Also measures what the protections cost at the reference size: their share of a step, and how long a save takes.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FAULTS = ("kill", "terminate", "flip a bit", "cut")
 class TortureConfig:
     """The keys of bench.torture."""
 
-    minutes: float = 10.0  # of torture, before the unbroken run
+    minutes: float = 10.0  # of torture; the unbroken run follows
     dataset: str = "robopoet"  # what the small model is trained on
     seed: int = 1  # of the faults and their moments
     out: str = ""  # name of the result (torture_DEVICE unless given)
@@ -48,7 +48,7 @@ class TortureConfig:
 
 
 def shape(cfg: TortureConfig, out: Path) -> train.TrainConfig:
-    """A run that saves every 5 of its steps of some 20 ms, with dropout and two micro-batches, for ever."""
+    """An endless run that saves every 5 steps of some 20 ms each, with dropout and two micro-batches."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 4}
     rhythm = {"gradient_accumulation_steps": 2, "eval_interval": 5, "eval_iters": 1, "log_interval": 1}
     forever = {"max_iters": 10**6, "decay_lr": False, "learning_rate": 2e-3, "dropout": 0.1, "init_from": "auto"}
@@ -57,12 +57,12 @@ def shape(cfg: TortureConfig, out: Path) -> train.TrainConfig:
 
 
 def losses(out: Path) -> dict[int, float]:
-    """The loss of each step in metrics.jsonl; a last line that is not whole is left out."""
+    """The loss of each step in metrics.jsonl."""
     return {r.iter: r.loss for r in read_records(out) if r.kind == "train" and r.loss is not None}
 
 
 def run_until(command: list[str], after_s: float, number: signal.Signals) -> tuple[int, int]:
-    """Start a run, send it a signal some seconds later; the last step that it said it saved, and its exit code."""
+    """Start a run and signal it after some seconds; returns the last step that it reported saved, and its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     timer, saved = threading.Timer(after_s, process.send_signal, [number]), 0
     timer.start()
@@ -73,7 +73,7 @@ def run_until(command: list[str], after_s: float, number: signal.Signals) -> tup
 
 
 def damage(path: Path, fault: str, rng: random.Random) -> None:
-    """Flip a bit of a file, or cut its end off."""
+    """Flip a bit of a file, or cut off its end."""
     content = bytearray(path.read_bytes())
     place = rng.randrange(len(content))
     if fault == "cut":
@@ -84,7 +84,7 @@ def damage(path: Path, fault: str, rng: random.Random) -> None:
 
 
 def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
-    """Milliseconds of a step at the reference size, of what watches over it, and of a save."""
+    """Milliseconds of a step at the reference size, of the checks around it, and of a save."""
     keys = configurator.load(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
@@ -117,7 +117,7 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
 
 
 def main(cfg: TortureConfig) -> None:
-    """Torture a run for so many minutes, then make the same steps unbroken, and report."""
+    """Torture a run, make the same steps unbroken, print a table and write the result."""
     machine, rng = find_machine("cpu", "auto"), random.Random(cfg.seed)
     counts = dict.fromkeys([*FAULTS, "resumes", "checkpoints verified", "losses compared"], 0)
     wrong = {"lost steps": 0, "losses that differ": 0, "codes that are wrong": 0}
@@ -137,7 +137,7 @@ def main(cfg: TortureConfig) -> None:
             step = start["iter_num"] if start else 0
             counts["checkpoints verified"] += start is not None
             wrong["lost steps"] += max(announced - step, 0)
-            both = (out / "ckpt.pt").exists() and (out / "ckpt.prev.pt").exists()  # killed between renames: the latter
+            both = (out / "ckpt.pt").exists() and (out / "ckpt.prev.pt").exists()  # not if killed between renames
             if fault in ("flip a bit", "cut") and both:
                 damage(out / "ckpt.pt", fault, rng)
                 start = find_start("auto", out, eval_only=False)
@@ -150,10 +150,10 @@ def main(cfg: TortureConfig) -> None:
             counts["resumes"] += 1
         if not seen:
             raise ConfigError("minutes: too short, no step was made")
-        whole = Path(folder) / "whole"
-        steps = {"out_dir": whole, "max_iters": max(seen), "init_from": "scratch", "eval_interval": 10**6}
+        unbroken = Path(folder) / "unbroken"
+        steps = {"out_dir": unbroken, "max_iters": max(seen), "init_from": "scratch", "eval_interval": 10**6}
         subprocess.run(train_command(keys, **steps), stdout=subprocess.DEVNULL, check=True)
-        for at, loss in losses(whole).items():
+        for at, loss in losses(unbroken).items():
             counts["losses compared"] += at in seen
             wrong["losses that differ"] += seen.get(at, loss) != loss
         out = Path(folder) / "cost"
@@ -167,15 +167,18 @@ def main(cfg: TortureConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results."""
-    header = ["Minutes", "Steps", "Kills", "SIGTERM", "Bits flipped", "Files cut", "Resumes", "Checkpoints verified"]
-    header += ["Losses compared", "that differ", "Lost steps", "Watching, of a step", "A save, with best.pt"]
-    keys = ["steps", *FAULTS, "resumes", "checkpoints verified", "losses compared", "losses that differ", "lost steps"]
-    rows = []
-    for r in results:
-        costs = [f"{r['watch_ms'] / r['step_ms']:.3%}", f"{r['save_ms']:.0f} ms, {r['save_best_ms']:.0f} ms"]
-        rows.append([f"{r['minutes']:g}", *(f"{r[key]:,}" for key in keys), *costs])
-    return markdown(header, rows)
+    """The Markdown table of these results."""
+    counts = {"steps": "steps", "kill": "SIGKILLs", "terminate": "SIGTERMs", "flip a bit": "bits flipped"}
+    counts |= {"cut": "files cut short", "resumes": "resumes", "checkpoints verified": "checkpoints verified"}
+    counts |= {"losses compared": "losses compared", "losses that differ": "losses that differ"}
+    counts |= {"lost steps": "lost steps"}
+    rows = [[name, *(f"{r[key]:,}" for r in results)] for key, name in counts.items()]
+    rows += [
+        ["the checks, of a step", *(f"{r['watch_ms'] / r['step_ms']:.3%}" for r in results)],
+        ["a save, ms", *(f"{r['save_ms']:.0f}" for r in results)],
+        ["a save with best.pt, ms", *(f"{r['save_best_ms']:.0f}" for r in results)],
+    ]
+    return markdown(["", *(f"{r['minutes']:g} minutes" for r in results)], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time the steps that train.py takes, on this machine, beside what the reference card must reach.
+"""Time train.py's steps on this machine, and compare with nanoGPT and with the reference card's targets.
 
 python -m bench.train_speed config/robopoet.yaml --device=auto
 python -m bench.train_speed config/robopoet.yaml --vram_limit_gb=8
@@ -23,7 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
 import train
-from bench.common import config_name, forget_peak, markdown, origin, show, spread, train_command, write_result
+from bench.common import (
+    config_name,
+    forget_peak,
+    last_line,
+    origin,
+    show,
+    side_by_side,
+    spread,
+    train_command,
+    write_result,
+)
 from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
 from configurator import ConfigError, bounds
 from model import GPT
@@ -48,16 +58,16 @@ from robopoet.weights import checkpoint
 
 @dataclass(frozen=True)
 class SpeedConfig(train.TrainConfig):
-    """The keys of train.py, and how its steps are timed."""
+    """The keys of train.py, and those of the timing."""
 
     # timing
-    repeats: int = 5  # laps, of which the median counts
+    repeats: int = 5  # laps; the median counts
     steps: int = 10  # optimizer steps of a lap
-    warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records CUDA's graph
-    vram_limit_gb: float = 0.0  # allow PyTorch this much GPU memory, as a smaller card would (0: all there is)
-    start: bool = True  # time, too, how long train.py takes to its first step
-    compile_mode: Literal["default", "reduce-overhead"] = "default"  # torch.compile's; the other has graphs of its own
-    vocab_size: int = 0  # time on random ids of so many kinds (0: on the dataset)
+    warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records a CUDA graph
+    vram_limit_gb: float = 0.0  # GPU memory that PyTorch may use, as on a smaller card (0: all)
+    start: bool = True  # also time train.py from launch to its first step
+    compile_mode: Literal["default", "reduce-overhead"] = "default"  # of torch.compile; the other has its own graphs
+    vocab_size: int = 0  # time on random ids below this (0: on the dataset)
     peer: str = ""  # a checkout of nanoGPT, timed in turns with ours
     out: str = ""  # name of the result (train_speed_CONFIG_DEVICE unless given)
 
@@ -67,7 +77,7 @@ class SpeedConfig(train.TrainConfig):
         return found + (bounds(self, "vocab_size", 2, 65_535) if self.vocab_size else [])
 
 
-TARGETS = {  # what the reference run must reach on its card, an RTX of 8 GB: in words, and as a test
+TARGETS = {  # what the reference run must reach on its card, an RTX of 8 GB: description -> test
     "over 1,000 tokens/s": lambda result: result["tok_per_sec"]["median"] > 1000,
     "under 6 GB of peak memory": lambda result: result["peak_mem_mb"] < 6 * 1024,
     "under 10M parameters": lambda result: result["parameters"] < 10_000_000,
@@ -75,20 +85,24 @@ TARGETS = {  # what the reference run must reach on its card, an RTX of 8 GB: in
 
 
 def judge(result: dict[str, Any]) -> dict[str, bool]:
-    """Which targets the figures of a result meet."""
+    """Which targets a result meets."""
     return {target: test(result) for target, test in TARGETS.items()}
 
 
-def verdicts(result: dict[str, Any]) -> list[str]:
-    """A line for each target: met or not, on which device, and whether that is the card it was set for."""
+def card(result: dict[str, Any]) -> str:
+    """The device of a result, and whether it is not the reference card."""
     device = result["machine"]["device"]
     is_reference = "RTX" in device and round(result["machine"]["memory_gb"] or 0) == 8
-    where = device if is_reference else f"{device}, not the reference card"
-    return [f"{target}: {'met' if result['targets'][target] else 'not met'} ({where})" for target in TARGETS]
+    return device if is_reference else f"{device}, not the reference card"
+
+
+def verdicts(result: dict[str, Any]) -> list[str]:
+    """A line per target: whether it is met, and on which device."""
+    return [f"{target}: {'met' if result['targets'][target] else 'not met'} ({card(result)})" for target in TARGETS]
 
 
 def limit_vram(machine: Machine, limit_gb: float) -> None:
-    """Let PyTorch allocate at most `limit_gb` on a CUDA device; what the driver itself takes is not counted."""
+    """Let PyTorch allocate at most `limit_gb` on a CUDA device, on top of what the driver takes."""
     if limit_gb and machine.device.type == "cuda":
         share = limit_gb * 2**30 / torch.cuda.get_device_properties(machine.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), machine.device)
@@ -97,7 +111,7 @@ def limit_vram(machine: Machine, limit_gb: float) -> None:
 
 
 def find_one_machine(cfg: train.TrainConfig) -> Machine:
-    """As train.py finds it; raises ConfigError when there is more than one process, for this times one."""
+    """The machine as train.py finds it; raises ConfigError under torchrun with several processes."""
     machine = find_machine(cfg.device, cfg.dtype, cfg.backend)
     if machine.world_size > 1:
         raise ConfigError("this times one process; start it without torchrun")
@@ -105,7 +119,7 @@ def find_one_machine(cfg: train.TrainConfig) -> Machine:
 
 
 def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train.State, TrainWindows]:
-    """What train.py would work on: a fresh model with its optimizers, and the rows of the corpus in `folder`."""
+    """What train.py would build: a new model with its optimizers, and the rows of the corpus in `folder`."""
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
     state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size))
@@ -115,7 +129,7 @@ def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train
 
 
 def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
-    """Fill `folder` as prepare.py does, with random ids below vocab_size; a character stands for each."""
+    """Fill `folder` as prepare.py does, with random ids below vocab_size, a character for each."""
     rng = np.random.default_rng(cfg.seed)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (cfg.block_size + 1)
     splits = {}
@@ -123,13 +137,13 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
         path, largest = folder / f"{name}.bin", cfg.vocab_size - 1
         rng.integers(cfg.vocab_size, size=size).astype("<u2").tofile(path)
         splits[name] = SplitMeta(size, largest, size, 4 * size, bin_sha256(path), (Span(name, "random", 0, size),))
-    chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # beyond the surrogates, which are not text
+    chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # above the surrogates, which are not text
     meta = Meta(FORMAT, "", "0" * 64, cfg.vocab_size, {}, (), splits, CharTokenizer(chars, []).saved())
     (folder / "meta.json").write_bytes(encode_meta(meta))
 
 
 def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:
-    """Seconds from launching train.py until its first status line, imports and compilation included."""
+    """Seconds from the launch of train.py to its first status line, imports and compilation included."""
     with tempfile.TemporaryDirectory() as out:
         command = train_command(cfg, dataset=folder, out_dir=out)
         printed, start = "", time.perf_counter()
@@ -140,13 +154,13 @@ def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:
                     elapsed_s = time.perf_counter() - start
                     process.kill()
                     return elapsed_s
-    raise ConfigError(f"train.py came to no first step: {(printed.splitlines() or ['it printed nothing'])[-1]}")
+    raise ConfigError(f"train.py came to no first step: {last_line(printed)}")
 
 
 def lap(
     state: train.State, windows: TrainWindows, cfg: train.TrainConfig, machine: Machine, steps: range
 ) -> tuple[float, float]:
-    """Milliseconds a step takes, as the mean over `steps`, and the loss of the last in nats per token."""
+    """The mean milliseconds of `steps`, and the last one's loss in nats per token."""
     machine.synchronize()
     start = time.perf_counter()
     for step in steps:
@@ -156,11 +170,14 @@ def lap(
 
 
 def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: TrainWindows) -> None:
-    """Raises ConfigError unless nanoGPT's model with our weights has our loss on a batch, to 1e-4 in float32."""
+    """Check that nanoGPT's model with our weights has our loss on a batch, within 1e-4 in float32.
+
+    Raises ConfigError if it has not.
+    """
     theirs = load_model_module(Path(cfg.peer))
     args = {key: getattr(model.config, key) for key in checkpoint.NANOGPT_ARGS} | {"dropout": 0.0}
     peer = theirs.GPT(theirs.GPTConfig(**args)).to(machine.device)
-    peer.load_state_dict(model.state_dict(), strict=False)  # its mask, where it has one, is no weight
+    peer.load_state_dict(model.state_dict(), strict=False)  # its attention mask is a buffer, not a weight
     inputs, targets = windows.batch(0, cfg.batch_size, machine.device)
     with torch.no_grad():
         losses = [float(m.eval()(inputs, targets.contiguous())[1]) for m in (model, peer)]
@@ -168,8 +185,8 @@ def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: Tra
         raise ConfigError(f"peer: its loss with our weights is {losses[1]:.6f}, ours is {losses[0]:.6f}")
 
 
-OPERATIONS = {  # where a step's time goes: a share's name -> parts of the names of operations, and of CUDA kernels
-    # before matmul: flash attention's kernels name cutlass too
+OPERATIONS = {  # kinds of operation -> parts of the names of their operations and CUDA kernels
+    # before matmul, since flash attention's kernels also name cutlass
     "attention and loss": "bmm attention softmax nll_loss aten::gather aten::scatter flash fmha".split(),
     "matmul": "aten::mm aten::addmm linear gemm cutlass nvjet".split(),
     "optimizer": "adam foreach linalg_vector_norm multi_tensor".split(),
@@ -179,12 +196,12 @@ OPERATIONS = {  # where a step's time goes: a share's name -> parts of the names
 
 
 def kind_of(operation: str) -> str:
-    """The share in which an operation or a CUDA kernel of this name is counted."""
+    """The kind that an operation or a CUDA kernel counts as."""
     return next((k for k, names in OPERATIONS.items() if any(name in operation.lower() for name in names)), "rest")
 
 
 class OperationClock(TorchDispatchMode):
-    """Sums the seconds spent in each operation, by its name."""
+    """Sums the seconds spent in each operation, by name."""
 
     def __init__(self):
         super().__init__()
@@ -198,10 +215,10 @@ class OperationClock(TorchDispatchMode):
 
 
 def kernel_seconds(profiled: profile, kind: DeviceType) -> Counter[str]:
-    """The seconds that a kind of device spent in each kernel, by its name."""
+    """The seconds that a kind of device spent in each kernel, by name."""
     seconds: Counter[str] = Counter()
     for event in profiled.key_averages():
-        if event.device_type == kind and not event.is_user_annotation:  # `is` would compare two wrappers of one value
+        if event.device_type == kind and not event.is_user_annotation:  # `is` fails: equal values, two wrappers
             seconds[event.key] += event.self_device_time_total / 1e6
     return seconds
 
@@ -209,16 +226,16 @@ def kernel_seconds(profiled: profile, kind: DeviceType) -> Counter[str]:
 def time_shares(
     state: train.State, windows: TrainWindows, cfg: train.TrainConfig, machine: Machine
 ) -> dict[str, float]:
-    """The share of three steps' time in each kind of operation, what lies between operations left out.
+    """Each kind of operation's share of the time spent in operations, over three steps.
 
-    On CUDA kernels are counted, since a CUDA graph has no operations; on CPU a compiled model runs here as uncompiled.
+    On CUDA kernels are timed, since a CUDA graph has no operations; on CPU a compiled model runs uncompiled here.
     """
     seconds: Counter[str] = Counter()
     if machine.device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             lap(state, windows, cfg, machine, range(3))
         seconds = kernel_seconds(profiled, DeviceType.CUDA)
-    else:  # the profiler's own allocations cost page faults: large results look up to five times as slow
+    else:  # the profiler's own allocations cause page faults, which make large results look 5x slower
         with OperationClock() as clock:
             lap(state, windows, cfg, machine, range(3))
         seconds = clock.seconds
@@ -229,7 +246,7 @@ def time_shares(
 
 
 def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
-    """Build what train.py would build from the corpus in `folder` and time its steps; returns the result."""
+    """Build what train.py would build from the corpus in `folder`, and time its steps."""
     start_s = time_to_first_step(cfg, folder) if cfg.start else None
     state, windows = build(cfg, machine, folder)
     model = state.model
@@ -251,9 +268,9 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
     starts = range(cfg.warmup_steps, cfg.warmup_steps + cfg.repeats * cfg.steps, cfg.steps)
     laps, peaks, scales, peak_mem_mb, peer_runs = [], [], [], 0.0, [[] for _ in peers]
     peer_vocab_size = peer_vocab(model.config.vocab_size)
-    for start in starts:  # in turns, so that a machine that slows down slows all
+    for start in starts:  # in turns: when the machine slows down, all do
         laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
-        peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is no part of training
+        peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is not part of training
         scales.append(state.scaler.get_scale())
         peaks.append(machine.matmul_flops(linear))
         for peer, runs in zip(peers, peer_runs, strict=True):
@@ -264,7 +281,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     dt_ms = [ms for ms, _ in laps]
     flop_rates = [1000 * tokens * model.flops_per_token() / ms for ms in dt_ms]
-    peak = max(*peaks, *flop_rates)  # the best seen: beside another load a product may be slower than a whole step
+    peak = max(*peaks, *flop_rates)  # the best seen: on a busy machine a product may run slower than a step
     result = origin("train_speed", machine) | {
         "config": config_name(),
         "parameters": model.num_params(),
@@ -300,7 +317,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
 
 
 def main(cfg: SpeedConfig) -> None:
-    """Time the steps that train.py would take, print the figures and keep them."""
+    """Time the steps that train.py would take, print a table and write the result."""
     machine = find_one_machine(cfg)
     limit_vram(machine, cfg.vram_limit_gb)
     with tempfile.TemporaryDirectory() as scratch:
@@ -314,24 +331,31 @@ def main(cfg: SpeedConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table that shows these results; a peer's row has our speed as a multiple of its own."""
-    header = ["Device", "Config", "dtype", "", "Tokens/s", "ms/step", "MFU", "Peak memory", "Start to first step"]
-    header.append("Ours is faster")
-    rows = []
+    """The Markdown table of these results; nanoGPT is tuned by torch.compile, and by autocast in bfloat16."""
+    blocks = []
     for r in results:
-        what = [r["machine"]["device"], f"{r['config']}, {r['optimizer']}", r["machine"]["dtype"]]
-        ours = "RoboPoet" + (", compiled" if r["compiled"] else "") + (", recorded" if r.get("recorded") else "")
-        ours += ", reduce-overhead" if r.get("compile_mode") == "reduce-overhead" else ""
-        memory = f"{r['peak_mem_mb']:,.0f} MB"
-        speed = [show(r["tok_per_sec"]), show(r["dt_ms"], ",.1f"), f"{r['mfu']['median']:.1%}"]
-        start = f"{r['start_s']:.1f} s" if r.get("start_s") else ""
-        rows.append([*what, ours, *speed, memory, start, ""])
-        for name, p in r["peers"].items():
-            mfu = r["mfu"]["median"] * r["dt_ms"]["median"] / p["dt_ms"]["median"]
-            speed = [show(p["tok_per_sec"]), show(p["dt_ms"], ",.1f"), f"{mfu:.1%}"]
-            name += f", {PADDED_VOCAB:,} ids" if p.get("vocab_size") == PADDED_VOCAB else ""
-            rows.append(["", "", "", name, *speed, f"{p['peak_mem_mb']:,.0f} MB", "", show(p["ratio"], ".2f")])
-    return markdown(header, rows)
+        ours = ["compiled"] * r["compiled"] + ["recorded"] * bool(r.get("recorded"))
+        ours += ["reduce-overhead"] * (r.get("compile_mode") == "reduce-overhead")
+        peers = sorted(r["peers"].items(), key=lambda item: item[0] != "nanoGPT")  # tuned last
+        sides = [r, *(p for _, p in peers)]
+        mfu = [r["mfu"]["median"] * r["dt_ms"]["median"] / side["dt_ms"]["median"] for side in sides]
+        rows = [
+            ["run as", ", ".join(ours) or "eager", *(described(name, p) for name, p in peers)],
+            ["tokens/s", *(f"{side['tok_per_sec']['median']:,.0f}" for side in sides)],
+            ["ms a step", *(f"{side['dt_ms']['median']:,.1f}" for side in sides)],
+            ["MFU", *(f"{share:.1%}" for share in mfu)],
+            ["peak memory, MB", *(f"{side['peak_mem_mb']:,.0f}" for side in sides)],
+            ["ours is faster", "", *(show(p["ratio"], ".2f") for _, p in peers)],
+            ["s to first step", f"{r['start_s']:.1f}" if r.get("start_s") else ""],
+        ]
+        blocks.append((f"{r['config']}\n{r['optimizer']}, {r['machine']['dtype']}", rows))
+    return side_by_side(["RoboPoet", "nanoGPT", "nanoGPT, tuned"], blocks)
+
+
+def described(name: str, peer: dict[str, Any]) -> str:
+    """How a peer is run: its vocabulary is named where it differs from ours."""
+    how = name.partition(", ")[2] or "as it is"
+    return how + (f", {PADDED_VOCAB:,} ids" if peer.get("vocab_size") == PADDED_VOCAB else "")
 
 
 if __name__ == "__main__":

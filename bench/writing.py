@@ -1,4 +1,4 @@
-"""Judge what a model writes: its bits per byte beside classical coders', its passages beside people's.
+"""Compare a model's bits per byte with classical coders', and its passages with people's.
 
 python -m bench.writing out/demo/best.pt
 """
@@ -29,8 +29,8 @@ from robopoet.writing.originality import Originality, read_texts
 from robopoet.writing.passage import Settings
 from sample import Poet
 
-HUMAN_PASSAGES = 500  # of each style at most; they overlap where a style's test text is short
-LOOP_WORDS = 50  # within which a sequence that begins three times is a loop
+HUMAN_PASSAGES = 500  # per style at most; they overlap where a style's test text is short
+LOOP_WORDS = 50  # a sequence that begins three times within so many words is a loop
 Measures = dict[str, float | None]  # of one passage; None where a measure does not apply
 
 
@@ -39,11 +39,11 @@ class WritingConfig:
     """The keys of bench.writing."""
 
     checkpoint: str = "out/demo/best.pt"  # the model
-    passages: int = 50  # that it writes in each style
-    max_new_tokens: int = 200  # tokens of each, and of each passage of the test split beside them
-    temperature: float = Settings.temperature  # below 1: bolder towards the likely
+    passages: int = 50  # passages to generate in each style
+    max_new_tokens: int = 200  # tokens of each, and of each passage of the test split
+    temperature: float = Settings.temperature  # below 1: likely tokens become likelier
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights when writing; auto: the fastest
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
     out: str = ""  # name of the result (writing_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -56,21 +56,21 @@ class WritingConfig:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text: letters alone, in lower case."""
+    """The words of a text in lower case, letters only."""
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
 def distinct(words: list[str], n: int) -> float:
-    """Distinct n-grams as a share of all (Li et al. 2016, arXiv:1510.03055); 0 if there is none."""
+    """Distinct n-grams as a share of all (Li et al. 2016, arXiv:1510.03055); 0 without any."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def words_before_loop(words: list[str]) -> int:
-    """The words before the first loop, all if there is none.
+    """The number of words before the first loop, or of all words without one.
 
-    A loop is a sequence of four words that comes again right behind itself, or that comes three times within
-    LOOP_WORDS words, the last time whole; it begins where the sequence came the first of these times.
+    A loop is a sequence of four words that repeats immediately, or that occurs three times within LOOP_WORDS words. It
+    begins at the first of these occurrences.
     """
     places = collections.defaultdict(list)
     for start in range(len(words) - 3):
@@ -84,9 +84,10 @@ def words_before_loop(words: list[str]) -> int:
 
 
 def speaker_lines(text: str) -> list[tuple[str, str]]:
-    """Each speaker's line with the line behind it: the first of a paragraph, in capitals, no ACT or SCENE.
+    """Each speaker's line, paired with the line after it.
 
-    A passage's last line may be cut short, so it is no speaker's.
+    A speaker's line is the first of its paragraph, in capitals, and not an ACT or SCENE. A passage's last line doesn't
+    count: it may be cut short.
     """
     lines = ["", *text.split("\n")]
     return [
@@ -101,7 +102,7 @@ def _is_name(line: str) -> bool:
 
 
 def is_drama(text: str) -> bool:
-    """Whether a speaker's line, with a speech behind it, begins at least every other paragraph."""
+    """Whether at least every other paragraph begins with a speaker's line and a speech."""
     return 2 * sum(_speaks(after) for _, after in speaker_lines(text)) >= text.count("\n\n") + 1
 
 
@@ -112,8 +113,8 @@ def _speaks(after: str) -> bool:
 def measure(text: str, vocabulary: set[str], names: set[str], copied: int) -> Measures:
     """All measures of one passage.
 
-    vocabulary: the words of the training text. names: its speakers, none if the style is no drama. copied: characters
-    of the passage's longest run that stands there.
+    vocabulary: the words of the training text. names: its speakers; empty unless the style is drama. copied: characters
+    of the passage's longest run that occurs in the training text.
     """
     words = words_of(text)
     speakers = speaker_lines(text) if names else []
@@ -129,7 +130,7 @@ def measure(text: str, vocabulary: set[str], names: set[str], copied: int) -> Me
 
 
 def ranges(passages: list[Measures]) -> dict[str, dict[str, float]]:
-    """Mean, 1st and 99th percentile of each measure over the passages that it applies to, if it applies to any."""
+    """Mean, 1st and 99th percentile of each measure, over the passages that it applies to."""
     found = {}
     for name in passages[0]:
         if values := [passage[name] for passage in passages if passage[name] is not None]:
@@ -139,7 +140,7 @@ def ranges(passages: list[Measures]) -> dict[str, dict[str, float]]:
 
 
 def outside(passage: Measures, human: dict[str, dict[str, float]]) -> list[str]:
-    """The measures by which a passage lies beyond people's 1st or 99th percentile."""
+    """The measures by which a passage lies outside people's 1st to 99th percentile."""
     return [
         name
         for name, value in passage.items()
@@ -148,10 +149,10 @@ def outside(passage: Measures, human: dict[str, dict[str, float]]) -> list[str]:
 
 
 def human_passages(ids: np.ndarray, spans: list[tuple[int, int]], tok: Tokenizer, length: int) -> list[str]:
-    """Texts of `length` tokens that begin where a line begins, spread evenly over the spans, HUMAN_PASSAGES at most.
+    """At most HUMAN_PASSAGES texts of `length` tokens that begin with a line, spread evenly over the spans.
 
-    ids: (n,) int64 of a split. spans: its documents, each with its last token, which may be <|endoftext|>, left out.
-    Raises DataError when no document is long enough.
+    ids: (n,) int64 of a split. spans: its documents; a passage never includes a span's last token, which may be
+    <|endoftext|>. Raises DataError when no document is long enough.
     """
     ends_line = np.zeros(tok.vocab_size, bool)
     ends_line[: len(tok.tokens)] = [token.endswith(b"\n") for token in tok.tokens]
@@ -172,10 +173,10 @@ def human_passages(ids: np.ndarray, spans: list[tuple[int, int]], tok: Tokenizer
 
 
 class Texts:
-    """A split by style: `ids` (n,) int64, `text` and `targets` of each style, `size` in bytes of a style's targets.
+    """A split: `ids` (n,) int64, all its `text`, and by style `text_of`, `targets`, and `size`, the targets' bytes.
 
-    targets: the places that a model's loss is over, all but each document's first; as every token of ours they include
-    <|endoftext|>, which has no bytes. Raises DataError when the bins can't be used.
+    targets: the positions that a model's loss counts: all but each document's first. They include <|endoftext|>, which
+    has no bytes. Raises DataError when the bins can't be used.
     """
 
     def __init__(self, folder: Path, name: str, meta: Meta, tok: Tokenizer):
@@ -184,22 +185,22 @@ class Texts:
         self.ids = np.fromfile(folder / f"{name}.bin", "<u2").astype(np.int64)
         self.styles = list(dict.fromkeys(doc.style for doc in documents))
         lengths = tokenizer.token_bytes(tok)[self.ids]
-        self.text, self.spans, self.targets, self.size = {}, {}, {}, {}
+        self.text = "".join(texts)
+        self.text_of, self.spans, self.targets, self.size = {}, {}, {}, {}
         for style in self.styles:
             of_style = [i for i, doc in enumerate(documents) if doc.style == style]
-            self.text[style] = "".join(texts[i] for i in of_style)
+            self.text_of[style] = "".join(texts[i] for i in of_style)
             self.spans[style] = [(documents[i].start, documents[i].stop) for i in of_style]
             self.targets[style] = np.concatenate([np.arange(start + 1, stop) for start, stop in self.spans[style]])
             self.size[style] = int(lengths[self.targets[style]].sum())
-        self.whole = "".join(texts)
 
 
 def bits_per_byte(
     known: Texts, val: Texts, test: Texts, evaluated: dict[str, Any], vocab_size: int
 ) -> list[dict[str, Any]]:
-    """What each coder takes for the test split, by its bytes: all of it at once, and each style's.
+    """The bits per byte that each coder needs for the test split: for all of it at once, and for each style.
 
-    evaluated: the model's loss on it. Orders of PPMd and the n-grams are those that do best on the val split.
+    evaluated: the model's loss on it. The orders of PPMd and of the n-grams are the best ones on the val split.
     """
     bits = {style: loss / math.log(2) * len(test.targets[style]) for style, loss in evaluated["loss_by_style"].items()}
     by_style = {style: bits[style] / test.size[style] for style in bits}
@@ -213,13 +214,13 @@ def bits_per_byte(
     bpb = sum(bits.values()) / sum(test.size.values())
     found.append({"coder": f"Kneser-Ney, {best.order} tokens", "bpb": bpb, "bpb_by_style": by_style})
 
-    text = known.whole.encode()
+    text = known.text.encode()
     ppmds = {order: coders.ppmd(text, order) for order in (4, 6, 8, 10, 12)}
-    order = min(ppmds, key=lambda order: ppmds[order](val.whole.encode()))
+    order = min(ppmds, key=lambda order: ppmds[order](val.text.encode()))
     named = {f"PPMd, order {order}": ppmds[order], "xz -9e": coders.xz(text), "zstd -22": coders.zstd(text)}
     for name, coder in named.items():
-        each = {style: coder(part.encode()) / len(part.encode()) for style, part in test.text.items()}
-        bpb = coder(test.whole.encode()) / len(test.whole.encode())
+        each = {style: coder(part.encode()) / len(part.encode()) for style, part in test.text_of.items()}
+        bpb = coder(test.text.encode()) / len(test.text.encode())
         found.append({"coder": name, "bpb": bpb, "bpb_by_style": each})
     return found
 
@@ -230,9 +231,9 @@ def bits_per_byte(
 def judge(
     written: list[str], human: list[str], vocabulary: set[str], names: set[str], originality: Originality
 ) -> dict[str, Any]:
-    """The figures of a style: the measures of the model's passages and people's, and how many are coherent.
+    """A style's figures: the measures of the model's passages and of people's, and the share that is coherent.
 
-    Coherent is what lies between people's 1st and 99th percentile by every measure; so not all of theirs is.
+    A passage is coherent if it lies within people's 1st to 99th percentile by every measure; so not all of theirs are.
     """
 
     def measures(passages: list[str]) -> list[Measures]:
@@ -254,7 +255,7 @@ def judge(
 
 
 def main(cfg: WritingConfig) -> None:
-    """Code the test split in all ways, write passages, judge them, print the figures and keep them."""
+    """Code the test split, generate passages, judge them, print tables and write the result."""
     # --- model and texts
     path = Path(cfg.checkpoint)
     saved, poet = checkpoint.load(path), Poet(cfg.checkpoint, cfg.device, cfg.dtype)
@@ -273,16 +274,16 @@ def main(cfg: WritingConfig) -> None:
     wrong_tags = [{"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs]
 
     # --- passages
-    first_special = len(poet.tokenizer.tokens)  # none is written, so that every passage has its full length
+    first_special = len(poet.tokenizer.tokens)  # forbidden, so that every passage has its full length
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
-    vocabulary, names = set(words_of(known.whole)), {name for name, _ in speaker_lines(known.whole)}
+    vocabulary, names = set(words_of(known.text)), {name for name, _ in speaker_lines(known.text)}
     styles = {}
     settings = {"max_new_tokens": cfg.max_new_tokens, "until": "tokens", "temperature": cfg.temperature}
     settings = dataclasses.asdict(Settings(**settings))
     for style in test.styles:
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
-        speakers = names if is_drama(known.text[style]) else set()
+        speakers = names if is_drama(known.text_of[style]) else set()
         styles[style] = judge(written, human, vocabulary, speakers, originality)
 
     run = path.parent.name
@@ -292,67 +293,71 @@ def main(cfg: WritingConfig) -> None:
     write_result(result, cfg.out or f"writing_{run}_DEVICE")
 
 
-COLUMNS = {  # a measure -> its heading, and how its figures are shown
-    "real_words": ("Real words", ".1%"),
-    "repeated_4_grams": ("Repeated 4-grams", ".1%"),
-    "distinct_1": ("Distinct-1", ".2f"),
-    "distinct_2": ("Distinct-2", ".2f"),
-    "distinct_3": ("Distinct-3", ".2f"),
-    "longest_copy_characters": ("Longest copy, characters", ".0f"),
-    "known_speakers": ("Known speakers", ".0%"),
-    "speakers_who_speak": ("Speakers who speak", ".0%"),
-    "words_before_loop": ("Words before a loop", ".0f"),
+MEASURES = {  # a measure -> its name in the table, and the format of its figures
+    "real_words": ("real words", ".1%"),
+    "repeated_4_grams": ("repeated 4-grams", ".1%"),
+    "distinct_1": ("distinct-1", ".2f"),
+    "distinct_2": ("distinct-2", ".2f"),
+    "distinct_3": ("distinct-3", ".2f"),
+    "longest_copy_characters": ("longest copy, characters", ".0f"),
+    "known_speakers": ("known speakers", ".0%"),
+    "speakers_who_speak": ("speakers who speak", ".0%"),
+    "words_before_loop": ("words before a loop", ".0f"),
 }
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown tables that show these results: bits per byte, passages, and what a wrong style's tag costs."""
-    coded = [
-        [
-            r["run"] * (entry is r["bpb"][0]),
-            entry["coder"],
-            f"{entry['bpb']:.3f}",
-            ", ".join(f"{style} {bpb:.3f}" for style, bpb in entry["bpb_by_style"].items()),
-        ]
-        for r in results
-        for entry in r["bpb"]
-    ]
-    passages = []
+    """The Markdown tables of these results: bits per byte, passages, and what a wrong style's tag costs."""
+    tables = [coders_table(results)]
+    for style in dict.fromkeys(style for r in results for style in r["styles"]):
+        alike: dict[str, list[dict[str, Any]]] = {}  # runs that are compared with the same people's passages
+        for r in results:
+            if style in r["styles"]:
+                alike.setdefault(repr(r["styles"][style]["people"]), []).append(r)
+        tables += [passages_table(style, found) for found in alike.values()]
+    return "\n\n".join([*tables, tags_table(results)])
+
+
+def coders_table(results: list[dict[str, Any]]) -> str:
+    """Bits per byte of the test split: each run's, then the classical coders'."""
+    styles = dict.fromkeys(style for r in results for style in r["styles"])
+    ours, theirs = [], []
     for r in results:
-        for style, figures in r["styles"].items():
-            first = [r["run"] * (style == next(iter(r["styles"]))), style]
-            for writer in ("model", "people"):
-                found, show = figures[writer], _mean_of if writer == "model" else _range_of
-                cells = [show(found[name], form) if name in found else "" for name, (_, form) in COLUMNS.items()]
-                named = f"model, temperature {r['settings']['temperature']:g}" if writer == "model" else writer
-                passages.append([*first, named, *cells, f"{figures['coherent'][writer]:.0%}"])
-                first = ["", ""]
-    tags = [
-        [
-            r["run"] * (cost is r["wrong_tags"][0]),
-            cost["style"],
-            cost["tag"],
-            f"{cost['nats']:+.3f} ± {cost['error']:.3f}",
-        ]
-        for r in results
-        for cost in r["wrong_tags"]
-    ]
-    headings = [heading for heading, _ in COLUMNS.values()]
-    return "\n\n".join(
-        [
-            markdown(["Run", "Coder", "Test bits/byte", "By style"], coded),
-            markdown(["Run", "Style", "Writer", *headings, "Coherent"], passages),
-            markdown(["Run", "Val text of", "Under the tag of", "Nats/token more, and standard error"], tags),
-        ]
-    )
+        for entry in r["bpb"]:
+            cells = [entry["bpb"], *(entry["bpb_by_style"].get(style) for style in styles)]
+            row = ["" if bpb is None else f"{bpb:.3f}" for bpb in cells]
+            if entry["coder"] == "RoboPoet":
+                ours.append([f"RoboPoet, {r['run']}", *row])
+            elif (row := [entry["coder"], *row]) not in theirs:
+                theirs.append(row)
+    return markdown(["Test bits/byte", "all", *styles], ours + theirs)
 
 
-def _mean_of(figure: dict[str, float], form: str) -> str:
-    return f"{figure['mean']:{form}}"
+def passages_table(style: str, results: list[dict[str, Any]]) -> str:
+    """The mean measures of each run's passages in a style, at its temperature, beside people's and their range."""
+    people = results[0]["styles"][style]["people"]
+    rows = []
+    for measure_name, (name, form) in MEASURES.items():
+        if measure_name in people:
+            models = [r["styles"][style]["model"].get(measure_name) for r in results]
+            cells = [f"{found['mean']:{form}}" if found else "" for found in models]
+            mean, low, high = (f"{people[measure_name][key]:{form}}" for key in ("mean", "p1", "p99"))
+            rows.append([name, *cells, mean, f"{low} to {high}"])
+    coherent = [r["styles"][style]["coherent"] for r in results]
+    shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
+    rows.append(["**coherent**", *(f"**{share:.0%}**" for share in shares), ""])
+    runs = [f"{r['run']}, at {r['settings']['temperature']:g}" for r in results]
+    return markdown([f"Passages: {style}", *runs, "people", "1st to 99th percentile"], rows)
 
 
-def _range_of(figure: dict[str, float], form: str) -> str:
-    return f"{figure['mean']:{form}} ({figure['p1']:{form}} to {figure['p99']:{form}})"
+def tags_table(results: list[dict[str, Any]]) -> str:
+    """The nats per token that a style's val text costs more under another style's tag, with standard errors."""
+    costs = [{(cost["style"], cost["tag"]): cost for cost in r["wrong_tags"]} for r in results]
+    rows = []
+    for style, tag in dict.fromkeys(pair for found in costs for pair in found):
+        cells = [found.get((style, tag)) for found in costs]
+        rows.append([style, tag, *(f"{c['nats']:+.3f} ± {c['error']:.3f}" if c else "" for c in cells)])
+    return markdown(["Val text of", "under the tag of", *(f"{r['run']}, nats/token" for r in results)], rows)
 
 
 if __name__ == "__main__":
