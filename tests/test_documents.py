@@ -95,3 +95,15 @@ def test_line_counts_may_be_off_by_a_little_but_not_by_much():
     packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("robopoet/**/*.py")}
     assert {str(path) for path in packages} <= summary.FILES.keys()
     assert {path.name for path in ROOT.glob("*.py")} <= summary.FILES.keys()
+
+
+def test_every_test_that_the_list_of_faults_names_exists():
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    defined = re.findall(r"^def (test_\w+)", "\n".join(files.values()), re.M)
+    named = re.findall(r"`(test_\w+(?:\.py|\.\.\.)?)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    for name in named:
+        start = name.removesuffix("...")
+        exists = name in files if name.endswith(".py") else any(found.startswith(start) for found in defined)
+        assert exists, name
+        assert name != start or name.endswith(".py") or name in defined, f"{name} is not the full name"
