@@ -149,7 +149,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def forget_peak(machine: Machine) -> None:
-    """Reset the peak memory statistics of a CUDA device, and return its freed memory."""
+    """Free the cached memory of a CUDA device and reset its peak memory statistics."""
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(machine.device)

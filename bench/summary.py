@@ -131,7 +131,7 @@ def _writing_losses(results: Results) -> Iterator[str]:
         if min(share["model"] for share in found) < people:
             below.append(f"{style} {' to '.join(models)} (people {people:.0%})")
     if below:
-        yield f"Coherent passages, by style: {', '.join(below)}."
+        yield f"Passages that lie within people's range by every measure: {', '.join(below)}."
 
 
 def results_block(results: Results) -> str:
