@@ -146,7 +146,7 @@ def test_torture(run, results, monkeypatch):
     assert name.startswith("torture_") and result["steps"] > 0 and result["losses compared"] >= result["steps"]
     assert result["lost steps"] == result["losses that differ"] == result["codes that are wrong"] == 0
     assert sum(result[fault] for fault in torture.FAULTS) == result["resumes"] > 0
-    assert 0 < result["watch_ms"] < result["step_ms"] and "Lost steps" in torture.table([result])
+    assert 0 < result["watch_ms"] < result["step_ms"] and "lost steps" in torture.table([result])
 
 
 def test_demo(run, results, monkeypatch, capsys):
@@ -184,7 +184,7 @@ def test_writing(run, results, monkeypatch, capsys):
         assert figures["passages"]["model"] == 3 and figures["passages"]["people"] > 1
         assert figures["people"]["real_words"]["mean"] > 0.9 and figures["coherent"] == {"model": 0, "people": 1}
         assert figures["people"]["longest_copy_characters"]["p1"] > 25 and "known_speakers" not in figures["people"]
-    assert "**Writing.**" in table.tables() and "| model, temperature 0.9 |" in capsys.readouterr().out
+    assert "## Writing" in table.tables() and "| out, at 0.9 |" in capsys.readouterr().out
 
 
 def test_an_absolute_path_is_cut_from_the_command(monkeypatch):
@@ -194,18 +194,24 @@ def test_an_absolute_path_is_cut_from_the_command(monkeypatch):
 
 def test_table_checks_the_readme(run, results, tmp_path, monkeypatch, capsys):
     start(monkeypatch, demo, demo.DemoConfig, f"{run}/out", "--device=cpu", "--dtype=float32", positional="run")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{table.BEGIN}\n{table.END}\nbelow\n", encoding="utf-8")
-    check, write = table.TableConfig(check=True, readme=str(readme)), table.TableConfig(write=True, readme=str(readme))
+    readme, tables = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    marked = "<!-- {0} -->\n<!-- /{0} -->\n"
+    readme.write_text(f"above\n{marked.format('results')}{marked.format('files')}below\n", encoding="utf-8")
+    tables.write_text(f"above\n{marked.format('results')}below\n", encoding="utf-8")
+    keys = {"readme": str(readme), "results": str(tables)}
+    check, write = table.TableConfig(check=True, **keys), table.TableConfig(write=True, **keys)
     with pytest.raises(ConfigError, match="--write"):
         table.main(check)
     table.main(write)
     table.main(check)
-    text = readme.read_text(encoding="utf-8")
-    assert text == f"above\n{table.BEGIN}\n{table.tables()}{table.END}\nbelow\n"
-    readme.write_text(text.replace("| 4 ", "| 5 "), encoding="utf-8")  # a figure differs
-    with pytest.raises(ConfigError, match="does not show"):
-        table.main(check)
+    text = tables.read_text(encoding="utf-8")
+    assert text == f"above\n<!-- results -->\n{table.tables()}<!-- /results -->\nbelow\n"
+    for path, old, new in ((tables, "| 4 ", "| 5 "), (readme, "No GPU", "A GPU"), (readme, "model.py", "mode.py")):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(ConfigError, match=f"{path.name}: its .* are out of date"):
+            table.main(check)
+        path.write_text(text, encoding="utf-8")
     readme.write_text("no block", encoding="utf-8")
     with pytest.raises(ConfigError, match="lacks"):
         table.main(write)
@@ -213,4 +219,4 @@ def test_table_checks_the_readme(run, results, tmp_path, monkeypatch, capsys):
 
 
 def test_the_readme_shows_the_results():
-    table.main(table.TableConfig(check=True, readme=str(README)))
+    table.main(table.TableConfig(check=True, readme=str(README), results=str(README.parent / "bench" / "RESULTS.md")))
