@@ -29,7 +29,7 @@ from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, TrainWindows, find_dataset, open_split, read_meta
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
-from robopoet.training.optimizer import configure_optimizers
+from robopoet.training.optimizer import configure_optimizers, step_all, unscale
 from robopoet.training.run import Progress, Run
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
@@ -69,7 +69,7 @@ class TrainConfig:
     bias: bool = True  # biases in Linear and LayerNorm
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon trains the blocks' matrices, AdamW the rest or all
-    learning_rate: float = 1e-2  # AdamW's peak; alone it bears a tenth of that
+    learning_rate: float = 0.0  # AdamW's peak (0: 1e-2 beside Muon, 1e-3 alone)
     muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
     beta1: float = 0.8  # AdamW's first moment
@@ -105,18 +105,25 @@ class TrainConfig:
         """Rows of an optimizer step, over all ranks and micro-batches."""
         return self.gradient_accumulation_steps * self.batch_size
 
+    @property
+    def peak_lr(self) -> float:
+        """AdamW's peak learning rate."""
+        return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3}[self.optimizer]
+
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
         found += bounds(self, "max_iters eval_interval log_interval", 1)
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
-        found += bounds(self, "learning_rate muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
+        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
         found += bounds(self, "timeout_s", 1)
+        if self.learning_rate:
+            found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
         if self.n_head > 0 and self.n_embd % self.n_head:
             found.append(f"n_embd: found {self.n_embd}, must be divisible by n_head, {self.n_head}")
-        if self.decay_lr and self.min_lr > self.learning_rate:
-            found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.learning_rate}")
+        if self.decay_lr and self.min_lr > self.peak_lr:
+            found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.peak_lr}")
         if self.eval_only and self.init_from == "scratch":
             found.append("init_from: found scratch, but eval_only needs a checkpoint: --init_from=out/demo/best.pt")
         return found
@@ -142,7 +149,7 @@ def fit_schedule(cfg: TrainConfig, windows_per_epoch: int) -> TrainConfig:
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """What learning rates are multiplied by at `step`: linear warmup to 1, then half a cosine down to min_lr."""
-    floor = cfg.min_lr / cfg.learning_rate
+    floor = cfg.min_lr / cfg.peak_lr
     last = cfg.lr_decay_iters or cfg.max_iters
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
@@ -268,16 +275,17 @@ def dropout_seed(*place: int) -> int:
 
 
 def update(
-    state: State, inputs: torch.Tensor, targets: torch.Tensor, step: torch.Tensor, lr_scale: float | torch.Tensor
+    state: State, inputs: torch.Tensor, targets: torch.Tensor, step: torch.Tensor, scale: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward, clipping and optimizers on this rank's rows (rows, T), without waiting for the device.
 
-    step: int64 scalar. Returns what train_step does. Ranks average gradients once, in the last micro-batch.
+    step: int64 scalar. scale: of the learning rates. Ranks average gradients once, in the last micro-batch. Returns
+    what train_step does.
     """
     cfg, machine, scaler = state.cfg, state.machine, state.scaler
     state.forward.train()
     for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak_lr"] * lr_scale
+        group["lr"] = group["peak_lr"] * scale
     count, rows = micro_batches(cfg, machine)
     total = torch.zeros((), device=machine.device)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
@@ -286,23 +294,10 @@ def update(
             _, loss = state.forward(x, y)
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
-    for optimizer in state.optimizers:
-        scaler.unscale_(optimizer)
-    if scaler.is_enabled():  # if one optimizer must skip the step, all do
-        flags = [flag for o in state.optimizers for flag in scaler._found_inf_per_device(o).values()]
-        overflow = torch.stack(flags).amax()
-        for flag in flags:
-            flag.copy_(overflow)
+    unscale(state.optimizers, scaler)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf))
     bad = state.trouble.note(step, total, norm, scaler.is_enabled())
-    for optimizer in state.optimizers:
-        reads_found_inf = optimizer.defaults.get("fused") is not False  # unfused AdamW, as on MPS, does not
-        if reads_found_inf and not scaler.is_enabled():
-            optimizer.found_inf = bad  # read on the device: nothing waits
-        if reads_found_inf or not bad:
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
+    step_all(state.optimizers, scaler, bad)
     return total, norm
 
 
@@ -373,7 +368,7 @@ def train(asked: TrainConfig, start: Start) -> None:
             if logs or heard.save or machine.device.type == "cpu":
                 state.trouble.check(windows, rows, cfg.out_dir)
             if logs:
-                lr = cfg.learning_rate * lr_scale(progress.iter_num - 1, cfg)
+                lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters)
             is_best = False
             if evaluates:

@@ -1,4 +1,4 @@
-"""The machine that a run has: device, dtype, rank among torchrun's ranks, and the signals that it hears."""
+"""The machine: device, dtype, rank among torchrun's ranks, and the signals that a run handles."""
 
 import contextlib
 import ctypes
@@ -25,14 +25,14 @@ from robopoet.errors import RankError
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes: device, the dtype of its matrix products, its rank among torchrun's ranks."""
+    """Where this process computes: its device, the dtype of its matrix products, its rank among torchrun's ranks."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
     launched: bool = False  # by torchrun
-    votes: dist.ProcessGroup | None = None  # where ranks agree on the CPU (None: the group that they all are)
+    votes: dist.ProcessGroup | None = None  # on which ranks agree via the CPU (None: the default group)
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype)[6:]}, ranks: {self.world_size}"
@@ -48,19 +48,19 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext()
 
     def seed(self, seed: int) -> None:
-        """Seed what a step draws from; torch.manual_seed also formats stack traces for devices that are not there."""
+        """Seed what a step draws from; torch.manual_seed would also format a stack trace for each absent device."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(seed)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it, so that a clock read next is honest."""
+        """Wait for the device to finish, so that a clock read next is honest."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
     @contextlib.contextmanager
     def expecting_others(self, timeout_s: float) -> Iterator[None]:
-        """A context in which ranks work together; raises RankError when another is gone or has not answered."""
+        """A context that raises RankError when another rank is gone or does not answer."""
         try:
             yield
         except RuntimeError as e:
@@ -72,7 +72,7 @@ class Machine:
             raise
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all ranks, where `tensor` is."""
+        """The sum of `tensor` over all ranks, on the device of `tensor`."""
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
@@ -85,20 +85,20 @@ class Machine:
             dist.barrier()
 
     def leave(self) -> None:
-        """Leave the process group together: a rank that goes first can abort the others."""
+        """Leave the process group, all ranks together: one that left early could abort the others."""
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
     def peak_mem_mb(self) -> float:
-        """Most memory this process has held, in MB: reserved on a CUDA device, resident elsewhere."""
+        """Peak memory of this process, MB: reserved on a CUDA device, resident elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device) / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def matmul_flops(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
-        """The best FLOP/s seen of `product` on square matrices of `dtype`, ever larger ones: what MFU is a share of."""
+        """The best FLOP/s of `product` on square matrices of `dtype`, in growing sizes: 100% MFU."""
         best = 0.0
         for n in (1024, 2048, 4096, 8192):
             a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
@@ -112,7 +112,7 @@ class Machine:
             best = max(best, 2 * n**3 / best_s)
             if best_s > 5e-3:
                 break
-        if self.device.type == "cuda":  # these matrices are no part of training's memory
+        if self.device.type == "cuda":  # training's peak memory does not include these matrices
             del a, b
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -120,7 +120,7 @@ class Machine:
 
 
 class Asked(NamedTuple):
-    """What signals asked of a run."""
+    """What signals have asked of a run."""
 
     end: bool = False
     save: bool = False
@@ -129,15 +129,15 @@ class Asked(NamedTuple):
 class Signals:
     """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
 
-    They are heard at the end of a step, and all ranks agree which. A second SIGINT ends the process at once; so does an
-    alarm, `timeout_s` after it was told to end: a step that has not ended by then is stuck.
+    They take effect at the end of a step, and all ranks agree on them. A second SIGINT ends the process at once; so
+    does an alarm `timeout_s` after the first SIGTERM or SIGINT, because a step that takes longer is stuck.
     """
 
     def __init__(self, machine: Machine, timeout_s: float):
         self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
 
     def __enter__(self) -> "Signals":
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._hear)
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._handle)
         handlers[signal.SIGHUP] = signal.SIG_IGN
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -147,7 +147,7 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.end:
             raise KeyboardInterrupt
         if number == signal.SIGUSR1:
@@ -162,14 +162,14 @@ class Signals:
         if self.machine.world_size == 1:
             return heard
         votes = torch.tensor(heard, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU: the device need not stop for it
+        dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU, so that the device need not wait
         return Asked(bool(votes[0]), bool(votes[1]))
 
 
 def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:
-    """Choose device and dtype where they are `auto`, and join torchrun's process group when its environment is set.
+    """Resolve a device and dtype of `auto`, and join torchrun's process group if its environment is set.
 
-    timeout_s: how long a rank waits for the others. Raises ConfigError when the device or dtype is not to be had here.
+    timeout_s: how long a rank waits for the others. Raises ConfigError if the device or dtype is not available.
     """
     launched = any(name in os.environ for name in TORCHRUN)
     try:
@@ -217,20 +217,20 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 def _join(
     backend: str, rank: int, world_size: int, timeout_s: float, device_id: torch.device | None
 ) -> dist.ProcessGroup | None:
-    """Join the process group, at a place of the store that no earlier start has written to; returns Machine.votes.
+    """Join the process group under a fresh prefix of the store; returns Machine.votes.
 
-    torchrun keeps its store when it restarts the ranks, and in it the addresses of those that are dead. On a GPU the
-    votes have a group of their own, with half the timeout: NCCL's watchdog ends the process without a word, and so must
-    not be the first to notice that a rank hangs.
+    When torchrun restarts ranks it keeps its store, which still holds the addresses of dead ones. On a GPU the votes
+    have a group of their own with half the timeout: NCCL's watchdog ends the process without a message, so it must not
+    be the first to notice that a rank hangs.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    told = os.environ.get
-    if told("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"start_{told('TORCHELASTIC_RESTART_COUNT')}", store)
-    elif rank == 0 and told("TORCHELASTIC_USE_AGENT_STORE") == "True" and told("TORCHELASTIC_MAX_RESTARTS") != "0":
-        # several agents need not have restarted equally often
-        warn("environment: a machine that falls out can't come back; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    env = os.environ.get
+    if env("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start_{env('TORCHELASTIC_RESTART_COUNT')}", store)
+    elif rank == 0 and env("TORCHELASTIC_USE_AGENT_STORE") == "True" and env("TORCHELASTIC_MAX_RESTARTS") != "0":
+        # no prefix here: agents of several machines may have restarted different numbers of times
+        warn("environment: a machine that fails can't rejoin; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     longest = timeout if device_id is None else 2 * timeout
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=longest, device_id=device_id
@@ -239,8 +239,8 @@ def _join(
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor: the kernel would zero it anew at every step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library: as it comes
+    """Tell glibc to keep freed memory: otherwise the kernel maps and zeroes large tensors at every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: leave it as it is
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays

@@ -84,7 +84,7 @@ def test_every_key_without_a_value_is_named(write, cls, key):
         (train.TrainConfig, ["--seed=-1"], "seed"),
         (train.TrainConfig, ["--block_size=0"], "block_size"),
         (train.TrainConfig, ["--max_iters=0"], "max_iters"),
-        (train.TrainConfig, ["--learning_rate=0"], "learning_rate"),
+        (train.TrainConfig, ["--learning_rate=1e-13"], "learning_rate"),
         (sample.SampleConfig, ["--top_p=0"], "top_p"),
         (sample.SampleConfig, ["--top_p=1.5"], "top_p"),
         (sample.SampleConfig, ["--temperature=-0.1"], "temperature"),

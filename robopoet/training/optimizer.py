@@ -76,7 +76,7 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas, fused = (cfg.beta1, cfg.beta2), machine.device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=fused, capturable=recorded)
+    adamw = torch.optim.AdamW(groups, cfg.peak_lr, betas, fused=fused, capturable=recorded)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]
@@ -85,3 +85,26 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Divide gradients by the loss scale; if those of one optimizer overflowed, all will skip the step."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if scaler.is_enabled():
+        flags = [flag for optimizer in optimizers for flag in scaler._found_inf_per_device(optimizer).values()]
+        overflow = torch.stack(flags).amax()
+        for flag in flags:
+            flag.copy_(overflow)
+
+
+def step_all(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, bad: torch.Tensor) -> None:
+    """Step every optimizer, unless `bad`, a scalar on the device, is 1; then clear the gradients."""
+    for optimizer in optimizers:
+        reads_found_inf = optimizer.defaults.get("fused") is not False  # unfused AdamW, as on MPS, does not
+        if reads_found_inf and not scaler.is_enabled():
+            optimizer.found_inf = bad  # read on the device: nothing waits
+        if reads_found_inf or not bad:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()

@@ -1,0 +1,268 @@
+"""Whole runs of train.py: what they leave, how they resume, what their loggers get, what users get wrong."""
+
+import dataclasses
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import losses, records, run, windows_of
+
+import train
+from robopoet.errors import CheckpointError
+from robopoet.text.batches import encode_meta, read_meta
+from robopoet.weights import checkpoint
+from train import TrainConfig
+
+
+def test_a_run_learns_and_leaves_what_it_promises(small):
+    found = run(small, max_iters=40, eval_interval=20, log_interval=10)
+    out = Path(small["out_dir"])
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", ".lock"}
+    trained = [record for record in found if record["kind"] == "train"]
+    evaluated = [record for record in found if record["kind"] == "eval"]
+    assert [record["iter"] for record in trained] == [1, 10, 20, 30, 40]
+    assert [record["iter"] for record in evaluated] == [20, 40]
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.5
+    assert trained[-1]["tokens"] == 40 * 8 * 32
+    assert set(trained[0]) >= {"iter", "loss", "lr", "grad_norm", "dt_ms", "tok_per_sec", "mfu", "tokens", "seconds"}
+    assert set(evaluated[0]) >= {"iter", "split", "loss", "ppl", "bpb", "loss_by_style", "tokens", "seconds"}
+    best = checkpoint.load(out / "best.pt")
+    assert best["best_val_loss"] == min(record["loss"] for record in evaluated)
+    assert "optimizer" not in best
+    assert checkpoint.load(out / "ckpt.prev.pt")["iter_num"] == 20
+
+
+@pytest.mark.parametrize(
+    "optimizer, dtype", [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32"), ("muon", "bfloat16")]
+)
+def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, dtype):
+    keys = small | {"optimizer": optimizer, "dtype": dtype, "dropout": 0.2, "gradient_accumulation_steps": 2}
+    keys |= {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 10, "eval_iters": 2}  # 16 rows x 40: over an epoch
+    assert windows_of(keys).per_epoch < 40 * 16
+    whole = run(keys, out_dir=str(tmp_path / "whole"))
+    run(keys, out_dir=str(tmp_path / "parts"), max_iters=30)
+    parts = run(keys, out_dir=str(tmp_path / "parts"), init_from="resume")
+    assert losses(parts) == losses(whole)
+    ends = [checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts")]
+    assert ends[0]["iter_num"] == ends[1]["iter_num"] == 40
+    for name, p in ends[0]["model"].items():
+        assert torch.equal(p, ends[1]["model"][name])
+    for a, b in zip(*(end["optimizer_states"] for end in ends), strict=True):
+        for index, moments in a["state"].items():
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(b["state"][index][k])) for k, v in moments.items()
+            )
+
+
+def test_the_same_command_gives_the_same_bits_however_often_it_evaluates(small, tmp_path):
+    once = run(small, out_dir=str(tmp_path / "a"), dropout=0.1)
+    again = run(small, out_dir=str(tmp_path / "b"), dropout=0.1, eval_interval=1)
+    assert losses(once) == losses(again)
+    assert losses(once) != losses(run(small, out_dir=str(tmp_path / "c"), dropout=0.1, seed=2))
+
+
+def test_float16_trains_with_its_scaler_and_resumes_it(small):
+    run(small, dtype="float16")
+    saved = checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")
+    assert saved["scaler"]["_growth_tracker"] == 6
+    found = run(small, dtype="float16", init_from="resume", max_iters=9)
+    assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["scaler"]["_growth_tracker"] == 9
+    assert all(map(math.isfinite, losses(found)))
+
+
+def test_epochs_set_the_number_of_steps(small):
+    per_epoch = windows_of(small).per_epoch
+    found = run(small, epochs=0.25, eval_interval=1000)
+    assert found[-1]["iter"] == math.ceil(0.25 * per_epoch / 8)
+
+
+def test_patience_stops_a_run_that_no_longer_improves(small, monkeypatch):
+    told = iter([3.0, 2.0, 2.5, 2.0, 2.1, 1.0])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: real(*args) | {"loss": next(told)})
+    found = run(small, max_iters=12, eval_interval=2, patience=3)
+    assert [record["loss"] for record in found if record["kind"] == "eval"] == [3.0, 2.0, 2.5, 2.0, 2.1]
+    best = checkpoint.load(Path(small["out_dir"]) / "best.pt")
+    assert best["iter_num"] == 4 and best["best_val_loss"] == 2.0
+
+
+def test_auto_starts_then_goes_on_and_falls_back_to_the_file_before(small, capsys):
+    run(small, init_from="auto")
+    found = run(small, init_from="auto", max_iters=9)
+    assert [record["iter"] for record in found if record["kind"] == "train"] == list(range(1, 10))
+    latest = Path(small["out_dir"]) / "ckpt.pt"
+    latest.write_bytes(latest.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+        run(small, init_from="resume", max_iters=12)
+    found = run(small, init_from="auto", max_iters=12)  # its metrics, too, go back to step 6
+    assert [record["iter"] for record in found if record["kind"] == "train"] == list(range(1, 13))
+    assert "resuming from" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(small):
+    run(small)
+    out = Path(small["out_dir"])
+    (out / "ckpt.pt").write_bytes(b"damaged")
+    run(small, init_from="auto")  # from step 3 to 6, with one save
+    ends = {path.name: checkpoint.load(path)["iter_num"] for path in (out / "ckpt.pt", out / "ckpt.prev.pt")}
+    assert ends == {"ckpt.pt": 6, "ckpt.prev.pt": 3}
+    assert (out / "ckpt.damaged.pt").read_bytes() == b"damaged"
+
+
+def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, shapeless, tmp_path):
+    run(small)
+    path = str(Path(small["out_dir"]) / "best.pt")
+    found = run(shapeless, out_dir=str(tmp_path / "tuned"), init_from=path, learning_rate=1e-5)
+    assert found[0]["iter"] == 1
+    assert checkpoint.load(tmp_path / "tuned" / "best.pt")["model_args"]["n_layer"] == 2
+
+
+def test_eval_only_reports_any_split_and_trains_nothing(small, capsys):
+    run(small)
+    path = Path(small["out_dir"]) / "best.pt"
+    before = path.read_bytes()
+    expected = [record["loss"] for record in records(small["out_dir"]) if record["kind"] == "eval"]
+    for split in ("val", "test", "train"):
+        train.main(TrainConfig(**small | {"eval_only": True, "split": split, "init_from": str(path)}))
+        out = capsys.readouterr().out
+        assert f"{split}.bin: loss" in out and "bits/byte" in out and "alpha" in out and "beta" in out
+        if split == "val":
+            assert f"loss {min(expected):.4f}" in out
+    assert path.read_bytes() == before
+
+
+# --- loggers
+
+
+def test_tensorboard_and_wandb_get_the_same_numbers(small, monkeypatch):
+    seen = []
+
+    class Run:
+        def log(self, numbers):
+            seen.append(numbers)
+
+        def finish(self):
+            seen.append("finished")
+
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: seen.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    found = run(small, tensorboard=True, wandb="offline")
+    assert seen[0]["mode"] == "offline" and seen[0]["config"]["n_layer"] == 2 and seen[-1] == "finished"
+    assert len(seen[1:-1]) == len(found)
+    assert [numbers["train/loss"] for numbers in seen[1:-1] if "train/loss" in numbers] == losses(found)
+    assert {"val/loss", "val/ppl", "val/bpb", "val/loss/alpha", "val/loss/beta"} <= set().union(*seen[1:-1])
+    texts = [numbers["val/text"] for numbers in seen[1:-1] if "val/text" in numbers]
+    assert len(texts) == 2 and all(len(text) > 50 for text in texts)
+    board = EventAccumulator(small["out_dir"]).Reload()
+    assert set(board.Tags()["scalars"]) >= {"train/loss", "train/mfu", "train/peak_mem_mb", "val/ppl", "val/loss/beta"}
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(found))
+    assert "val/text/text_summary" in board.Tags()["tensors"]
+
+
+def test_a_run_that_goes_on_keeps_its_id_at_wandb(small, monkeypatch):
+    seen = []
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: seen.append(options) or type("Run", (), {"log": print, "finish": print})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(small, wandb="offline", max_iters=3)
+    run(small, wandb="offline", init_from="auto")
+    run(small, wandb="offline")
+    ids = [options["id"] for options in seen]
+    assert ids[0] == ids[1] != ids[2] and all(options["resume"] == "allow" for options in seen)
+
+
+def test_the_sample_for_the_loggers_leaves_training_as_it_is(small, tmp_path):
+    with_sample = run(small, tensorboard=True, dropout=0.1)
+    assert losses(with_sample) == losses(run(small, dropout=0.1, out_dir=str(tmp_path / "plain")))
+
+
+def test_a_failing_logger_never_stops_training(small, monkeypatch, capsys):
+    class Run:
+        def log(self, numbers):
+            raise ConnectionError("the network is gone")
+
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails
+    found = run(small, tensorboard=True, wandb="online")
+    assert found[-1]["iter"] == 6
+    err = capsys.readouterr().err
+    assert (
+        err.count("wandb failed") == 1
+        and err.count("TensorBoard is left out") == err.count("pip install tensorboard") == 1
+    )
+
+
+# --- what users get wrong
+
+
+def test_mistakes_are_told_before_training(small, tmp_path):
+    run(small)
+    (tmp_path / "file").write_text("")
+    wrong = {
+        "nowhere' is not prepared": {"dataset": str(tmp_path / "nowhere")},
+        r"out_dir: .* can't be written": {"out_dir": str(tmp_path / "file" / "out")},
+        "must have at least block_size": {"block_size": 100_000, "out_dir": str(tmp_path / "new")},
+        "warmup_iters: found 7": {"warmup_iters": 7},
+        "nothere.pt: not found": {"init_from": str(tmp_path / "nothere.pt")},
+        "n_layer: the checkpoint has 2, the config 3": {"init_from": "resume", "n_layer": 3},
+        "optimizer: the checkpoint has muon": {"init_from": "resume", "optimizer": "adamw"},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises((ValueError, OSError), match=message):
+            train.main(TrainConfig(**small | changes))
+
+
+def test_data_of_another_tokenizer_or_text_is_refused(small, books, tmp_path):
+    run(small)
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.bin").write_bytes((books / f"{name}.bin").read_bytes())
+    for key, message in {"tokenizer": "its tokenizer is not the dataset's", "text_sha256": "another text"}.items():
+        meta = read_meta(books)
+        tok = msgspec.structs.replace(meta.tokenizer, chars=meta.tokenizer.chars[::-1])
+        meta = dataclasses.replace(meta, **({"tokenizer": tok} if key == "tokenizer" else {"text_sha256": "0" * 64}))
+        (tmp_path / "meta.json").write_bytes(encode_meta(meta))
+        with pytest.raises(CheckpointError, match=message):
+            train.main(TrainConfig(**small | {"dataset": str(tmp_path), "init_from": "resume"}))
+
+
+def command(keys: dict, *launcher: str) -> subprocess.CompletedProcess:
+    args = [f"--{key}={value}" for key, value in keys.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, "train.py", *args], capture_output=True, text=True, env=environment
+    )
+
+
+def test_command_line_mistakes_end_in_one_message_and_exit_code_2(small):
+    done = command(small | {"n_heads": 2, "batch_size": 0, "dtype": "int8"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for message in ("--n_heads: no such key; did you mean n_head?", "batch_size: found 0", "--dtype: found 'int8'"):
+        assert message in done.stderr
+
+
+def test_two_gloo_ranks_equal_one(small, tmp_path):
+    keys = small | {"optimizer": "adamw", "max_iters": 20, "eval_interval": 10, "gradient_accumulation_steps": 4}
+    one = run(keys, out_dir=str(tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+    done = command(keys | {"out_dir": tmp_path / "two"}, *launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = records(tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    for a, b in zip(one, two, strict=True):
+        assert a["kind"] == b["kind"] and a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    ends = [checkpoint.load(tmp_path / name / "ckpt.pt")["model"] for name in ("one", "two")]
+    for name, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][name], atol=2e-3, rtol=0)
