@@ -151,7 +151,8 @@ def main(cfg: TortureConfig) -> None:
         if not seen:
             raise ConfigError("minutes: too short, no step was made")
         unbroken = Path(folder) / "unbroken"
-        steps = {"out_dir": unbroken, "max_iters": max(seen), "init_from": "scratch", "eval_interval": 10**6}
+        steps = {"out_dir": unbroken, "init_from": "scratch", "eval_interval": 10**6}
+        steps["max_iters"] = max(*seen, keys.warmup_iters)  # a shorter run is refused
         subprocess.run(train_command(keys, **steps), stdout=subprocess.DEVNULL, check=True)
         for at, loss in losses(unbroken).items():
             counts["losses compared"] += at in seen
