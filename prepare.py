@@ -50,7 +50,7 @@ class PrepareConfig:
         """What is wrong with these values, a line each."""
         found = configurator.bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
-            found.append("name either a corpus folder, as data/robopoet, or --input='my/*.txt'")
+            found.append("name either a corpus folder, such as data/robopoet, or --input='my/*.txt'")
         elif not self.out and not self.folder:
             try:
                 corpus.manifest_of_files(self.input)
@@ -175,7 +175,7 @@ def _is_prepared(out: Path, fingerprint: str) -> bool:
 class Part(NamedTuple):
     """A document's part in one split."""
 
-    number: int  # of the document: 0, 1, ...
+    number: int  # the document's, from 0
     name: str
     style: str
     split: str
@@ -197,7 +197,7 @@ def _split_documents(manifest: corpus.Manifest, survey: corpus.Survey, doing: st
         for split, text in corpus.split(doc, survey.n_documents, manifest.splits, exact):
             yield Part(i, doc.name, doc.style, split), text
     if digest.hexdigest() != survey.text_sha256:
-        raise DataError("the texts have changed while they were read; run prepare.py again")
+        raise DataError("the texts changed while they were being read; run prepare.py again")
 
 
 def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:

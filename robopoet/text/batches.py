@@ -46,8 +46,8 @@ def find_dataset(name: str) -> Path:
     has_manifest = any((place / name / "corpus.yaml").is_file() for place in places)
     advice = f"data/{name}" if has_manifest else f"--input='my/*.txt' --out=data/{Path(name).name or 'mine'}"
     raise DataError(
-        f"dataset: {name!r} is not prepared ({known or 'nothing'} is); run `python prepare.py {advice}`, or if it is "
-        "in another folder, name that one, --dataset=PATH, or start from where it was trained"
+        f"dataset: {name!r} is not prepared (prepared: {known or 'none'}); run `python prepare.py {advice}`, or if it "
+        "is in another folder, use --dataset=PATH, or run this where the model was trained"
     )
 
 
@@ -113,7 +113,7 @@ class Meta:
             raise ValueError(f"vocab_size is {self.vocab_size}, the tokenizer has {n_ids} ids")
         for style, id in self.styles.items():
             if tags.get(tokenizer.style_token(style)) != id:
-                raise ValueError(f"styles: the tokenizer's tag of {style!r} is another than {id}")
+                raise ValueError(f"styles: the tokenizer's tag of {style!r} is not {id}")
         for name, split in self.splits.items():
             if split.largest >= self.vocab_size:
                 raise ValueError(f"{name}.bin holds token {split.largest}, the vocabulary has {self.vocab_size}")
