@@ -1,4 +1,4 @@
-"""Two ranks on one machine, over gloo: the same bits twice, one rank's losses, shares, and when one falls out."""
+"""Two ranks on one machine, over gloo: the same bits twice, one rank's losses, shards, and the end of a rank."""
 
 import json
 import math
@@ -28,8 +28,7 @@ REPO = Path(__file__).parents[1]
 FAULTY = """
 import os, pathlib, signal, sys, time
 import configurator, train
-from robopoet.errors import CheckpointError
-from robopoet.errors import DataError
+from robopoet.errors import CheckpointError, DataError
 what, step, flag = sys.argv.pop(1), int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
 train_step, forward = train.train_step, train.GPT.forward
 poison = ""
@@ -80,7 +79,7 @@ def command(keys: dict, *script: str, options: tuple[str, ...]) -> list[str]:
 
 
 def torchrun(keys: dict, *script: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Run a script on two ranks; what came of it."""
+    """Run a script on two ranks; returns the finished process."""
     options = ("--nproc_per_node=2", f"--master_port={free_port()}", *options)
     launch = command(keys, *script, options=options)
     return subprocess.run(launch, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -101,7 +100,7 @@ def faulty(tmp_path):
 
 
 def losses(out: Path, kind: str = "train") -> list[float]:
-    """By step; of a step made twice, the later."""
+    """The losses of a run, by step."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in found if record["kind"] == kind]
 
@@ -131,7 +130,7 @@ def test_when_a_rank_is_killed_the_others_end_soon(small, faulty):
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 4
 
 
-def test_a_restarted_job_goes_on_by_itself_as_if_nothing_had_happened(small, faulty, tmp_path):
+def test_a_restarted_job_resumes_by_itself_as_if_nothing_had_happened(small, faulty, tmp_path):
     keys = small | {"max_iters": 8, "eval_interval": 2, "dropout": 0.1, "init_from": "auto"}
     done = torchrun(keys, *faulty("kill", 5), options=("--max_restarts=1",))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -168,7 +167,7 @@ def test_all_ranks_agree_on_the_step_at_which_a_signal_to_one_is_heard(small, fa
 # --- two machines
 
 
-def test_a_machine_that_is_killed_comes_back_and_the_run_goes_on_by_itself(small, faulty, tmp_path):
+def test_a_machine_that_is_killed_comes_back_and_the_run_resumes_by_itself(small, faulty, tmp_path):
     keys = small | {"max_iters": 12, "eval_interval": 3, "dropout": 0.1}
     whole = train_on_two(keys | {"out_dir": tmp_path / "whole"})
     port = free_port()
@@ -223,11 +222,11 @@ def test_compiled_ranks_learn_as_plain_ones(small, tmp_path, shard):
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4) and len(losses(plain)) == 6
 
 
-# --- shares: --shard=true
+# --- --shard=true
 
 
 @pytest.fixture
-def shares(small) -> dict:
+def uneven(small) -> dict:
     """Keys of a run whose matrices two ranks can't halve evenly, with micro-batches and an odd number of batches."""
     keys = small | {"block_size": 33, "n_embd": 34, "gradient_accumulation_steps": 4, "eval_iters": 3}
     return keys | {"learning_rate": 1e-3, "max_iters": 30, "lr_decay_iters": 30, "eval_interval": 10}
@@ -242,8 +241,8 @@ def tensors(path: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_ranks_with_shares_learn_as_ranks_with_copies_and_hold_half_each(shares, faulty, tmp_path, optimizer):
-    keys = shares | {"optimizer": optimizer, "dropout": 0.1}
+def test_sharded_ranks_learn_as_ranks_with_copies_and_hold_half_each(uneven, faulty, tmp_path, optimizer):
+    keys = uneven | {"optimizer": optimizer, "dropout": 0.1}
     copies = train_on_two(keys | {"out_dir": tmp_path / "copies"})
     halves = train_on_two(keys | {"out_dir": tmp_path / "halves", "shard": True}, *faulty("count", 4))
     assert losses(halves) == pytest.approx(losses(copies), abs=1e-5) and len(losses(halves)) == 30
@@ -253,9 +252,9 @@ def test_ranks_with_shares_learn_as_ranks_with_copies_and_hold_half_each(shares,
     assert int((tmp_path / "happened").read_text()) == pytest.approx(numbers / 2, rel=0.05)
 
 
-def test_one_rank_evaluates_what_shares_have_learnt(shares):
-    cfg = TrainConfig(**shares)
-    out, folder = train_on_two(shares | {"shard": True}), Path(cfg.dataset)
+def test_one_rank_evaluates_what_sharded_ranks_have_learnt(uneven):
+    cfg = TrainConfig(**uneven)
+    out, folder = train_on_two(uneven | {"shard": True}), Path(cfg.dataset)
     cpu, meta = Machine(torch.device("cpu"), torch.float32), read_meta(folder)
     split = open_split(folder, "val", meta, cfg.block_size, cpu.device)
     model, tok, content = checkpoint.load_model(out / "ckpt.pt", cpu.device, cpu.dtype)
@@ -264,30 +263,30 @@ def test_one_rank_evaluates_what_shares_have_learnt(shares):
     assert content["iter_num"] == 30 and found["loss"] == pytest.approx(losses(out, "eval")[-1], abs=1e-6)
 
 
-def test_shares_copies_and_one_rank_go_on_from_each_others_checkpoints(shares, tmp_path):
-    whole = train_on_two(shares | {"out_dir": tmp_path / "whole", "shard": True})
+def test_shards_copies_and_one_rank_resume_each_others_checkpoints(uneven, tmp_path):
+    whole = train_on_two(uneven | {"out_dir": tmp_path / "whole", "shard": True})
     half = {shard: tmp_path / f"half_{shard}" for shard in (True, False)}
     for shard, out in half.items():
-        train_on_two(shares | {"out_dir": out, "shard": shard, "max_iters": 20})
+        train_on_two(uneven | {"out_dir": out, "shard": shard, "max_iters": 20})
 
-    def go_on(name: str, shard_before: bool) -> dict:
+    def copy_half(name: str, shard_before: bool) -> dict:
         shutil.copytree(half[shard_before], tmp_path / name)
-        return shares | {"out_dir": str(tmp_path / name), "init_from": "resume"}
+        return uneven | {"out_dir": str(tmp_path / name), "init_from": "resume"}
 
-    train_on_two(go_on("shares", True) | {"shard": True})
-    assert losses(tmp_path / "shares") == losses(whole)
-    ends = [tensors(out / "ckpt.pt") for out in (whole, tmp_path / "shares")]
+    train_on_two(copy_half("shards", True) | {"shard": True})
+    assert losses(tmp_path / "shards") == losses(whole)
+    ends = [tensors(out / "ckpt.pt") for out in (whole, tmp_path / "shards")]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    train_on_two(go_on("copies", True))
-    train_on_two(go_on("shares_of_copies", False) | {"shard": True})
-    train.main(TrainConfig(**go_on("one", True) | {"shard": True}))  # alone it changes nothing
-    for name in ("copies", "shares_of_copies", "one"):
+    train_on_two(copy_half("copies", True))
+    train_on_two(copy_half("shards_of_copies", False) | {"shard": True})
+    train.main(TrainConfig(**copy_half("one", True) | {"shard": True}))  # alone it changes nothing
+    for name in ("copies", "shards_of_copies", "one"):
         assert losses(tmp_path / name) == pytest.approx(losses(whole), abs=1e-5) and len(losses(tmp_path / name)) == 30
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_overflow_in_float16_is_stepped_over_with_shares_as_with_copies(shares, faulty, tmp_path, optimizer):
-    keys = shares | {"optimizer": optimizer, "dtype": "float16", "max_iters": 8}
+def test_an_overflow_in_float16_is_skipped_by_shards_as_by_copies(uneven, faulty, tmp_path, optimizer):
+    keys = uneven | {"optimizer": optimizer, "dtype": "float16", "max_iters": 8}
     ends = []
     for shard in (False, True):
         out = train_on_two(keys | {"out_dir": tmp_path / str(shard), "shard": shard}, *faulty("overflow", 3))
