@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import os
 import random
 import re
@@ -19,10 +20,14 @@ from conftest import at_step, records
 import configurator
 import train
 from configurator import ConfigError
+from robopoet.errors import DivergedError
 from robopoet.machine import Machine
 from robopoet.text.batches import FORMAT, Meta, SplitMeta
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.training import log
+from robopoet.training import run as run_module
+from robopoet.training.run import Progress, Run, lock_folder
+from robopoet.training.start import find_start
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -51,7 +56,13 @@ def save_step():
     chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
     splits = {"train": size, "val": size, "test": size}
     meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())
-    return lambda out, step: train.save(out, state, train.Progress(iter_num=step), True, cfg, meta, CPU)
+
+    def save(out: Path, step: int) -> None:
+        run = Run(out, dataclasses.asdict(cfg), meta, CPU)
+        run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), is_best=True)
+        run.close()
+
+    return save
 
 
 def save_for_ever(save_step, out: Path, announce: int) -> None:
@@ -63,8 +74,8 @@ def save_for_ever(save_step, out: Path, announce: int) -> None:
 
 def newest(out: Path) -> int:
     """The step at which `auto` resumes; 0 when there is nothing to resume."""
-    start, _, _ = train.load_start(TrainConfig(out_dir=str(out), init_from="auto"))
-    return start["iter_num"] if start else 0
+    start = find_start("auto", out, eval_only=False)
+    return start.content["iter_num"] if start.content else 0
 
 
 def kill_while_saving(save_step, out: Path, after_s: float) -> tuple[int, int]:
@@ -164,7 +175,7 @@ def test_a_step_that_is_not_finite_updates_nothing_and_is_named(small, monkeypat
 
     before, models = {}, []
     monkeypatch.setattr(train.GPT, "forward", poisoned)
-    with pytest.raises(train.DivergedError) as told:
+    with pytest.raises(DivergedError) as told:
         train.main(cfg)
     assert f"step 3: the {what} is not finite" in str(told.value) and "rows 24 to 31, tokens [" in str(told.value)
     assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
@@ -186,15 +197,16 @@ def largest_file(size: int):
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, monkeypatch, capsys):
-    save, steps = train.save, []
+    save, steps = Run.save, []
 
-    def cramped(out, state, progress, *rest):
-        steps.append(progress.iter_num)
-        with largest_file(20_000) if progress.iter_num == 4 else contextlib.nullcontext():
-            save(out, state, progress, *rest)
-        assert progress.iter_num != 4
+    def cramped(run, *content):
+        steps.append(content[3].iter_num)
+        with largest_file(20_000) if steps[-1] == 4 else contextlib.nullcontext():
+            problem = save(run, *content)
+        assert bool(problem) == (steps[-1] == 4)
+        return problem
 
-    monkeypatch.setattr(train, "save", cramped)
+    monkeypatch.setattr(Run, "save", cramped)
     seen, out = [], Path(small["out_dir"])
     at_step(monkeypatch, 5, lambda: seen.append((newest(out), list(out.glob("*.part")))))
     train.main(TrainConfig(**small | {"eval_interval": 2}))
@@ -203,17 +215,17 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, m
 
 
 def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):
-    def full(*args):
+    def full(*args, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save", full)
+    monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(ConfigError, match=r"step 6 could not be saved .*: No space left on device"):
         train.main(TrainConfig(**small))
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(small, monkeypatch):
-    usage = train.shutil.disk_usage(small["dataset"])
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = run_module.shutil.disk_usage(small["dataset"])
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     at_step(monkeypatch, 0, lambda: pytest.fail("trained"))
     with pytest.raises(ConfigError, match=r"out_dir: .* has 0 MB free, the checkpoints take 1 MB more"):
         train.main(TrainConfig(**small))
@@ -226,7 +238,7 @@ def test_a_folder_of_someone_else_is_refused(small, tmp_path):
     def as_nobody() -> None:
         os.setuid(65534)
         try:
-            train.prepare_out_dir(tmp_path / "out")
+            lock_folder(tmp_path / "out")
         except ConfigError as e:
             os._exit(7 if "Permission denied" in str(e) or "can't be written" in str(e) else 1)
 
@@ -267,7 +279,7 @@ def test_a_folder_that_a_run_writes_to_is_refused_to_a_second_until_the_first_is
     at_step(monkeypatch, 2, second)
     train.main(TrainConfig(**small))
     assert len(seen) == 1
-    in_a_child(lambda: (train.prepare_out_dir(Path(small["out_dir"])), os.kill(os.getpid(), signal.SIGKILL)))
+    in_a_child(lambda: (lock_folder(Path(small["out_dir"])), os.kill(os.getpid(), signal.SIGKILL)))
     train.main(TrainConfig(**small | {"init_from": "auto"}))
 
 

@@ -56,7 +56,7 @@ def test_without_what_is_optional_all_runs_but_what_needs_it(poem, tmp_path):
     assert [code for code, _ in ends] == [0, 0, 0, 2, 2, 0]
     assert "prepare.py: tokenizer: bpe needs rustbpe: pip install rustbpe" in said
     assert "sample.py: originality: needs pydivsufsort: pip install pydivsufsort" in said
-    assert "warning: wandb failed and is left out" in said and "Traceback" not in said
+    assert "warning: wandb is left out: " in said and "pip install wandb" in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from conftest import at_step, records
 
 import configurator
 import train
+from robopoet.training.run import Run
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -60,12 +61,13 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_run_resumes_to_the_same_b
 
 
 def test_usr1_saves_and_the_run_continues(small, monkeypatch):
-    saved, save = [], train.save
-    monkeypatch.setattr(
-        train,
-        "save",
-        lambda out, state, progress, *rest: (saved.append(progress.iter_num), save(out, state, progress, *rest)),
-    )
+    saved, save = [], Run.save
+
+    def noting(run, *content):
+        saved.append(content[3].iter_num)
+        return save(run, *content)
+
+    monkeypatch.setattr(Run, "save", noting)
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train.main(TrainConfig(**small | {"eval_interval": 6}))
     assert saved == [4, 6]
