@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-# torch's own of these names give the same numbers, slower
+# torch's functions of the same names give the same numbers, slower on a CPU
 from robopoet.ops import Dropout, Linear, cross_entropy, scaled_dot_product_attention
 
 
@@ -30,10 +30,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of a window of tokens in every layer, preallocated by the caller.
+    """The keys and values of a window of tokens in every layer, preallocated for block_size tokens.
 
     keys, values: (n_layer, B, nh, block_size, hs). length: how many positions are filled; on CUDA an int64 tensor (1,),
-    so that a recorded step can count.
+    so that a captured CUDA graph can advance it.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
@@ -75,7 +75,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU between them (Hendrycks and Gimpel 2016, arXiv:1606.08415), four times as wide there."""
+    """C -> 4 C -> C with a GELU in between (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -145,7 +145,7 @@ class GPT(nn.Module):
         idx: (B, T) int64 token ids, T <= block_size; they fill a cache from its first position on. targets: (B, T)
         int64, -1 to ignore. Returns logits (B, T, V) and the cross-entropy in nats per token (reduction "mean": scalar;
         "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
-        loss are detached: a compiled backward would be given zeros for their gradient, as large as they are.
+        loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
         """
         T = idx.shape[1]
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
@@ -164,8 +164,11 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to `block_size` tokens for good; the later position embeddings are dropped."""
+        assert block_size <= self.config.block_size
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].clone(), freeze=False
+        )
 
     def num_params(self) -> int:
         """All parameters, position embeddings included, the tied matrix counted once."""

@@ -42,12 +42,12 @@ class PrepareConfig:
     corpus: str = ""  # folder that holds a corpus.yaml (--input takes it too)
     input: tuple[str, ...] = ()  # your own .txt, .jsonl, .jsonl.gz: files, globs or folders; or a corpus; repeatable
     out: str = ""  # where the bins go (default: the corpus's folder)
-    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's table), or a checkpoint whose one to use
+    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's own), or a checkpoint's
     vocab_size: int = 6725  # number of ids, special tokens included (bpe only)
     force: bool = False  # prepare even if nothing has changed
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each."""
+        """What is wrong with these values, one per line."""
         found = configurator.bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, such as data/robopoet, or --input='my/*.txt'")
@@ -57,7 +57,7 @@ class PrepareConfig:
             except DataError as e:
                 found.append(str(e))
             name = corpus.style_name(self.input[0])
-            found.append(f"out: is missing; say where the bins go, as --out=data/{name}")
+            found.append(f"out: is missing; say where the bins go, e.g. --out=data/{name}")
         return found
 
     @property
@@ -109,10 +109,8 @@ def main(cfg: PrepareConfig) -> None:
             f"the vocabulary has {tok.vocab_size} ids, must have at most {MAX_VOCAB_SIZE:,}; use --tokenizer=bpe"
         )
 
-    # --- bins, then meta.json: without it the folder counts as not prepared
+    # --- bins, then meta.json
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("meta.json", "meta.pkl"):
-        (out / name).unlink(missing_ok=True)
     parts = _split_documents(manifest, survey, "encoding")
     meta = Meta(
         format=FORMAT,
@@ -238,6 +236,8 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             name: SplitMeta(**sizes[name], sha256=batches.bin_sha256(path), documents=tuple(documents[name]), end=last)
             for name, path in unfinished.items()
         }
+        for name in ("meta.json", "meta.pkl"):  # until there are new ones the folder counts as not prepared
+            (out / name).unlink(missing_ok=True)
         for name, path in unfinished.items():
             os.replace(path, out / f"{name}.bin")
     finally:

@@ -32,13 +32,13 @@ class SampleConfig(Settings):
     """The keys of sample.py."""
 
     # input and output
-    checkpoint: str = "out/demo/best.pt"  # the model: ours, nanoGPT's, or a Hugging Face folder or Hub name, as gpt2
+    checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
     prompt: str = ""  # text to continue; FILE:path reads a file, - reads stdin, \n is a line break
     num_samples: int = 1  # passages, generated in one batch
-    interactive: bool = False  # prompt again and again; type /help there
+    interactive: bool = False  # a session of prompts; type /help there
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
-    replay: str = ""  # generate the passages of such a file again, compare, and exit
+    replay: str = ""  # regenerate the passages of such a file, compare them, and exit
     export: str = ""  # also export the model to this new folder, for Hugging Face's transformers
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
@@ -46,19 +46,19 @@ class SampleConfig(Settings):
     record: bool = False  # replay each decode step as a CUDA graph: faster, but not yet proven on a GPU
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each."""
+        """What is wrong with these values, one per line."""
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
-        modes = {"replay": "interactive prompt num_samples check save export"}
-        modes["interactive"] = "prompt num_samples check save export"
-        for mode, unused in modes.items():
-            given = [key for key in unused.split() if getattr(self, key) != getattr(SampleConfig, key)]
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        unused = {"interactive": "prompt num_samples check save export".split(), "replay": changed}
+        for mode, keys in unused.items():
+            given = [key for key in keys if key in changed and key != mode]
             if getattr(self, mode) and given:
                 found.append(f"{mode}: takes no {', '.join(given)}; leave it out")
         return found
 
 
 def read_prompt(prompt: str) -> str:
-    """The text that the key `prompt` stands for, with \\n for every line end, as \\r\\n.
+    """The text that the key `prompt` stands for, with every line ending (\\r\\n too) as \\n.
 
     Raises ConfigError if a file or stdin is not UTF-8 or has over 10 MB.
     """

@@ -23,7 +23,7 @@ import configurator
 from configurator import ConfigError, bounds, warn
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
-from robopoet.machine import Asked, Machine, Signals, find_machine, why_no_compile
+from robopoet.machine import Machine, Requests, Signals, find_machine, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, TrainWindows, find_dataset, open_split, read_meta
@@ -44,14 +44,14 @@ RESUMABLE = 75  # exit code (EX_TEMPFAIL) after a signal: saved, --init_from=aut
 class TrainConfig:
     """The keys of train.py; those that nanoGPT has too are called as there.
 
-    given: those that a person gave, on the command line or in YAML.
+    given: the keys set on the command line or in YAML.
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
-    init_from: str = "scratch"  # scratch, resume, auto (resume if there is something to), a checkpoint, or gpt2
+    init_from: str = "scratch"  # scratch, resume, auto (resume if out_dir has a checkpoint), a checkpoint, or gpt2
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
     seed: int = 1337  # of initialisation, order of windows, and dropout
@@ -68,7 +68,7 @@ class TrainConfig:
     dropout: float = 0.1  # probability, after embeddings, attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon trains the blocks' matrices, AdamW the rest or all
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 0.0  # AdamW's peak (0: 1e-2 beside Muon, 1e-3 alone)
     muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
@@ -81,7 +81,7 @@ class TrainConfig:
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
     warmup_iters: int = 20  # steps of linear warmup; if not given, it fits a short run
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
-    min_lr: float = 0.0  # learning rate from there on
+    min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
     # evaluation and logs
     eval_interval: int = 200  # steps between evaluations, each of which saves
     eval_iters: int = 0  # batches of an evaluation (0: the whole split)
@@ -94,11 +94,11 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
-    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA alone, eager is faster on CPU
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: only on CUDA; on a CPU eager is faster
     record: bool = False  # replay each step as a CUDA graph: faster, but not yet proven on a GPU; one process alone
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
     timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
-    shard: bool = False  # FSDP2: weights, gradients and optimizer states shared out among ranks
+    shard: bool = False  # shard weights, gradients and optimizer states among ranks (FSDP2)
 
     @property
     def rows_per_step(self) -> int:
@@ -111,7 +111,7 @@ class TrainConfig:
         return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3}[self.optimizer]
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each."""
+        """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
         found += bounds(self, "max_iters eval_interval log_interval", 1)
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
@@ -207,7 +207,7 @@ def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
 class State:
     """What a step works on. `forward` is `model`, compiled and wrapped as the run asks.
 
-    sync_next: called before each backward, with whether the ranks average its gradients.
+    sync_next: called before each micro-batch, with whether the ranks average gradients after it.
     """
 
     cfg: TrainConfig
@@ -254,6 +254,11 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
 # a step
 
 
+def dropout_seed(*place: int) -> int:
+    """A seed for each (seed, step, rank), so that no random state needs saving."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
 def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
 
@@ -269,23 +274,19 @@ def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Te
     return update(state, inputs, targets, number, scale)
 
 
-def dropout_seed(*place: int) -> int:
-    """A seed for each (seed, step, rank), so that no random state needs saving."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
-
-
 def update(
     state: State, inputs: torch.Tensor, targets: torch.Tensor, step: torch.Tensor, scale: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward, clipping and optimizers on this rank's rows (rows, T), without waiting for the device.
 
-    step: int64 scalar. scale: of the learning rates. Ranks average gradients once, in the last micro-batch. Returns
-    what train_step does.
+    step: int64 scalar. scale: factor on the peak learning rates. Ranks average gradients in the last micro-batch.
+    Returns what train_step does.
     """
     cfg, machine, scaler = state.cfg, state.machine, state.scaler
     state.forward.train()
-    for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak_lr"] * scale
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
     count, rows = micro_batches(cfg, machine)
     total = torch.zeros((), device=machine.device)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
@@ -314,21 +315,21 @@ def main(cfg: TrainConfig) -> None:
         train(complete(cfg, start), start)
 
 
-def train(asked: TrainConfig, start: Start) -> None:
+def train(cfg: TrainConfig, start: Start) -> None:
     """Train from `start` until max_iters, patience or a signal ends the run."""
     # --- machine
-    machine = find_machine(asked.device, asked.dtype, asked.backend, asked.timeout_s)
-    micro_batches(asked, machine)
+    machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
+    micro_batches(cfg, machine)  # raises if the ranks can't share the rows
 
     # --- data
-    folder = find_dataset(asked.dataset)
+    folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
-    check_fit(start, asked.dataset, asked.optimizer, meta)
-    val, split = (open_split(folder, name, meta, asked.block_size, machine.device) for name in ("val", "train"))
-    windows = TrainWindows(split, asked.block_size, asked.seed, asked.tag_prob)
+    check_fit(start, cfg.dataset, cfg.optimizer, meta)
+    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     tok = tokenizer.from_json(meta.tokenizer)
     token_bytes = tokenizer.token_bytes(tok)
-    cfg = fit_schedule(asked, windows.per_epoch)
+    cfg = fit_schedule(cfg, windows.per_epoch)
     plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters, even=cfg.shard)
 
     # --- model and optimizers
@@ -355,17 +356,17 @@ def train(asked: TrainConfig, start: Start) -> None:
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     previews = log.sinks and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
     rows = functools.partial(rows_of, cfg=cfg, machine=machine)
-    heard, unsaved = Asked(), ""
+    requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
-        while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not heard.end:
+        while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not requests.end:
             loss, norm = train_step(state, windows, progress.iter_num)
             progress.iter_num += 1
             meter.steps += 1
             bar.update()
-            heard = signals.agreed()
+            requests = signals.agreed()
             evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
-            logs = evaluates or heard.end or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
-            if logs or heard.save or machine.device.type == "cpu":
+            logs = evaluates or any(requests) or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
+            if logs or machine.device.type == "cpu":
                 state.trouble.check(windows, rows, cfg.out_dir)
             if logs:
                 lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
@@ -376,7 +377,7 @@ def train(asked: TrainConfig, start: Start) -> None:
                 text = {"text": preview(model, tok, machine)} if previews else {}
                 log.evaluation(progress.iter_num, result | text)
                 is_best = progress.note(result["loss"])
-            if evaluates or heard.end or heard.save:
+            if evaluates or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
@@ -390,9 +391,9 @@ def train(asked: TrainConfig, start: Start) -> None:
         raise ConfigError(unsaved)
     if progress.has_run_out_of(cfg.patience):
         log.print(f"stopped: {progress.bad_evals} evaluations without a better val loss; a larger --patience trains on")
-    if heard.end and progress.iter_num < cfg.max_iters:
+    if requests.end and progress.iter_num < cfg.max_iters:
         log.print(f"ended by a signal; --init_from=auto resumes from step {progress.iter_num}")
-        raise SystemExit(0 if machine.launched else RESUMABLE)
+        raise SystemExit(0 if machine.launched else RESUMABLE)  # torchrun would restart ranks that exit otherwise
     best = f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training"
     log.print(f"{best}: {run.out / 'best.pt'}")
 
@@ -400,7 +401,6 @@ def train(asked: TrainConfig, start: Start) -> None:
 def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
     """Print the loss of a checkpoint on `split`, and what another style's tag costs there."""
     machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
-    micro_batches(cfg, machine)
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     check_fit(start, cfg.dataset, cfg.optimizer, meta)

@@ -16,8 +16,6 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
 from robopoet.weights import checkpoint
 
-OLDER_LSTM_VAL_LOSS = 6.5  # nats per token; the model that this project replaces
-
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -63,24 +61,24 @@ def main(cfg: DemoConfig) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The Markdown table of these results, a column each, beside the val loss that the older LSTM reached."""
+    """The Markdown table of these results, a column each."""
     styles = dict.fromkeys(style for r in results for style in r["val"]["loss_by_style"])
     rows = [
-        ["parameters", *(f"{r['parameters']:,}" for r in results), ""],
-        ["steps", *(f"{r['steps']:,}" for r in results), ""],
-        ["minutes of training", *(f"{r['seconds'] / 60:,.1f}" for r in results), ""],
-        ["tokens/s", *(f"{r['tok_per_sec']:,.0f}" for r in results), ""],
-        ["val loss", *(f"{r['val']['loss']:.3f}" for r in results), f"{OLDER_LSTM_VAL_LOSS:.1f}"],
+        ["parameters", *(f"{r['parameters']:,}" for r in results)],
+        ["steps", *(f"{r['steps']:,}" for r in results)],
+        ["minutes of training", *(f"{r['seconds'] / 60:,.1f}" for r in results)],
+        ["tokens/s", *(f"{r['tok_per_sec']:,.0f}" for r in results)],
+        ["val loss", *(f"{r['val']['loss']:.3f}" for r in results)],
     ]
     for style in styles:
         losses = [r["val"]["loss_by_style"].get(style) for r in results]
-        rows.append([f"val loss, {style}", *("" if loss is None else f"{loss:.3f}" for loss in losses), ""])
+        rows.append([f"val loss, {style}", *("" if loss is None else f"{loss:.3f}" for loss in losses)])
     rows += [
-        ["val bits/byte", *(f"{r['val']['bpb']:.3f}" for r in results), ""],
-        ["test loss", *(f"{r['test']['loss']:.3f}" for r in results), ""],
-        ["test bits/byte", *(f"{r['test']['bpb']:.3f}" for r in results), ""],
+        ["val bits/byte", *(f"{r['val']['bpb']:.3f}" for r in results)],
+        ["test loss", *(f"{r['test']['loss']:.3f}" for r in results)],
+        ["test bits/byte", *(f"{r['test']['bpb']:.3f}" for r in results)],
     ]
-    return markdown(["", *(r["run"] for r in results), "older LSTM"], rows)
+    return markdown(["", *(r["run"] for r in results)], rows)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ ORDER = ("min", "median", "max")
 FILES = {  # in reading order: a file or a folder -> what it does
     "model.py": "GPT-2's architecture: forward pass, loss, KV cache",
     "train.py": "the config, the step, the training loop",
-    "sample.py": "text from a trained model: passages, batches, a session",
+    "sample.py": "text from a trained model: its config and `main`",
     "prepare.py": "books -> token ids: `train.bin`, `val.bin`, `meta.json`",
     "configurator.py": "dataclass <- YAML <- `--key=value`, checked",
     "robopoet/text": "corpora, cleaning, tokenizers, batches",
-    "robopoet/training": "what the loop needs: optimizers, evaluation, log, resume",
+    "robopoet/training": "behind the loop: optimizers, evaluation, log, resuming",
     "robopoet/weights": "checkpoints: ours, nanoGPT's, Hugging Face's",
-    "robopoet/writing": "decoding, the sampler, where a passage ends, originality",
-    "robopoet": "fast operations, the machine, errors, untrusted files",
+    "robopoet/writing": "generation, the sampler, passages, sessions, originality",
+    "robopoet": "fast operations, the machine, CUDA graphs, typed input",
 }
 
 
@@ -92,8 +92,8 @@ def _training_losses(results: Results) -> Iterator[str]:
     if half and full:
         low, middle, high, float32 = (f"{ratio:.1f}x" for ratio in (*map(half.get, ORDER), full["median"]))
         yield (
-            f"The lead of {middle} varies from {low} to {high}, for the machine is shared; with ours in float32, as "
-            f"nanoGPT is on a CPU, it is {float32}."
+            f"The lead of {middle} varies from {low} to {high}, because the machine is shared; with ours in "
+            f"float32, as nanoGPT is on a CPU, it is {float32}."
         )
     if tuned := {key: ratio["median"] for key, ratio in leads.items() if key[2] != "nanoGPT"}:
         config, dtype, name = least = min(tuned, key=lambda key: tuned[key])
@@ -116,7 +116,7 @@ def _sampling_losses(results: Results) -> Iterator[str]:
     first = [case["first_token_ms"] for r in results for case in r["cases"] if "nanoGPT" in case["first_token_ms"]]
     first = [(ms["RoboPoet"]["median"], ms["nanoGPT"]["median"]) for ms in first]
     if first and (worst := max(first, key=lambda ms: ms[0] / ms[1]))[0] > 0.95 * worst[1]:
-        yield f"A passage's first token comes no sooner than nanoGPT's: {worst[0]:.1f} ms against {worst[1]:.1f} ms."
+        yield f"The first token of a passage is no faster than nanoGPT's: {worst[0]:.1f} ms against {worst[1]:.1f} ms."
 
 
 def _writing_losses(results: Results) -> Iterator[str]:
@@ -129,9 +129,9 @@ def _writing_losses(results: Results) -> Iterator[str]:
     for style, found in sorted(shares.items(), key=lambda item: min(share["model"] for share in item[1])):
         models, people = sorted({f"{share['model']:.0%}" for share in found}), max(share["people"] for share in found)
         if min(share["model"] for share in found) < people:
-            below.append(f"{style} {' to '.join(models)} (people {people:.0%})")
+            below.append(f"{style} {' to '.join(models)} (human text: {people:.0%})")
     if below:
-        yield f"Passages that lie within people's range by every measure: {', '.join(below)}."
+        yield f"Share of passages within the human range by every measure: {', '.join(below)}."
 
 
 def results_block(results: Results) -> str:
@@ -144,7 +144,7 @@ def results_block(results: Results) -> str:
     items = [
         textwrap.fill(f"- {line}", 100, subsequent_indent="  ", break_on_hyphens=False) for line in losses(results)
     ]
-    parts.append("\n".join(["**Where it loses**", "", *items]))
+    parts.append("\n".join(["**Where it loses, or proves little**", "", *items]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,20 +31,28 @@ from configurator import ConfigError
 Results = list[dict[str, Any]]
 SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
-    "learn": ("Learning", "Lowest val loss in nats per token, and when ours has nanoGPT's; medians.", learn.table),
-    "train_speed": ("Training speed", "Medians of laps in turns; range of the ratios.", train_speed.table),
+    "learn": (
+        "Learning",
+        "Lowest val loss in nats per token, and seconds until RoboPoet has nanoGPT's; medians over seeds.",
+        learn.table,
+    ),
+    "train_speed": ("Training speed", "Medians over alternating laps; speed-ups with their range.", train_speed.table),
     "scaling": (
         "Scaling",
-        "Four times the batch; four times the text, read from disk. Medians of laps in turns.",
+        "Four times the batch; four times the text, read from disk. Medians over alternating laps.",
         scaling.table,
     ),
     "ranks": (
         "Ranks",
-        "The same batch on one rank and on several, a core each. Medians of runs in turns.",
+        "The same batch on one rank and on several, a core each. Medians over alternating runs.",
         ranks.table,
     ),
     "gpu": ("On a GPU", "What `python -m bench.gpu` expects of an H100, and what it saw.", gpu.table),
-    "sample_speed": ("Sampling speed", "Medians of rounds in turns; range of the ratios.", sample_speed.table),
+    "sample_speed": (
+        "Sampling speed",
+        "Medians over alternating rounds; speed-ups with their range.",
+        sample_speed.table,
+    ),
     "prepare_speed": (
         "Preparing text",
         "From JSON lines to bins; and the encoder beside tiktoken's.",
@@ -52,9 +60,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "writing": (
         "Writing",
-        "Bits per byte beside coders that know the train split. Then passages, at a temperature, beside people's from "
-        "the test split: means, and people's 1st to 99th percentile. A passage is coherent if it lies between these by "
-        "every measure.",
+        "Bits per byte, beside an n-gram model and compressors that have read the train split. Then passages at a "
+        "temperature, beside human text from the test split: means, and the human 1st to 99th percentile. The last "
+        "row: passages within that range by every measure.",
         writing.table,
     ),
     "torture": ("Torture", "A run that is killed, stopped and damaged, compared with an unbroken one.", torture.table),

@@ -301,7 +301,7 @@ MEASURES = {  # a measure -> its name in the table, and the format of its figure
     "distinct_3": ("distinct-3", ".2f"),
     "longest_copy_characters": ("longest copy, characters", ".0f"),
     "known_speakers": ("known speakers", ".0%"),
-    "speakers_who_speak": ("speakers who speak", ".0%"),
+    "speakers_who_speak": ("speaker lines with a speech", ".0%"),
     "words_before_loop": ("words before a loop", ".0f"),
 }
 
@@ -345,7 +345,7 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
             rows.append([name, *cells, mean, f"{low} to {high}"])
     coherent = [r["styles"][style]["coherent"] for r in results]
     shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
-    rows.append(["**coherent**", *(f"**{share:.0%}**" for share in shares), ""])
+    rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
     runs = [f"{r['run']}, at {r['settings']['temperature']:g}" for r in results]
     return markdown([f"Passages: {style}", *runs, "people", "1st to 99th percentile"], rows)
 

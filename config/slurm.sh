@@ -6,7 +6,7 @@
 #   torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d --rdzv_endpoint=first:29500 \
 #       train.py config/gpt2.yaml --init_from=auto
 #
-# When a rank fails, the others end too: at once, or after `timeout_s` if it went silent. torchrun then restarts all
+# When a rank fails, the others end too: at once, or after `timeout_s` if it hangs. torchrun then restarts all
 # ranks, which resume from ckpt.pt with the losses of an unbroken run. When a machine fails, or the job's time is up,
 # Slurm queues the job again. Without Slurm, give the same command on that machine again: the others wait for it, for
 # --rdzv_conf=join_timeout=600 seconds. If the machine was `first`, which serves the rendezvous, give it on all.

@@ -1,1 +1,1 @@
-"""What stands behind the scripts: text, weights, training and writing, each in a room of its own."""
+"""The scripts' library: text, weights, training, writing."""

@@ -22,6 +22,8 @@ from torch.utils._triton import has_triton
 from configurator import ConfigError, warn
 from robopoet.errors import RankError
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -32,7 +34,7 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     launched: bool = False  # by torchrun
-    votes: dist.ProcessGroup | None = None  # on which ranks agree via the CPU (None: the default group)
+    votes: dist.ProcessGroup | None = None  # the group, on the CPU, in which ranks agree on signals (None: the default)
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype)[6:]}, ranks: {self.world_size}"
@@ -98,7 +100,7 @@ class Machine:
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def matmul_flops(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
-        """The best FLOP/s of `product` on square matrices of `dtype`, in growing sizes: 100% MFU."""
+        """The best FLOP/s of `product` on square matrices of `dtype`, of growing size; this counts as 100% MFU."""
         best = 0.0
         for n in (1024, 2048, 4096, 8192):
             a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
@@ -112,14 +114,14 @@ class Machine:
             best = max(best, 2 * n**3 / best_s)
             if best_s > 5e-3:
                 break
-        if self.device.type == "cuda":  # training's peak memory does not include these matrices
+        if self.device.type == "cuda":  # keep these matrices out of training's peak memory
             del a, b
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         return best
 
 
-class Asked(NamedTuple):
+class Requests(NamedTuple):
     """What signals have asked of a run."""
 
     end: bool = False
@@ -153,17 +155,18 @@ class Signals:
         if number == signal.SIGUSR1:
             self.save = True
         else:
+            if not self.end:
+                signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
             self.end = True
-            signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
 
-    def agreed(self) -> Asked:
+    def agreed(self) -> Requests:
         """What any rank was asked to do; every rank calls this after every step."""
-        heard, self.save = Asked(self.end, self.save), False
+        heard, self.save = Requests(self.end, self.save), False
         if self.machine.world_size == 1:
             return heard
         votes = torch.tensor(heard, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, self.machine.votes)  # on the CPU, so that the device need not wait
-        return Asked(bool(votes[0]), bool(votes[1]))
+        return Requests(bool(votes[0]), bool(votes[1]))
 
 
 def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: float = 600.0) -> Machine:
@@ -209,9 +212,6 @@ def find_machine(device: str, dtype: str, backend: str = "auto", timeout_s: floa
             backend = "gloo"
         votes = _join(backend, rank, world_size, timeout_s, chosen if chosen.type == "cuda" else None)
     return Machine(chosen, getattr(torch, dtype), rank, world_size, launched, votes)
-
-
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def _join(

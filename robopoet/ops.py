@@ -1,7 +1,7 @@
 """Linear, Dropout, attention and cross-entropy: torch's names, arguments and numbers, faster on this hardware.
 
-Where there is nothing to gain, and wherever a compiler is at work, torch's own functions run. Only Dropout draws other
-random bits than torch's. bench/LOG.md has the measurements.
+Where there is nothing to gain, torch's own functions run. Only Dropout draws other random bits than torch's.
+bench/LOG.md has the measurements.
 """
 
 import math
@@ -48,7 +48,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """F.linear: x (..., K), weight (N, K) and bias (N,) to (..., N)."""
     if weight.is_mkldnn:  # prepacked
         return OneDNNLinear.product(x, weight, bias)
-    if x.device.type == "cuda" and weight.shape[0] % 64 and bias is None and x.numel() >= 64 * x.shape[-1]:
+    if bias is None and x.is_cuda and weight.shape[0] % 64 and x.numel() >= 64 * x.shape[-1]:
         padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % 64))  # tensor cores want a multiple of 64 columns
         return F.linear(x, padded)[..., : weight.shape[0]]
     in_float32 = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -58,7 +58,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the function above."""
+    """nn.Linear, computed by linear()."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)"""
@@ -67,9 +67,8 @@ class Linear(nn.Linear):
 
 def prepack(layer: nn.Linear) -> None:
     """Store the weight in oneDNN's own layout, for generation: it can't be trained or saved any more."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(
-        layer.weight.detach(), 32
-    )  # laid out for 32 rows; good for 1 to 128
+    n_rows = 32  # that the layout suits best; good for 1 to 128
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), n_rows)
     del layer.weight
     layer.weight = packed
 
@@ -106,7 +105,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout by the function above."""
+    """nn.Dropout, computed by dropout()."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape to the same shape."""
@@ -126,10 +125,10 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
 ) -> torch.Tensor:
     """softmax(query key' / sqrt(hs) + attn_mask) value: query (B, nh, T, hs), key and value (B, nh, S, hs)."""
-    B, T = query.shape[0], query.shape[-2]
-    if is_causal and query.device.type == "cpu" and T <= 256:  # the flash kernel's backward is slower on short rows
+    B, _, T, _ = query.shape
+    if is_causal and attn_mask is None and query.device.type == "cpu" and T <= 256:  # flash has a slower backward
         return causal_attention(query, key, value, dropout_p)
-    if T == 1 and B > 1 and not is_causal:  # generating several rows: on CPU twice as fast as the fused kernels
+    if T == 1 and B > 1 and not is_causal and not dropout_p:  # generating a batch: twice as fast as fused on a CPU
         return single_query_attention(query, key, value, attn_mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
 
@@ -147,29 +146,12 @@ def single_query_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention of one query in each row: q (B, nh, 1, hs), k and v (B, nh, T, hs), mask (1, T) -> (B, nh, 1, hs)."""
-    shape = q.shape
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    att = (k @ (q * q.shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # (B * nh, 1, T)
-    return ((att if mask is None else att + mask).softmax(-1) @ v).view(shape)
+    att = (k @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(2, 3)  # (B, nh, 1, T)
+    return (att if mask is None else att + mask).softmax(-1) @ v
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # cross-entropy
-
-
-def cross_entropy(
-    input: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
-) -> torch.Tensor:
-    """F.cross_entropy, computed in float32 or better: input (N, V) logits, target (N,) int64 -> scalar, or (N,)."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    if reduction == "none":  # 64 MB at a time: a float32 copy of all logits would be six times their size in bfloat16
-        rows = max(2**24 // input.shape[1], 1)
-        parts = zip(input.split(rows), target.split(rows), strict=True)
-        losses = [F.cross_entropy(z.to(dtype), t, ignore_index=ignore_index, reduction="none") for z, t in parts]
-        return torch.cat(losses)
-    if input.device.type == "cpu" and reduction == "mean" and not torch.compiler.is_compiling():
-        return RowwiseCrossEntropy.apply(input, target, ignore_index)
-    return F.cross_entropy(input.to(dtype), target, ignore_index=ignore_index, reduction=reduction)
 
 
 class RowwiseCrossEntropy(torch.autograd.Function):
@@ -197,3 +179,18 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return (grad if scale.item() == 1 else grad * scale), None, None
+
+
+def cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
+    """F.cross_entropy, computed in float32 or better: input (N, V) logits, target (N,) int64 -> scalar, or (N,)."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if reduction == "none":  # 64 MB of float32 at a time: copies of all logits would take several times their size
+        rows = max(2**24 // input.shape[1], 1)
+        parts = zip(input.split(rows), target.split(rows), strict=True)
+        losses = [F.cross_entropy(z.to(dtype), t, ignore_index=ignore_index, reduction="none") for z, t in parts]
+        return torch.cat(losses)
+    if input.device.type == "cpu" and reduction == "mean" and not torch.compiler.is_compiling():
+        return RowwiseCrossEntropy.apply(input, target, ignore_index)
+    return F.cross_entropy(input.to(dtype), target, ignore_index=ignore_index, reduction=reduction)

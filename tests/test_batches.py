@@ -331,7 +331,7 @@ def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
     assert len(content) == 406
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.bin: its SHA-256 is not the one in meta\.json.*prepare\.py"):
+    with pytest.raises(DataError, match=r"train\.bin: its SHA-256 does not match meta.*prepare\.py"):
         open_split(tmp_path, "train", meta, T, CPU)
 
 

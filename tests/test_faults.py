@@ -177,7 +177,7 @@ def test_a_step_that_is_not_finite_updates_nothing_and_is_named(small, monkeypat
     monkeypatch.setattr(train.GPT, "forward", poisoned)
     with pytest.raises(DivergedError) as told:
         train.main(cfg)
-    assert f"step 3: the {what} is not finite" in str(told.value) and "rows 24 to 31, tokens [" in str(told.value)
+    assert f"step 4: the {what} is not finite" in str(told.value) and "rows 24 to 31, tokens [" in str(told.value)
     assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
     assert checkpoint.load(Path(cfg.out_dir) / "ckpt.pt")["iter_num"] == 2
 
@@ -261,7 +261,7 @@ def test_a_logger_that_blocks_does_not_hold_up_training(small, monkeypatch, caps
     wandb = type(sys)("wandb")
     wandb.init = lambda **options: Run()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(log, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(log, "LOGGER_WAIT_S", 0.1)
     train.main(TrainConfig(**small | {"wandb": "online"}))
     assert records(small["out_dir"])[-1]["iter"] == 6
     assert capsys.readouterr().err.count("wandb has not answered") == 1

@@ -21,6 +21,7 @@ from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.batches import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.weights import checkpoint
+from robopoet.writing.generate import generate
 from sample import Poet, SampleConfig
 from train import TrainConfig
 
@@ -69,7 +70,7 @@ def test_an_exported_model_is_the_same_in_transformers_and_when_loaded_back(tmp_
     new = ours.config.block_size - prompt["input_ids"].shape[1]
     greedy = theirs.generate(**prompt, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
     choose = lambda logits: logits.argmax(-1)  # noqa: E731
-    written = [ids.item() for ids in ours.generate(prompt["input_ids"], new, choose)]
+    written = [ids.item() for ids in generate(ours, prompt["input_ids"], new, choose)]
     assert greedy[-new:].tolist() == written
 
 
@@ -189,9 +190,9 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
         "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
     )
     refused("config.json", config | {"activation_function": "relu"}, "activation_function: found 'relu'")
-    refused("config.json", b"{", r"config\.json: .*is not what")
-    refused("config.json", {"model_type": "gpt2"}, r"config\.json: .*missing required field `n_layer`.*is not what")
-    refused("config.json", b"{" * 10**6, r"config\.json: .*is not what")
+    refused("config.json", b"{", r"config\.json: .*does not match")
+    refused("config.json", {"model_type": "gpt2"}, r"config\.json: .*missing required field `n_layer`.*does not match")
+    refused("config.json", b"{" * 10**6, r"config\.json: .*does not match")
     refused("config.json", config | {"n_layer": 3}, "its weights don't fit")
     refused("config.json", config | {"n_layer": 10**5}, "its weights don't fit.*there are 29 tensors, must be 1200005")
     refused("config.json", config | {"n_layer": 10**9}, r"config\.json: .*\$\.n_layer")
@@ -201,23 +202,23 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
     refused("config.json", config | {"n_embd": 2**20}, r"must be \(360, 1048576\)")
     refused("config.json", config | {"resid_pdrop": None}, r"config\.json: .*\$\.resid_pdrop")
     refused("config.json", config | {"activation_function": "x" * 10**6}, r"config\.json: .*\$\.activation_function")
-    refused("model.safetensors.index.json", b"[" * 10**6, r"index\.json: .*is not what")
+    refused("model.safetensors.index.json", b"[" * 10**6, r"index\.json: .*does not match")
     refused("model.safetensors.index.json", {"weight_map": {"a": 5}}, r"index\.json: .*\$\.weight_map")
     refused("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, r"length <= 255")
     refused("model.safetensors.index.json", {"weight_map": {"a": ".."}}, "is a folder")
     refused("model.safetensors.index.json", {"weight_map": {}}, "there are 0 tensors")
     huge = (2**40).to_bytes(8, "little") + b"{}"
     refused("model.safetensors", huge, r"model\.safetensors: its header has 1,099,511,627,776 bytes")
-    refused("model.safetensors", b"", r"model\.safetensors: is not what")
+    refused("model.safetensors", b"", r"model\.safetensors: does not match")
     claim = json.dumps({"wte.weight": {"dtype": "F32", "shape": [2**30, 2**9], "data_offsets": [0, 2**41]}}).encode()
-    refused("model.safetensors", len(claim).to_bytes(8, "little") + claim, r"model\.safetensors: is not what")
+    refused("model.safetensors", len(claim).to_bytes(8, "little") + claim, r"model\.safetensors: does not match")
     flat = safetensors.torch.save({"h.0.mlp.c_fc.weight": torch.zeros(2, 3, 4), "wte.weight": torch.zeros(1)})
     refused("model.safetensors", flat, "there are 3 tensors")
     nan = safetensors.torch.load_file(intact / "model.safetensors")
     nan["transformer.ln_f.weight"][0] = torch.nan
     refused("model.safetensors", safetensors.torch.save(nan), r"transformer\.ln_f\.weight is not finite")
     refused("model.safetensors", None, r"model\.safetensors: not found")
-    refused("model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: is not what")
+    refused("model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: does not match")
     refused("tokenizer.json", None, "has no tokenizer")
     refused(
         "tokenizer.json",

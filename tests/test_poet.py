@@ -192,7 +192,7 @@ def test_memory_grows_neither_with_the_text_nor_with_max_new_tokens(poet, monkey
         ({"n": 10**9}, "n: found 1000000000"),
         ({"prompt": None}, "prompt: found None"),
         ({"prompt": b"x"}, "prompt: found b'x'"),
-        ({"prompt": "a\ud800"}, "prompt: character 1 is half a surrogate"),
+        ({"prompt": "a\ud800"}, "prompt: character 1 is a lone surrogate"),
         ({"prompt": "a" * (10 * 2**20 + 1)}, "prompt: found 10,485,761 characters"),
         ({"temprature": 1}, "temprature: no such setting; did you mean temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -232,13 +232,15 @@ def test_other_wrong_arguments_are_named(poet, random_pt, monkeypatch):
         with pytest.raises(ConfigError, match="must all come from one begin"):
             next(poet.stream(passages))
     monkeypatch.setattr(os, "sysconf", lambda name: 100)  # a machine with 10 kB
-    with pytest.raises(ConfigError, match="write fewer passages at a time"):
+    with pytest.raises(ConfigError, match="generate fewer passages at a time"):
         poet.begin("a", 2)
 
 
 def test_a_model_of_one_work_has_no_styles(poet, monkeypatch):
     monkeypatch.setattr(poet, "styles", {})
-    with pytest.raises(ConfigError, match="style: found 'emma', but a model of one work has no tags; leave style out"):
+    with pytest.raises(
+        ConfigError, match="style: found 'emma', but this model was trained without styles; leave it out"
+    ):
         poet.write(style="emma")
 
 

@@ -123,11 +123,11 @@ def test_the_advice_about_what_to_prepare_works(books, tmp_path, monkeypatch):
     for argv in (["my"], ["my/alice.txt", "my/king lear.txt"], ["--input=my/*.txt"]):
         message = advice(*argv)
         assert len(message.splitlines()) == 1
-        run(*argv, message.split("as ")[1], *CHAR)  # --out=data/my
+        run(*argv, message.split("e.g. ")[1], *CHAR)  # --out=data/my
         assert read(Path(message.split("--out=")[1]))
     message = advice("--corpus=my")
     assert message.startswith("my/corpus.yaml: not found")
-    run(message.split("as ")[1], "--out=a", *CHAR)  # --input=my
+    run(message.split("pass the texts: ")[1], "--out=a", *CHAR)  # --input=my
     assert read(Path("a"))
     corpora = [
         str(write_manifest(tmp_path / name, "sources: [{style: s, file: '*.txt'}]", "text " * 99)) for name in "xy"

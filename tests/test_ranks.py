@@ -151,7 +151,7 @@ def test_when_a_rank_hangs_the_job_ends_with_the_timeout(small, faulty, timeout_
 def test_a_loss_that_is_not_a_number_on_one_rank_stops_both_and_is_named(small, faulty, shard):
     done = torchrun(small | {"eval_interval": 2, "shard": shard}, *faulty("nan", 3))
     assert done.returncode != 0
-    assert "step 3: the loss is not finite" in done.stderr and "rank 1: rows 28 to 31, tokens [" in done.stderr
+    assert "step 4: the loss is not finite" in done.stderr and "rank 1: rows 28 to 31, tokens [" in done.stderr
     assert "rank 0: rows" not in done.stderr
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 2
 

@@ -44,7 +44,7 @@ def test_saved_passages_are_replayed_to_the_byte(random_pt, tmp_path, capsys):
     capsys.readouterr()
     sample.main(configurator.load(SampleConfig, [f"--replay={file}"]))
     out = capsys.readouterr().out
-    assert "4 passages, each as it was" in out and all(r["prompt"] + r["text"] in out for r in records)
+    assert "4 passages, all reproduced exactly" in out and all(r["prompt"] + r["text"] in out for r in records)
 
 
 def test_some_passages_of_a_batch_are_enough(random_pt, tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_some_passages_of_a_batch_are_enough(random_pt, tmp_path, capsys):
     records = saved(random_pt, file, "--num_samples=4", "--max_new_tokens=20")
     file.write_text("".join(json.dumps(records[i]) + "\n" for i in (3, 1)))
     replay(file)
-    assert "2 passages, each as it was" in capsys.readouterr().out
+    assert "2 passages, all reproduced exactly" in capsys.readouterr().out
 
 
 def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, monkeypatch, capsys):
@@ -64,7 +64,7 @@ def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, mon
     assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.sha256(export)
     capsys.readouterr()
     replay(tmp_path / "x.jsonl")
-    assert "1 passages, each as it was" in capsys.readouterr().out
+    assert "1 passages, all reproduced exactly" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_no_partial_line(poet, tmp_path):

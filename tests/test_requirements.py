@@ -64,3 +64,13 @@ def test_what_is_optional_is_imported_by_those_who_ask_for_it(poem):
     pytest.importorskip("tensorboard")
     ends, _ = run(*poem, [*poem[1], "--tensorboard=true"], blocked=[])
     assert ends == [[0, []]] * 3 + [[0, ["tensorboard"]]]
+
+
+def test_sampling_does_not_import_torchs_compiler(random_pt):
+    code = (
+        "import sys\nfrom sample import Poet\n"
+        f"Poet({str(random_pt)!r}, 'cpu', 'float32').write('a', max_new_tokens=3)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -170,7 +170,7 @@ def test_resuming_takes_what_is_not_given_from_the_checkpoint(small, capsys):
     capsys.readouterr()
     parts = run(out, init_from="resume", max_iters=6)
     assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
-    assert "other than in the checkpoint: max_iters 3 -> 6" in capsys.readouterr().out
+    assert "changed since the checkpoint: max_iters 3 -> 6" in capsys.readouterr().out
     run(out, init_from="resume", log_interval=2)
     told = capsys.readouterr().out
     assert "finished: step 6 of max_iters 6; a larger --max_iters trains on" in told
@@ -245,6 +245,10 @@ def test_the_default_warmup_is_shortened_for_a_short_run_and_one_that_is_given_i
         run(keys, max_iters=10, warmup_iters=20)
     cfg = train.fit_schedule(TrainConfig(max_iters=100), 1)
     assert cfg.warmup_iters == 20
+    args = [f"--{key}={keys[key]}" for key in ("dataset", "device", "dtype", "batch_size", "max_iters")]
+    args += [f"--init_from={small['out_dir']}/best.pt", f"--out_dir={small['out_dir']}2", "--warmup_iters=20"]
+    with pytest.raises(ConfigError, match="warmup_iters: found 20, must be at most 6"):  # the default, but given
+        train.main(configurator.load(TrainConfig, args))
 
 
 # --- from any folder

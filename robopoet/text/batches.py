@@ -151,7 +151,7 @@ def read_meta(folder: Path) -> Meta:
         raise DataError(f"{path}: is of format {header.format}, must be {FORMAT}; run prepare.py again")
     body = raw[: -len(_seal(b""))]
     if raw != body + _seal(body):
-        raise DataError(f"{path}: its SHA-256 is not the one it carries, it was altered; run prepare.py again")
+        raise DataError(f"{path}: its SHA-256 does not match its content; it was altered; run prepare.py again")
     return untrusted.decode_json(raw, Meta, path, DataError, "run prepare.py again")
 
 
@@ -180,7 +180,7 @@ def check_bin(folder: Path, name: str, meta: Meta) -> Path:
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     if found != split.sha256:
-        raise DataError(f"{path}: its SHA-256 is not the one in meta.json, it was altered; run prepare.py --force")
+        raise DataError(f"{path}: its SHA-256 does not match meta.json; it was altered; run prepare.py --force")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Cleaning removes what is no part of a work: Project Gutenberg's licence, stray white space, a play's markup.
+"""Cleaning removes what is not part of the work: Project Gutenberg's licence, stray white space, a play's markup.
 
 Every pattern here takes time linear in the text, whatever the text is. A manifest's own patterns may not, so an alarm
 stops them.

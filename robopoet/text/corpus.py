@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `folder/corpus.yaml`; raises DataError with every key that is wrong."""
     path = folder / "corpus.yaml"
     if not os.path.exists(path):
-        raise DataError(f"{path}: not found; name a folder that holds one, or its texts, as --input={folder}")
+        raise DataError(f"{path}: not found; name a folder that holds one, or pass the texts: --input={folder}")
     content = configurator.read_yaml(path, DataError)
     problems = _unknown_keys(content, Manifest)
     if isinstance(content, dict) and isinstance(content.get("sources"), list):

@@ -166,7 +166,7 @@ def _each_once(paths: Iterable[str]) -> list[str]:
 
 
 def stem(path: str) -> str:
-    """The name of the file at `path` without its ending, such as .txt or .jsonl.gz."""
+    """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
     return Path(path.removesuffix(".gz") if path.endswith(JSON_LINES) else path).stem
 
 

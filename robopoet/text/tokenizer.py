@@ -163,7 +163,7 @@ class BPETokenizer:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as e:  # many classes, and they change with the network library
             raise DataError(
-                f"tokenizer: GPT-2's table could not be downloaded ({type(e).__name__}); connect once, "
+                f"tokenizer: GPT-2's vocabulary could not be downloaded ({type(e).__name__}); connect once, "
                 "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe"
             ) from None
         tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
@@ -174,7 +174,7 @@ class BPETokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise DataError(f"character {e.start} is half a surrogate pair, which is not text; remove it") from None
+            raise DataError(f"character {e.start} is a lone surrogate, which UTF-8 can't encode; remove it") from None
         return [id for ids in self.encode_pieces(list(_pieces(text))) for id in ids.tolist()]
 
     def encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
@@ -198,7 +198,7 @@ class BPETokenizer:
         return ""
 
     def saved(self) -> SavedBPE:
-        """All there is to it."""
+        """The tokenizer as meta.json and checkpoints hold it."""
         return SavedBPE(self.pattern, tuple(token.decode("latin-1") for token in self.tokens), tuple(self.specials))
 
     def to_json(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class CharTokenizer:
         return "".join(dict.fromkeys(char for char in text if char not in known))
 
     def saved(self) -> SavedChar:
-        """All there is to it."""
+        """The tokenizer as meta.json and checkpoints hold it."""
         return SavedChar(self.chars, tuple(self.specials))
 
     def to_json(self) -> dict[str, Any]:

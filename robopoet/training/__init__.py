@@ -1,1 +1,1 @@
-"""What a run needs beside its loop: optimizers, evaluation, its folder, its log."""
+"""What a run needs besides its loop: optimizers, evaluation, its folder, its log."""

@@ -18,7 +18,7 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, plan: EvalPlan, 
     """Loss (nats/token) over a split, its standard error, perplexity, bits per byte, and the loss of each style.
 
     The ranks share the batches and sum in float64. token_bytes: (vocab_size,), bytes of text in each token. loss_se:
-    of the mean over windows. seconds: of the evaluation itself.
+    the standard error of the mean over windows. seconds: how long the evaluation took.
     """
     start = time.perf_counter()
     model.eval()
@@ -30,7 +30,7 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, plan: EvalPlan, 
     for inputs, targets, span in eval_batches(split, plan, machine):
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
-        losses, targets = losses[: len(span)], targets[: len(span)]  # without the row that evens the ranks out
+        losses, targets = losses[: len(span)], targets[: len(span)]  # without EvalPlan.even's padding row
         counted = targets >= 0
         size = (lengths[targets.clamp(min=0)] * counted).sum(1)
         nats, count, size = (part.cpu().double() for part in (losses.sum(1), counted.sum(1), size))
@@ -67,8 +67,6 @@ def compare_tags(
     tags: style -> id. Means over windows; the standard error is that of the difference between the same windows.
     """
     names = list(tags)
-    if not names:
-        return {}
     style_of = torch.tensor([names.index(style) for style in split.styles])
     # for each style and tag: windows, sum and sum of squares of the differences between their mean losses
     sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)

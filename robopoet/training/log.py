@@ -26,7 +26,7 @@ from robopoet.training.evaluate import describe
 from robopoet.training.run import Progress
 from robopoet.untrusted import Count, decode_json, read_lines
 
-PATIENCE_S = 10.0  # how long the end of a run waits for a logger
+LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
 Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
 
 
@@ -68,7 +68,7 @@ def wandb_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[],
 
 
 class Sink:
-    """A logger in a thread of its own: training never waits for it or fails with it. Its first failure ends it."""
+    """A logger in a thread of its own, dropped at its first failure: training never waits for it or fails with it."""
 
     def __init__(self, name: str, open_sink: Callable[[], tuple[Write, Callable[[], None]]]):
         self.name, self.waiting = name, queue.Queue(maxsize=1000)
@@ -95,9 +95,9 @@ class Sink:
         """Give the logger some seconds to write what is queued."""
         if self.thread.is_alive() and not self.waiting.full():
             self.waiting.put_nowait(None)
-        self.thread.join(PATIENCE_S)
+        self.thread.join(LOGGER_WAIT_S)
         if self.thread.is_alive():
-            warn(f"{self.name} has not answered for {PATIENCE_S:.0f} s and is left behind")
+            warn(f"{self.name} has not answered for {LOGGER_WAIT_S:.0f} s; the run ends without it")
 
 
 def open_sinks(config: dict[str, Any], run_id: str) -> list[Sink]:
@@ -109,7 +109,7 @@ def open_sinks(config: dict[str, Any], run_id: str) -> list[Sink]:
 
 @dataclass(frozen=True)
 class Position:
-    """What is read of a record in metrics.jsonl: its step and its run ("" before 0.1.0)."""
+    """What is read of a record in metrics.jsonl: its step and its run ("" in the oldest)."""
 
     iter: Count
     run: str = ""
@@ -224,7 +224,7 @@ class Meter:
         return record
 
     def _mfu(self, flops: float) -> float:
-        """The share of the peak FLOP/s, which is measured again when passed: other load had lowered it."""
+        """The share of the peak FLOP/s, which is measured again if exceeded: another load may have lowered it."""
         if flops > self.peak_flops:
             self.peak_flops = max(flops, self.machine.matmul_flops(linear) * self.machine.world_size)
         return flops / self.peak_flops

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum: torch.optim.Muon's numbers, but all matrices of one shape at once.
 
     It never waits for the device, so a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler
-    found an overflow. dtype: of the orthogonalisation's products.
+    found an overflow. dtype: in which orthogonalize() computes.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before step()
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
                     lr, grads = lr * (1 - found_inf), torch.where(found_inf > 0, torch.stack(moments), grads)
                 torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
                 ahead = grads.lerp(torch.stack(moments), group["momentum"])
-                update = shard_like(orthogonalize(full_tensor(ahead), self.dtype), ahead)  # a shard has another U V'
+                update = shard_like(orthogonalize(full_tensor(ahead), self.dtype), ahead)  # not U V' of a shard
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(update.to(grads.dtype) * (-lr * math.sqrt(max(1, rows / columns)))))
 
@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
 def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool = False) -> list[torch.optim.Optimizer]:
     """AdamW on every parameter; or Muon on the matrices of the blocks, and AdamW on the others.
 
-    cfg: a TrainConfig. recorded: as part of a CUDA graph. Matrices and embeddings decay, vectors don't (Loshchilov and
-    Hutter 2019, arXiv:1711.05101). Each group keeps its peak rate as "peak_lr", which the schedule scales.
+    cfg: a TrainConfig. recorded: steps are captured in a CUDA graph. Matrices and embeddings decay, vectors don't
+    (Loshchilov and Hutter 2019, arXiv:1711.05101). Each group keeps its peak rate, "peak_lr", for the schedule.
     """
     hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if cfg.optimizer == "muon" else set()
     others = [p for p in model.parameters() if id(p) not in hidden]
@@ -82,8 +82,9 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
         matrices = [p for p in model.parameters() if id(p) in hidden]
         dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
         optimizers.append(Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -101,7 +102,7 @@ def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScale
 def step_all(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, bad: torch.Tensor) -> None:
     """Step every optimizer, unless `bad`, a scalar on the device, is 1; then clear the gradients."""
     for optimizer in optimizers:
-        reads_found_inf = optimizer.defaults.get("fused") is not False  # unfused AdamW, as on MPS, does not
+        reads_found_inf = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused AdamW and Muon do
         if reads_found_inf and not scaler.is_enabled():
             optimizer.found_inf = bad  # read on the device: nothing waits
         if reads_found_inf or not bad:

@@ -51,7 +51,7 @@ class Progress:
 class Run:
     """The folder `out`: locked for this run until close(), or until its process ends, however it ends.
 
-    config, meta: of the run and its dataset, for its checkpoints. Raises ConfigError if the folder can't be written or
+    config, meta: stored in every checkpoint. Raises ConfigError if the folder can't be written or
     another run is writing to it.
     """
 
@@ -76,8 +76,8 @@ class Run:
     ) -> str:
         """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if this is the best model so far.
 
-        All ranks call it, to gather what is sharded; the main one writes. Returns what the disk refused, or "": the
-        last checkpoint stands then.
+        All ranks call it, to gather what is sharded; the main one writes. Returns "" if it was
+        written; else an error message, and the previous checkpoint is kept.
         """
         best = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
         best["model"] = tree_map_only(torch.Tensor, self._gather, best["model"])
@@ -93,7 +93,7 @@ class Run:
             checkpoint.save(self.out / "ckpt.pt", latest, keep=self.out / "ckpt.prev.pt")
         except OSError as e:
             reason, step = e.strerror or e, progress.iter_num
-            return f"step {step} could not be saved to {self.out}: {reason}; the checkpoint before stands"
+            return f"step {step} could not be saved to {self.out}: {reason}; the previous checkpoint is kept"
         return ""
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -104,8 +104,19 @@ class Run:
 
     def check_space(self, model: GPT, resumes: bool) -> None:
         """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written."""
-        if self.machine.is_main:
-            check_space(self.out, model, resumes)
+        if not self.machine.is_main:
+            return
+        weights = 4 * model.num_params()
+        needed = weights + 3 * (3 * weights)  # two moments beside the weights
+        replaced = self.out if resumes else self.out / "previous"
+        there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
+        free = shutil.disk_usage(self.out).free
+        if free + there < needed:
+            more_mb = (needed - there) / 2**20
+            raise ConfigError(
+                f"out_dir: {self.out} has {free / 2**20:,.0f} MB free, the checkpoints take {more_mb:,.0f} MB more; "
+                "choose another disk, or free some space"
+            )
 
     def make_way(self, resumed: Path | None) -> list[str]:
         """Put aside what the first save must not replace; returns lines that say what was moved.
@@ -138,20 +149,6 @@ def lock_folder(out: Path) -> BinaryIO:
     except BlockingIOError:
         raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
     return lock
-
-
-def check_space(out: Path, model: GPT, resumes: bool) -> None:
-    """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written."""
-    weights = 4 * model.num_params()
-    needed = weights + 3 * (3 * weights)  # two moments beside the weights
-    replaced = out if resumes else out / "previous"
-    there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
-    free = shutil.disk_usage(out).free
-    if free + there < needed:
-        raise ConfigError(
-            f"out_dir: {out} has {free / 2**20:,.0f} MB free, the checkpoints take {(needed - there) / 2**20:,.0f} MB "
-            "more; choose another disk, or free some space"
-        )
 
 
 def set_aside(out: Path) -> bool:

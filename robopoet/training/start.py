@@ -35,7 +35,7 @@ def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
     latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
     if init_from == "scratch" or (init_from == "auto" and not latest.exists() and not previous.exists()):
         if eval_only:
-            raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, as --init_from=out/demo/best.pt")
+            raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, e.g. --init_from=out/demo/best.pt")
         if init_from == "auto" and (out / "previous" / "ckpt.pt").exists():
             warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={out / 'previous'} resumes the one there")
         return Start(None, latest, False)
@@ -62,12 +62,11 @@ def complete(cfg: Config, start: Start) -> Config:
         return cfg
     given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
     taken = {key: start.content["model_args"][key] for key in SHAPE}
-    problems = [
-        f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out"
-        for key in SHAPE
-        if key in given and getattr(cfg, key) != taken[key]
-        if start.resumes or key != "block_size" or cfg.block_size > taken[key]
-    ]
+    problems = []
+    for key in given.intersection(SHAPE):
+        may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
+        if getattr(cfg, key) != taken[key] and not may_shorten:
+            problems.append(f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out")
     if problems:
         raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
     if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
@@ -75,7 +74,9 @@ def complete(cfg: Config, start: Start) -> Config:
         taken = {**dataclasses.asdict(saved), **taken}
         if "max_iters" in given:
             taken["epochs"] = 0.0  # it would override max_iters
-    return dataclasses.replace(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+    completed = dataclasses.replace(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+    object.__setattr__(completed, "given", cfg.given)
+    return completed
 
 
 def differences(cfg: Config, saved: dict[str, Any]) -> str:
@@ -90,7 +91,7 @@ def describe_resuming(cfg: Config, start: Start, progress: Progress) -> list[str
         return []
     lines = [f"resuming from {start.path}, step {progress.iter_num}"]
     if changed := differences(cfg, start.content["config"]):
-        lines.append(f"other than in the checkpoint: {changed}")
+        lines.append(f"changed since the checkpoint: {changed}")
     if progress.iter_num >= cfg.max_iters:
         larger = "--epochs" if cfg.epochs else "--max_iters"
         lines.append(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
@@ -130,7 +131,7 @@ def restore(start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch
                 group.update(configured)  # rates and decay come from the config, which may have changed
         if start.content["scaler"]:  # empty unless that run was in float16
             scaler.load_state_dict(start.content["scaler"])
-        progress = {"run_id": "", **start.content}  # checkpoints before 0.1.0 have no run_id
+        progress = {"run_id": "", **start.content}  # the oldest checkpoints have no run_id
         return Progress(**{field.name: progress[field.name] for field in dataclasses.fields(Progress)})
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{start.path}: holds no run to resume ({e}); use --init_from={start.path}") from None

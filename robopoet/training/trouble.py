@@ -43,7 +43,7 @@ class Trouble:
         votes = torch.zeros(self.machine.world_size)
         votes[self.machine.rank] = here
         ranks = [rank for rank, vote in enumerate(self.machine.all_reduce(votes).tolist()) if vote]
-        lines = [f"step {step}: the {'loss' if ranks else 'gradient'} is not finite; nothing was updated by it"]
+        lines = [f"step {step + 1}: the {'loss' if ranks else 'gradient'} is not finite; nothing was updated by it"]
         for rank in ranks or range(self.machine.world_size):
             first, count = rows_of(step, rank)
             starts, _ = windows.rows(first, count)

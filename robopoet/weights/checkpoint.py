@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
+from torch.overrides import TorchFunctionMode
 
 import configurator
 from model import GPT, GPTConfig
@@ -87,7 +88,7 @@ def sha256(path: Path) -> str:
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-FILE_ENDINGS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".zip", ".json", ".yaml", ".md", ".txt"}
+FILE_EXTENSIONS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".zip", ".json", ".yaml", ".md", ".txt"}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def load(path: Path) -> dict[str, Any]:
     a hash; nanoGPT's have none. Raises CheckpointError when the file is missing, truncated, altered or no checkpoint.
     """
     if not os.path.exists(path):
-        if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_ENDINGS:
+        if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_EXTENSIONS:
             name = configurator.shorten(str(path))
             raise CheckpointError(f"{name}: not found; train first, or name another checkpoint")
         path = huggingface.fetch(str(path))
@@ -126,7 +127,7 @@ def _read_file(path: Path) -> tuple[Any, bool]:
             f.seek(body)
             comment = f.read(COMMENT_BYTES)
             if comment.startswith(LABEL) and comment != LABEL + _digest(f, body):
-                raise CheckpointError(f"{path}: its SHA-256 is not the one it carries; the file is damaged")
+                raise CheckpointError(f"{path}: its SHA-256 does not match; the file is damaged")
             _check_zip(f, size)
             f.seek(0)
             with warnings.catch_warnings():
@@ -181,6 +182,14 @@ def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab
     return model
 
 
+class NoInit(TorchFunctionMode):
+    """Skips initialisation, which on the meta device would import torch's compiler: two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+
+
 def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torch.Tensor]:
     """`weights` without torch.compile's prefix; raises CheckpointError unless they fit `config` and are finite.
 
@@ -188,7 +197,7 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
     """
     try:
         weights = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             shapes = {name: p.shape for name, p in GPT(dataclasses.replace(config, n_layer=1)).state_dict().items()}
         of_block = [name for name in shapes if ".h.0." in name]
         n_tensors = len(shapes) + (config.n_layer - 1) * len(of_block)
@@ -209,8 +218,8 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
             raise ValueError("its tensors claim more numbers than the file holds")
     except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # tensors of odd kinds raise these too
         raise CheckpointError(f"{path}: its weights don't fit its model_args ({untrusted.describe(e)})") from None
-    if spoilt := [name for name, w in weights.items() if not w.isfinite().all()]:
-        raise CheckpointError(f"{path}: {spoilt[0]} is not finite; the run diverged, or the file is damaged")
+    if not_finite := [name for name, w in weights.items() if not w.isfinite().all()]:
+        raise CheckpointError(f"{path}: {not_finite[0]} is not finite; the run diverged, or the file is damaged")
     return weights
 
 

@@ -27,14 +27,14 @@ from robopoet.weights.header import ModelArgs, Share, Size
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # its Conv1D layers
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> torch's `approximate`
 HEADER_BYTES = 10 * 2**20  # of a safetensors file: room for 100,000 tensors
-NOT_GPT2 = "it is not what Hugging Face's GPT-2 has"
+NOT_GPT2 = "it does not match Hugging Face's GPT-2"
 
 Name = Annotated[str, msgspec.Meta(max_length=100)]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Options of Hugging Face's GPT-2 that our model has only at these values."""
+    """Options of Hugging Face's GPT-2 for which our model supports only these values."""
 
     model_type: Name = "gpt2"
     layer_norm_epsilon: float = 1e-5
@@ -143,7 +143,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"{path}: is not what Hugging Face's GPT-2 has ({untrusted.describe(e)})") from None
+        raise CheckpointError(f"{path}: does not match Hugging Face's GPT-2 ({untrusted.describe(e)})") from None
 
 
 def _our_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

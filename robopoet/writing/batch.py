@@ -33,7 +33,7 @@ class Batch:
     def drop_done(self) -> torch.Tensor | None:
         """Drop the rows of passages that are done; returns the rows to keep, int64, or None if all stay.
 
-        On a GPU only when at least half are done: a CUDA graph is recorded anew for each number of rows.
+        On a GPU only when at least half are done: a CUDA graph must be captured again for another number of rows.
         """
         kept = [place for place, i in enumerate(self.active) if not self.passages[i].done]
         device = self.sampler.forbidden.device

@@ -19,9 +19,9 @@ BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
 
 def window_start(n: int, block_size: int) -> int:
-    """Where the window of a text of n tokens starts: 0 while it fits, then moved on in steps of half a block.
+    """Where the window of a text of n tokens starts: 0 while it fits, then it slides by half a block at a time.
 
-    Learned positions tie a cached key to its position, so when the window moves, it is read anew.
+    Learned positions tie a cached key to its position, so when the window slides, the cache is recomputed.
     """
     step = max(block_size // 2, 1)
     return 0 if n <= block_size else math.ceil((n - block_size) / step) * step
@@ -69,7 +69,7 @@ def _tagged(window: torch.Tensor, tags: torch.Tensor | None) -> torch.Tensor:
 
 
 def _step(model: GPT, cache: KVCache, record: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`decode` with this cache, on CUDA recorded if asked for: its launches take longer than its work."""
+    """`decode` with this cache, if asked for as a CUDA graph: its kernel launches take longer than its work."""
     step = functools.partial(decode, model, cache=cache, blocks=block_weights(model))
     return Graphed(step) if record and cache.keys.device.type == "cuda" else step
 
@@ -78,7 +78,7 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
     """Logits (B, V) after one more token in each row, ids (B,) int64; its keys and values join the cache.
 
     The arithmetic of GPT.forward for the last token of a window, without calling its modules, which would take a tenth
-    of the time. A query attends to the filled positions; on CUDA, where a recorded step can't change shape, to all
+    of the time. A query attends to the filled positions; on CUDA, where a captured step can't change shape, to all
     positions, the empty ones masked. blocks: from block_weights().
     """
     c, t, B = model.config, model.transformer, len(ids)
@@ -111,7 +111,7 @@ def block_weights(model: GPT) -> list[BlockWeights]:
 
 
 def prepack(model: GPT) -> None:
-    """Lay each matrix out as oneDNN reads it, where that generates faster; the model can't be trained any more."""
+    """Repack each matrix into oneDNN's layout, where that generates faster; the model can't be trained afterwards."""
     weight = model.lm_head.weight
     if ops.HAS_AVX512 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
         for module in model.modules():

@@ -38,7 +38,7 @@ class Settings:
     style: str = ""  # one of the model's, or a blend such as shakespeare:0.7,alice:0.3 (none: as the prompt suggests)
     max_new_tokens: int = 300  # generate at most this many tokens; may exceed block_size
     until: Until = "auto"  # end after the first such unit (auto: where a reader would; tokens: at max_new_tokens)
-    stop: tuple[str, ...] = ()  # end before this text, as --stop="\n\n"; repeatable
+    stop: tuple[str, ...] = ()  # end before this text, e.g. --stop="\n\n"; repeatable
     seed: int = 1337  # the same seed gives the same passage
     # sampling, in this order
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely

@@ -80,7 +80,7 @@ class Poet:
 
         first: the number of the first passage's random stream; the others follow. Raises ConfigError if a setting is
         unknown, has the wrong type or is out of range, if the model lacks the style, if the prompt is not text, is over
-        ten million characters long or has none that the model knows, or if the passages don't fit in memory.
+        ten million characters long or has no character that the model knows, or if the passages don't fit in memory.
         """
         for name, value, low, high in (("n", n, 1, MAX_PASSAGES), ("first", first, 0, 2**53)):
             if not isinstance(value, int) or not low <= value <= high:
@@ -94,7 +94,7 @@ class Poet:
     def stream(self, passages: list[Passage], logprobs: bool = False) -> Iterator[list[str]]:
         """Generate the passages that one begin() returned; yields the text that each one gains, token by token.
 
-        logprobs: also keep the log-probability of each token. Raises ConfigError for passages of several begin().
+        logprobs: keep each token's log-probability too. Raises ConfigError unless all passages come from one begin().
         """
         if not passages or any((p.settings, p.prompt) != (passages[0].settings, passages[0].prompt) for p in passages):
             raise ConfigError(f"passages: found {len(passages)}, must all come from one begin()")
@@ -127,7 +127,7 @@ class Poet:
         Empty for no style. Raises ConfigError if the model lacks a style or a share is not within 1e-6 to 1e6.
         """
         if style and not self.styles:
-            raise ConfigError(f"style: found {style[:100]!r}, but a model of one work has no tags; leave style out")
+            raise ConfigError(f"style: found {style[:100]!r}, but this model was trained without styles; leave it out")
         shares: dict[int, float] = {}
         for part in style.split(",") if style else ():
             name, _, share = part.strip().partition(":")
@@ -159,7 +159,7 @@ class Poet:
         try:
             prompt.encode()
         except UnicodeEncodeError as e:
-            raise ConfigError(f"prompt: character {e.start} is half a surrogate pair, which is not text") from None
+            raise ConfigError(f"prompt: character {e.start} is a lone surrogate, which UTF-8 can't encode") from None
         if not self.tokenizer.encode(prompt or "\n"):
             raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
 
@@ -170,12 +170,12 @@ class Poet:
         if self.machine.device.type == "cpu" and need > have:
             raise ConfigError(
                 f"num_samples: the keys and values of {rows:,} rows take {need / 2**30:,.0f} GB, and this machine has "
-                f"{have / 2**30:,.0f} GB; write fewer passages at a time"
+                f"{have / 2**30:,.0f} GB; generate fewer passages at a time"
             )
 
 
 def _advice() -> str:
     """What to do about a missing checkpoint."""
     if found := sorted(map(str, Path("out").glob("*/best.pt"))):
-        return f"there {'are' if len(found) > 1 else 'is'} {', '.join(found[:10])}; as: python sample.py {found[0]}"
+        return f"there {'are' if len(found) > 1 else 'is'} {', '.join(found[:10])}; try: python sample.py {found[0]}"
     return "train one first: make poem trains the demo"

@@ -107,7 +107,7 @@ def replay(path: Path) -> None:
         print_passages(poet, passages, _compare(poet.stream(passages), passages, batch, path))
     if not count:
         raise ConfigError(f"{path}: holds no saved passage")
-    print(f"{path}: {count} passages, each as it was")
+    print(f"{path}: {count} passages, all reproduced exactly")
 
 
 def _compare(

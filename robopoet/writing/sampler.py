@@ -108,7 +108,7 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler:
-    """Samples the next token of each passage by `settings`; never one of `forbidden` (ids, int64).
+    """Samples the next token of each passage according to `settings`; never one of `forbidden` (ids, int64).
 
     passages: their numbers; each draws from its own random stream, seeded by (settings.seed, number), so that its text
     does not depend on the passages beside it. weights: of the styles in the blend, (S,). prompt: the ids that every

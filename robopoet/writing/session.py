@@ -85,7 +85,7 @@ class Session:
             print(self.poet.originality.check(self.last[0].text).describe())
         elif command == "/save":
             if not argument:
-                raise ConfigError("/save: name a file, as /save passages.jsonl")
+                raise ConfigError("/save: name a file, e.g. /save passages.jsonl")
             check_save(Path(argument))
             save(Path(argument), self.poet, self.last)
         elif command == "/settings":
