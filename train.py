@@ -84,7 +84,7 @@ class TrainConfig:
     min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
     # evaluation and logs
     eval_interval: int = 200  # steps between evaluations, each of which saves
-    eval_iters: int = 0  # batches of an evaluation (0: the whole split)
+    eval_iters: int = 0  # batches of an evaluation (0: the full split)
     patience: int = 0  # evaluations without a better val loss before stopping (0: never)
     log_interval: int = 10  # steps between status lines
     tensorboard: bool = False  # write events to out_dir
@@ -230,12 +230,12 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
         model.to(machine.device)
     recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1
     if cfg.record and not recorded:
-        warn("record: needs a CUDA device and one process alone; going on unrecorded")
+        warn("record: needs a CUDA device and a single process; training unrecorded")
     optimizers = configure_optimizers(cfg, model, machine, recorded)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
         if reason := why_no_compile(machine.device):
-            warn(f"compile: {reason} on this machine; going on uncompiled")
+            warn(f"compile: {reason} on this machine; training uncompiled")
         else:
             forward = torch.compile(model)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
@@ -340,7 +340,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     n_params = model.num_params()
     state = build_state(cfg, machine, model)
 
-    # --- resume, or start anew
+    # --- resume, or start a new run
     progress = Progress(run_id=secrets.token_hex(4))
     if start.resumes:
         progress = restore(start, state.optimizers, state.scaler)

@@ -136,7 +136,7 @@ def read_records(out: Path) -> list[Record]:
     for number, line in enumerate(untrusted.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             where = f"{path}: line {number}"
-            records.append(untrusted.decode_json(line, Record, where, ConfigError, "take the line out, or train anew"))
+            records.append(untrusted.decode_json(line, Record, where, ConfigError, "remove the line, or train again"))
     return records
 
 

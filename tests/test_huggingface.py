@@ -218,7 +218,9 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
     nan["transformer.ln_f.weight"][0] = torch.nan
     refused("model.safetensors", safetensors.torch.save(nan), r"transformer\.ln_f\.weight is not finite")
     refused("model.safetensors", None, r"model\.safetensors: not found")
-    refused("model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: does not match")
+    refused(
+        "model.safetensors", (intact / "model.safetensors").read_bytes()[:1000], r"model\.safetensors: does not match"
+    )
     refused("tokenizer.json", None, "has no tokenizer")
     refused(
         "tokenizer.json",
