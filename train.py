@@ -349,7 +349,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     log = Log(run.out, progress, machine, open_sinks(config, progress.run_id) if machine.is_main else [])
     for line in (f"{machine}, parameters: {n_params:,}", *moved, *describe_resuming(cfg, start, progress)):
         log.print(line)
-    del start
+    start.release()
 
     # --- loop
     meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size)

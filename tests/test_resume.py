@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import at_step
 
 import configurator
 import prepare
@@ -312,3 +313,13 @@ def test_make_clean_removes_what_make_made_and_nothing_of_the_users(tmp_path):
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"Makefile", *kept}
+
+
+def test_a_run_that_has_started_holds_no_copy_of_its_checkpoint(small, monkeypatch):
+    run(small, max_iters=3)
+    starts, find_start = [], train.find_start
+    monkeypatch.setattr(train, "find_start", lambda *args: starts.append(find_start(*args)) or starts[-1])
+    held = []
+    at_step(monkeypatch, 4, lambda: held.append(starts[0].content))
+    run(small, init_from="resume")
+    assert held == [{}]

@@ -29,6 +29,11 @@ class Start:
     path: Path
     resumes: bool
 
+    def release(self) -> None:
+        """Free the checkpoint's tensors once the run has copied them."""
+        if self.content:
+            self.content.clear()
+
 
 def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
     """What `init_from` names; raises ConfigError or CheckpointError if there is no such thing."""
