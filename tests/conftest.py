@@ -216,6 +216,12 @@ class GPT(GPT):
 """
 
 
+OURS = "from robopoet.ops import Dropout, Linear, cross_entropy, scaled_dot_product_attention\n"
+TORCHS = """from torch.nn import Dropout, Linear
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+"""
+
+
 @pytest.fixture
 def peer(run, tmp_path):
     """A checkout that is laid out as nanoGPT's and talks like it; our own model has its names and shapes."""
@@ -225,8 +231,9 @@ def peer(run, tmp_path):
     train_py = STAND_IN.replace('open("vocab").read()', f'"{vocab_size}"')
     (folder / "train.py").write_text(train_py, encoding="utf-8")
     (folder / "configurator.py").write_text("", encoding="utf-8")
-    (folder / "model.py").write_text((REPO / "model.py").read_text(encoding="utf-8") + WRITES, encoding="utf-8")
-    (folder / "robopoet").symlink_to(REPO / "robopoet")  # what model.py imports
+    model_py = (REPO / "model.py").read_text(encoding="utf-8")
+    assert OURS in model_py
+    (folder / "model.py").write_text(model_py.replace(OURS, TORCHS) + WRITES, encoding="utf-8")
     return folder
 
 

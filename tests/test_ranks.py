@@ -258,7 +258,7 @@ def test_one_rank_evaluates_what_sharded_ranks_have_learnt(uneven):
     cpu, meta = Machine(torch.device("cpu"), torch.float32), read_meta(folder)
     split = open_split(folder, "val", meta, cfg.block_size, cpu.device)
     model, tok, content = checkpoint.load_model(out / "ckpt.pt", cpu.device, cpu.dtype)
-    plan = EvalPlan(cfg.block_size, cfg.batch_size)
+    plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
     found = evaluate(model, split, tokenizer.token_bytes(tok), plan, cpu)
     assert content["iter_num"] == 30 and found["loss"] == pytest.approx(losses(out, "eval")[-1], abs=1e-6)
 
