@@ -152,6 +152,11 @@ def test_a_weight_that_is_not_finite_is_named(content, tmp_path, value):
     refused(content, tmp_path, r"transformer\.h\.0\.mlp\.c_fc\.weight is not finite")
 
 
+def test_an_output_matrix_that_is_not_the_embedding_is_refused(content, tmp_path):
+    content["model"]["lm_head.weight"] = content["model"]["lm_head.weight"] + 1
+    refused(content, tmp_path, "its lm_head is not tied to its embeddings")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -220,6 +220,8 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
         raise CheckpointError(f"{path}: its weights don't fit its model_args ({untrusted.describe(e)})") from None
     if not_finite := [name for name, w in weights.items() if not w.isfinite().all()]:
         raise CheckpointError(f"{path}: {not_finite[0]} is not finite; the run diverged, or the file is damaged")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise CheckpointError(f"{path}: its lm_head is not tied to its embeddings, as this model's is")
     return weights
 
 
