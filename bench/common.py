@@ -7,6 +7,8 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,6 +107,12 @@ def wrap_command(command: str, width: int = 100) -> str:
                 text, column = f"{text} ", column + 1
             text, column = text + piece, column + len(piece)
     return text
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list of these lines, wrapped at 100 columns."""
+    wrapped = [textwrap.fill(f"- {line}", 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+    return "\n".join(wrapped)
 
 
 def last_line(printed: str) -> str:

@@ -1,12 +1,11 @@
 """What bench.table writes into the README: five rows of results, where RoboPoet loses, and the lines of each file."""
 
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.common import markdown, spread
+from bench.common import bullets, markdown, spread
 from bench.learn import times_sooner
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +140,7 @@ def results_block(results: Results) -> str:
         machine = next(r["machine"] for kind in ("train_speed", "sample_speed", "learn") for r in find(results, kind))
         header = [f"{machine['device']}, {machine['threads']} threads", "RoboPoet", "nanoGPT", "tuned by hand"]
         parts.append(markdown([*header, "transformers"], rows))
-    items = [
-        textwrap.fill(f"- {line}", 100, subsequent_indent="  ", break_on_hyphens=False) for line in losses(results)
-    ]
-    parts.append("\n".join(["**Where it loses, or proves little**", "", *items]))
+    parts.append(f"**Where it loses, or proves little**\n\n{bullets(losses(results))}")
     return "\n\n".join(parts) + "\n"
 
 

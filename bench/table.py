@@ -26,9 +26,9 @@ from bench import (
     train_speed,
     writing,
 )
+from bench.summary import Results
 from configurator import ConfigError
 
-Results = list[dict[str, Any]]
 SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
     "learn": (
@@ -112,8 +112,7 @@ def remarks(kind: str, results: Results) -> list[str]:
         elif kind == "train_speed" and "robopoet" in r["config"]:  # the targets are the reference model's
             met = "; ".join(f"{target}: {'met' if holds else 'not met'}" for target, holds in r["targets"].items())
             lines.append(f"{r['config']}, {r['machine']['dtype']}: {met} ({train_speed.card(r)})")
-    items = [textwrap.fill(f"- {line}", 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
-    return ["\n".join(items) + "\n"] if items else []
+    return [common.bullets(lines) + "\n"] if lines else []
 
 
 def command(result: dict[str, Any]) -> str:
