@@ -18,7 +18,7 @@ from bench import common
 from model import GPT, GPTConfig
 from robopoet.text import corpus
 from robopoet.text.batches import read_meta
-from robopoet.text.tokenizer import END, CharTokenizer, Tokenizer
+from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.training.start import SHAPE
 from robopoet.weights import checkpoint
 from sample import Poet
@@ -156,6 +156,32 @@ def manifest(tmp_path):
         return corpus.read_manifest(tmp_path)
 
     return read
+
+
+# --- what the tests of tokenizers share
+
+
+SPECIALS = [END, "<|a|>", "<|b|>"]
+MIXED_WORDS = "The and rose queen's heart HE'LL 1599 42 -- night! «été» naïve 東京 🙂👩‍👩‍👧 nevermore".split()
+
+
+def make_text(n_words: int, seed: int = 0) -> str:
+    """Words, numbers, punctuation, other scripts, paragraphs and indents, in no order."""
+    rng, gaps = random.Random(seed), ["", " ", " ", " ", ",  ", "\n", "\n\n", ".\n  "]
+    return "".join(rng.choice(MIXED_WORDS) + rng.choice(gaps) for _ in range(n_words))
+
+
+TEXT = make_text(3000)
+
+
+@pytest.fixture(scope="session")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train([TEXT], 340, SPECIALS)
+
+
+@pytest.fixture(scope="session")
+def char() -> CharTokenizer:
+    return CharTokenizer.train([TEXT], SPECIALS)
 
 
 # --- what the tests of bench share

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import at_step
+from conftest import at_step, records
 
 import configurator
 import prepare
@@ -30,10 +30,6 @@ def run(keys: dict, **changes) -> list[dict]:
     keys = keys | changes
     train.main(configurator.load(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
     return records(Path(keys["out_dir"]))
-
-
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from conftest import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import losses, records, run, windows_of
+from test_train import losses, run, windows_of
 
 import train
 from robopoet.errors import CheckpointError

@@ -9,36 +9,13 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from conftest import decode
+from conftest import SPECIALS, TEXT, decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, StreamDecoder
-
-SPECIALS = [END, "<|a|>", "<|b|>"]
-WORDS = "The and rose queen's heart HE'LL 1599 42 -- night! «été» naïve 東京 🙂👩‍👩‍👧 nevermore".split()
-
-
-def make_text(n_words: int, seed: int = 0) -> str:
-    """Words, numbers, punctuation, other scripts, paragraphs and indents, in no order."""
-    rng, gaps = random.Random(seed), ["", " ", " ", " ", ",  ", "\n", "\n\n", ".\n  "]
-    return "".join(rng.choice(WORDS) + rng.choice(gaps) for _ in range(n_words))
-
-
-TEXT = make_text(3000)
-
-
-@pytest.fixture(scope="module")
-def bpe() -> BPETokenizer:
-    return BPETokenizer.train([TEXT], 340, SPECIALS)
-
-
-@pytest.fixture(scope="module")
-def char() -> CharTokenizer:
-    return CharTokenizer.train([TEXT], SPECIALS)
-
 
 # --- round trips
 

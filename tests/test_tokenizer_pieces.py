@@ -7,22 +7,11 @@ from itertools import pairwise
 
 import pytest
 import tiktoken
-from conftest import decode, within
-from test_tokenizer import SPECIALS, TEXT, WORDS, make_text
+from conftest import MIXED_WORDS, TEXT, decode, make_text, within
 
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
-from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer
-
-
-@pytest.fixture(scope="module")
-def bpe() -> BPETokenizer:
-    return BPETokenizer.train([TEXT], 340, SPECIALS)
-
-
-@pytest.fixture(scope="module")
-def char() -> CharTokenizer:
-    return CharTokenizer.train([TEXT], SPECIALS)
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer
 
 
 def uncut(tok: BPETokenizer) -> tiktoken.Encoding:
@@ -84,7 +73,7 @@ def test_paragraphs_have_the_ids_and_merges_of_the_full_text(monkeypatch):
     """Cut behind a blank line, `\\n\\n` and the line end before the next word would be other pieces."""
     gaps = ["\n\n", "\n\n\n", "\n \n", "\r\n\r\n", "\n", " "]
     rng = random.Random(1)
-    text = "".join(rng.choice(WORDS) + rng.choice(gaps) for _ in range(4000))
+    text = "".join(rng.choice(MIXED_WORDS) + rng.choice(gaps) for _ in range(4000))
     learned = BPETokenizer.train([text], 330, [])
     assert {b"\n\n", b"\r\n\r"} & set(learned.tokens)
     ids = learned.encode(text)

@@ -2,13 +2,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import records
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
@@ -30,10 +30,6 @@ def run(keys: dict, **changes) -> list[dict]:
     assert cfg.problems() == []
     train.main(cfg)
     return records(cfg.out_dir)
-
-
-def records(out_dir: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(found: list[dict]) -> list[float]:
