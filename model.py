@@ -17,7 +17,11 @@ from robopoet.ops import Dropout, Linear, cross_entropy, scaled_dot_product_atte
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; `gelu` is nn.GELU's `approximate`: "none" (exact, as in nanoGPT) or "tanh" (GPT-2's)."""
+    """The shape of a GPT.
+
+    gelu: nn.GELU's `approximate`, "none" (exact, as in nanoGPT) or "tanh" (GPT-2's). positions: "learned" (GPT-2's) or
+    "rotary" (Su et al. 2021, arXiv:2104.09864).
+    """
 
     block_size: int = 128
     vocab_size: int = 6725
@@ -27,29 +31,49 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     gelu: str = "none"
+    positions: str = "learned"
+
+
+def rotary_table(positions: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Cosines and sines by which rotary positions rotate queries and keys: (2, T, hs / 2) float32.
+
+    positions: (T,) int64. The angle of pair i is position * 10,000^(-2 i / hs) (Su et al. 2021, arXiv:2104.09864).
+    """
+    pairs = torch.arange(0, head_size, 2, device=positions.device)
+    angles = positions[:, None] * (1 / 10_000 ** (pairs / head_size))  # rounded as in transformers
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + hs / 2]) of queries or keys x, (..., T, hs), by the angles of a rotary_table()."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class KVCache:
     """The keys and values of a window of tokens in every layer, preallocated for block_size tokens.
 
-    keys, values: (n_layer, B, nh, block_size, hs). length: how many positions are filled; on CUDA an int64 tensor (1,),
-    so that a captured CUDA graph can advance it.
+    keys, values: (n_layer, B, nh, block_size, hs). first: (n_layer, B, nh, 1, hs), the first token's keys. length: how
+    many tokens were stored; on CUDA an int64 tensor (1,), so that a captured CUDA graph can advance it.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.first = self.keys[:, :, :, :1].clone()
         self.length = torch.zeros(1, device=device, dtype=torch.long) if device.type == "cuda" else 0
 
     def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store a window's k and v, (B, nh, T, hs), from the first position on."""
         self.keys[layer, :, :, : k.shape[2]] = k
         self.values[layer, :, :, : v.shape[2]] = v
+        self.first[layer] = k[:, :, :1]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these, (n,) int64."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values, self.first = self.keys[:, rows], self.values[:, rows], self.first[:, rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -62,10 +86,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); fills its layer of the cache, if there is one."""
+    def forward(
+        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); fills its layer of the cache, if there is one. rotation: from rotary_table()."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        if rotation is not None:
+            q, k = rotary(q, rotation), rotary(k, rotation)
         if cache is not None:
             cache.fill(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
@@ -99,9 +127,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -111,10 +141,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        learned = config.positions == "learned"
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
                 "drop": Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -147,11 +178,15 @@ class GPT(nn.Module):
         "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
         loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
         """
-        T = idx.shape[1]
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        c, T, rotation = self.config, idx.shape[1], None
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if c.positions == "rotary":
+            rotation = rotary_table(torch.arange(T, device=idx.device), c.n_embd // c.n_head)
+        else:
+            x = x + self.transformer.wpe.weight[:T]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, rotation, cache)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length *= 0  # in place: on CUDA it is a tensor
@@ -166,9 +201,9 @@ class GPT(nn.Module):
         """Shorten the context to `block_size` tokens for good; the later position embeddings are dropped."""
         assert block_size <= self.config.block_size
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].clone(), freeze=False
-        )
+        if self.config.positions == "learned":
+            kept = self.transformer.wpe.weight[:block_size].clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
     def num_params(self) -> int:
         """All parameters, position embeddings included, the tied matrix counted once."""
@@ -177,5 +212,5 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of a training step per token (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
         c = self.config
-        matmul_params = self.num_params() - self.transformer.wpe.weight.numel()
+        matmul_params = self.num_params() - (c.block_size * c.n_embd if c.positions == "learned" else 0)
         return 6 * matmul_params + 12 * c.n_layer * c.n_embd * c.block_size

@@ -67,6 +67,7 @@ class TrainConfig:
     n_embd: int = 256  # width
     dropout: float = 0.1  # probability, after embeddings, attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm
+    positions: Literal["learned", "rotary"] = "learned"  # GPT-2's embeddings, or rotated queries and keys
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 0.0  # AdamW's peak (0: 1e-2 beside Muon, 1e-3 alone)
@@ -120,8 +121,10 @@ class TrainConfig:
         found += bounds(self, "timeout_s", 1)
         if self.learning_rate:
             found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
-        if self.n_head > 0 and self.n_embd % self.n_head:
-            found.append(f"n_embd: found {self.n_embd}, must be divisible by n_head, {self.n_head}")
+        heads = self.n_head * (2 if self.positions == "rotary" else 1)  # rotary positions rotate pairs
+        if self.n_head > 0 and self.n_embd % heads:
+            twice = "twice " if heads > self.n_head else ""
+            found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
         if self.decay_lr and self.min_lr > self.peak_lr:
             found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.peak_lr}")
         if self.eval_only and self.init_from == "scratch":

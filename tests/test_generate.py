@@ -30,7 +30,7 @@ def seeded(seed: int):
 def write_naively(model, idx, max_new_tokens, choose, tag=None):
     """What `generate` must equal: the whole window is read again for every token."""
     for _ in range(max_new_tokens):
-        window = idx[:, window_start(idx.shape[1], SMALL.block_size) :].clone()
+        window = idx[:, window_start(idx.shape[1], SMALL) :].clone()
         if tag is not None:
             window[:, 0] = tag
         chosen = choose(model(window)[0][:, -1])
@@ -88,7 +88,7 @@ def test_cached_logits_are_within_1e_4_of_naive_in_float32(packed, rows):
 
 
 def test_window_slides_in_half_blocks_and_always_holds_the_end():
-    starts = [window_start(n, SMALL.block_size) for n in range(1, 200)]
+    starts = [window_start(n, SMALL) for n in range(1, 200)]
     for n, start in zip(range(1, 200), starts, strict=True):
         assert start % 8 == 0 and n - start <= 16
         assert start == 0 if n <= 16 else n - start > 8

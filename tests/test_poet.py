@@ -100,7 +100,7 @@ def test_a_blend_is_the_weighted_mean_of_its_styles_log_probabilities(poet):
         mean = 0
         for tag, share in shares.items():
             window = [tag, *ids]
-            start = window_start(len(window), poet.model.config.block_size)
+            start = window_start(len(window), poet.model.config)
             logits = poet.model(torch.tensor([[tag, *window[start + 1 :]]]))[0][0, -1]
             logits[poet.forbidden] = -math.inf
             mean = mean + share * logits.log_softmax(-1)
@@ -133,7 +133,7 @@ def naive_ids(poet, prompt, number, settings):
     while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:
         rows = []
         for tag in blend:
-            window = context[window_start(len(context), poet.model.config.block_size) :]
+            window = context[window_start(len(context), poet.model.config) :]
             rows.append(poet.model(torch.tensor([window if tag is None else [tag, *window[1:]]]))[0][0, 0])
         logits = torch.stack(rows).index_fill(1, poet.forbidden, -math.inf)
         if len(rows) > 1:

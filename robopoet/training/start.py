@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from configurator import ConfigError, warn
@@ -14,10 +15,10 @@ from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
 from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
-from robopoet.weights.header import NANOGPT_ARGS, read_header
+from robopoet.weights.header import NANOGPT_ARGS, ModelExtra, read_header
 
 Config = TypeVar("Config")  # a TrainConfig
-SHAPE = tuple(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout"))
+SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
 OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
 
 
@@ -66,7 +67,9 @@ def complete(cfg: Config, start: Start) -> Config:
     if start.content is None:
         return cfg
     given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
-    taken = {key: start.content["model_args"][key] for key in SHAPE}
+    header = read_header(start.content, start.path)
+    shape = msgspec.structs.asdict(header.model_args) | msgspec.structs.asdict(header.model_extra or ModelExtra())
+    taken = {key: shape[key] for key in SHAPE}
     problems = []
     for key in given.intersection(SHAPE):
         may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]

@@ -38,6 +38,7 @@ class ModelExtra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Model arguments that nanoGPT does not have."""
 
     gelu: Literal["none", "tanh"] = "none"
+    positions: Literal["learned", "rotary"] = "learned"
 
 
 @dataclass(frozen=True)

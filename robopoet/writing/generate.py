@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch.nn import functional as F
 
-from model import GPT, KVCache
+from model import GPT, GPTConfig, KVCache, rotary, rotary_table
 from robopoet import ops
 from robopoet.machine import Machine
 from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
@@ -18,13 +18,16 @@ Sample = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: l
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
 
-def window_start(n: int, block_size: int) -> int:
-    """Where the window of a text of n tokens starts: 0 while it fits, then it slides by half a block at a time.
+def window_start(n: int, config: GPTConfig) -> int:
+    """Where the window that a model reads starts in a text of n tokens: at 0 while it fits.
 
-    Learned positions tie a cached key to its position, so when the window slides, the cache is recomputed.
+    Learned positions tie a cached key to its position, so the cache is recomputed whenever the window slides: by half a
+    block at a time. With rotary positions only a prompt is cut, to its last block_size tokens.
     """
-    step = max(block_size // 2, 1)
-    return 0 if n <= block_size else math.ceil((n - block_size) / step) * step
+    beyond, step = n - config.block_size, max(config.block_size // 2, 1)
+    if config.positions == "rotary":
+        return max(beyond, 0)
+    return max(math.ceil(beyond / step) * step, 0)
 
 
 @torch.inference_mode()
@@ -41,25 +44,31 @@ def generate(
     idx: (B, n) int64, n >= 1. tags: (B,) int64, ids that replace the first of every window, as in training. The caller
     may send() the rows to keep, (n,) int64; the others are dropped. record: replay a token's step as a CUDA graph. Only
     the window is kept, so memory does not grow with the text.
+
+    With rotary positions each token attends to itself, the block_size - 2 before it and the first of the text, which
+    stays at most block_size - 1 away (an attention sink: Xiao et al. 2023, arXiv:2309.17453). So nothing is recomputed.
     """
-    block_size = model.config.block_size
-    idx = idx[:, window_start(idx.shape[1], block_size) :]
+    c = model.config
+    idx = idx[:, window_start(idx.shape[1], c) :]
     B, n = idx.shape
-    idx = F.pad(idx, (0, block_size - n))
-    cache = KVCache(model.config, B, idx.device, model.transformer.wte.weight.dtype)
+    idx = F.pad(idx, (0, c.block_size - n))
+    ids = idx[:, n - 1]
+    cache = KVCache(c, B, idx.device, model.transformer.wte.weight.dtype)
     step = _step(model, cache, record)
     is_cached = False
     for _ in range(max_new_tokens):
-        logits = step(idx[:, n - 1]) if is_cached else model(_tagged(idx[:, :n], tags), cache=cache)[0][:, 0]
+        logits = step(ids) if is_cached else model(_tagged(idx[:, :n], tags), cache=cache)[0][:, 0]
         ids = sample(logits)
-        start = window_start(n + 1, block_size)  # counted from the start of the window, it moves as in the full text
-        if start:
-            idx = idx.roll(-start, 1)
-        is_cached, n = not start, n + 1 - start
-        idx[:, n - 1] = ids
+        is_cached = True
+        if c.positions == "learned":
+            start = window_start(n + 1, c)  # counted from the start of the window, it moves as in the full text
+            if start:
+                idx = idx.roll(-start, 1)
+            is_cached, n = not start, n + 1 - start
+            idx[:, n - 1] = ids
         rows = yield ids
         if rows is not None:
-            idx, tags = idx[rows], None if tags is None else tags[rows]
+            ids, idx, tags = ids[rows], idx[rows], None if tags is None else tags[rows]
             cache.keep(rows)
             step = _step(model, cache, record)
 
@@ -78,26 +87,49 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
     """Logits (B, V) after one more token in each row, ids (B,) int64; its keys and values join the cache.
 
     The arithmetic of GPT.forward for the last token of a window, without calling its modules, which would take a tenth
-    of the time. A query attends to the filled positions; on CUDA, where a captured step can't change shape, to all
-    positions, the empty ones masked. blocks: from block_weights().
+    of the time. A query attends to the filled places; on CUDA, where a captured step can't change shape, to all places,
+    the empty ones masked. blocks: from block_weights().
     """
     c, t, B = model.config, model.transformer, len(ids)
-    position: slice | torch.Tensor = slice(cache.length, cache.length + 1)
-    filled, mask = slice(0, cache.length + 1), None
-    if isinstance(cache.length, torch.Tensor):
-        position, filled = cache.length.clone(), slice(None)
+    n, filled, mask, rotation = cache.length, slice(0, cache.length + 1), None, None
+    if isinstance(n, torch.Tensor):
+        n, filled = n.clone(), slice(None)
         mask = torch.full((1, c.block_size), -math.inf, device=ids.device, dtype=cache.keys.dtype)
-        mask = mask.masked_fill(torch.arange(c.block_size, device=ids.device) <= position, 0)
-    x = t.wte.weight[ids] + t.wpe.weight[position]  # (B, C)
+        mask = mask.masked_fill(torch.arange(c.block_size, device=ids.device) <= n, 0)
+    place: slice | torch.Tensor = n if mask is not None else slice(n, n + 1)
+    x = t.wte.weight[ids]  # (B, C)
+    if c.positions == "learned":
+        x = x + t.wpe.weight[place]
+    else:
+        place, rotation = _slide(cache, n, c)
     for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
         q, k, v = linear(_layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1).unbind(1)  # (B, nh, 1, hs)
-        keys[:, :, position], values[:, :, position] = k, v
+        if rotation is not None:
+            q, k = rotary(q, rotation), rotary(k, rotation)
+        keys[:, :, place], values[:, :, place] = k, v
         y = scaled_dot_product_attention(q, keys[:, :, filled], values[:, :, filled], mask)
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
         x = add_linear(x, gelu_linear(_layer_norm(x, *ln_2), *c_fc, c.gelu), *mlp_c_proj)
     cache.length += 1
     return model.lm_head(t.ln_f(x))
+
+
+def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[slice | torch.Tensor, torch.Tensor]:
+    """Where token n goes in the cache of a model with rotary positions, and its rotation.
+
+    A full cache is a ring behind the first token. Its keys keep their angles, for only differences count; those of the
+    first token are rotated to stay block_size - 1 before token n.
+    """
+    last, head_size = config.block_size - 1, config.n_embd // config.n_head
+    if isinstance(n, torch.Tensor):
+        place = torch.where(n <= last, n, 1 + (n - 1) % last)
+        cache.keys[:, :, :, :1] = rotary(cache.first, rotary_table((n - last).clamp(min=0), head_size))
+        return place, rotary_table(n, head_size)
+    if n > last:
+        cache.keys[:, :, :, :1] = rotary(cache.first, rotary_table(torch.tensor([n - last]), head_size))
+    place = n if n <= last else 1 + (n - 1) % last
+    return slice(place, place + 1), rotary_table(torch.tensor([n]), head_size)
 
 
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -102,7 +102,7 @@ class Poet:
         blend = self.blend_of(settings.style)
         ids = self.tokenizer.encode(passages[0].prompt or "\n")
         prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
-        start = window_start(len(prompts[0]), self.model.config.block_size)  # of a long prompt, only its end is read
+        start = window_start(len(prompts[0]), self.model.config)  # of a long prompt, only its end is read
         windows = [row[start:] for row in prompts]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
