@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_model import SMALL, ids, make
+from test_model import ROTARY, SMALL, ids, make
 
 from model import KVCache
 from robopoet.ops import HAS_AVX512, Linear
@@ -38,6 +38,36 @@ def write_naively(model, idx, max_new_tokens, choose, tag=None):
         yield chosen
 
 
+@torch.inference_mode()
+def read_with_a_sliding_window(model, idx):
+    """Logits of one text with rotary positions, token by token and head by head: (n,) -> (n, V).
+
+    Token i sees itself and the block_size - 2 tokens before it where they are; and the first one, from as far as a
+    block reaches. Distances count, no absolute position does.
+    """
+    c, t = model.config, model.transformer
+    size = c.n_embd // c.n_head
+    frequencies = 10_000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+    def score(q, k, distance):
+        pairs = (torch.complex(*x.view(2, -1)) for x in (q, k))
+        q, k = pairs
+        return (q * torch.polar(torch.ones_like(frequencies), distance * frequencies) * k.conj()).real.sum() / size**0.5
+
+    x = t.wte.weight[idx]
+    for block in t.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).view(len(idx), 3, c.n_head, size).unbind(1)
+        out = torch.zeros_like(q)
+        for i in range(len(idx)):
+            seen = [0, *range(max(i - c.block_size + 2, 1), i + 1)]
+            for h in range(c.n_head):
+                scores = [score(q[i, h], k[j, h], i - j if j else min(i, c.block_size - 1)) for j in seen]
+                out[i, h] = torch.stack(scores).softmax(0) @ v[seen, h]
+        x = x + block.attn.c_proj(out.flatten(1))
+        x = x + block.mlp(block.ln_2(x))
+    return model.lm_head(t.ln_f(x))
+
+
 def record_lengths(monkeypatch):
     """Let a cache on the CPU count as it does on CUDA."""
     make_cache = KVCache.__init__
@@ -62,6 +92,37 @@ def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, row
         naive = torch.stack(list(write_naively(model, prompt, 60, choose(), tag)))
         assert torch.equal(cached, naive)
         assert len(set(cached[:, 0].tolist())) > 3  # the test would be idle if it wrote one word for ever
+
+
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+@pytest.mark.parametrize("tag", [None, 60])
+@pytest.mark.parametrize("n_prompt", [1, 10, 16, 40])
+def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypatch, n_prompt, tag, as_on_cuda):
+    model, prompt, seen = make(ROTARY), ids(2, n_prompt), []
+    if as_on_cuda:
+        record_lengths(monkeypatch)
+
+    def choose(logits):
+        seen.append(logits)
+        return greedy(logits)
+
+    tags = None if tag is None else torch.full((2,), tag)
+    written = torch.stack(list(generate(model, prompt, 60, choose, tags)), dim=1)
+    for row in range(2):
+        window = prompt[row, -16:].clone()
+        window[0] = window[0] if tag is None else tag
+        text = torch.cat([window, written[row]])
+        expected = read_with_a_sliding_window(model, text)[len(window) - 1 : -1]
+        torch.testing.assert_close(torch.stack(seen)[:, row], expected, atol=2e-5, rtol=0)  # angles are float32
+        assert torch.equal(expected.argmax(-1), written[row])
+        assert len(set(written[row].tolist())) > 3
+
+
+def test_a_rotary_model_reads_its_prompt_alone_whatever_follows():
+    model, lengths = make(ROTARY), []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    list(generate(model, ids(1, 100), 100, greedy))
+    assert lengths == [16]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -114,9 +175,10 @@ def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
     assert lengths == [4, 9] and tokens == [1] * 12  # the window slides when the 17th token is there
 
 
+@pytest.mark.parametrize("config", [SMALL, ROTARY])
 @pytest.mark.parametrize("as_on_cuda", [False, True])
-def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, as_on_cuda):
-    model, prompt, kept = make(), ids(4, 6), torch.tensor([3, 1])
+def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, as_on_cuda, config):
+    model, prompt, kept = make(config), ids(4, 6), torch.tensor([3, 1])
     if as_on_cuda:
         record_lengths(monkeypatch)
     tags = torch.tensor([60, 59, 58, 57])

@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import model
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+ROTARY = dataclasses.replace(SMALL, positions="rotary")
 
 
 def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, scale: float = 4.0) -> GPT:
@@ -48,7 +50,15 @@ def forward_by_hand(model: GPT, idx: np.ndarray) -> np.ndarray:
             return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][: len(idx)]
+    def turn(x, position):
+        """Pairs as complex numbers, each turned by its angle."""
+        half = len(x) // 2
+        z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * 10_000.0 ** (-np.arange(half) / half))
+        return np.concatenate([z.real, z.imag]) if c.positions == "rotary" else x
+
+    x = w["transformer.wte.weight"][idx]
+    if c.positions == "learned":
+        x = x + w["transformer.wpe.weight"][: len(idx)]
     size = c.n_embd // c.n_head
     for layer in range(c.n_layer):
         at = f"transformer.h.{layer}."
@@ -57,7 +67,7 @@ def forward_by_hand(model: GPT, idx: np.ndarray) -> np.ndarray:
         for head in range(c.n_head):
             q, k, v = (qkv[:, part * c.n_embd + head * size :][:, :size] for part in range(3))
             for t in range(len(idx)):
-                scores = np.array([q[t] @ k[s] for s in range(t + 1)]) / math.sqrt(size)
+                scores = np.array([turn(q[t], t) @ turn(k[s], s) for s in range(t + 1)]) / math.sqrt(size)
                 weights = np.exp(scores - scores.max())
                 out[t, head * size : (head + 1) * size] = (weights / weights.sum()) @ v[: t + 1]
         x = x + linear(out, at + "attn.c_proj")
@@ -67,12 +77,14 @@ def forward_by_hand(model: GPT, idx: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
-def test_forward_equals_a_float64_reimplementation(bias, gelu):
-    model = make(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32, bias=bias, gelu=gelu))
+@pytest.mark.parametrize("positions, precision", [("learned", 1e-9), ("rotary", 2e-6)])  # its angles are float32
+def test_forward_equals_a_float64_reimplementation(bias, gelu, positions, precision):
+    model = make(dataclasses.replace(SMALL, bias=bias, gelu=gelu, positions=positions))
     idx = ids(3, 16)
     logits, _ = model(idx, targets=idx)
     for row in range(3):
-        np.testing.assert_allclose(logits[row].detach().numpy(), forward_by_hand(model, idx[row].numpy()), atol=1e-9)
+        expected = forward_by_hand(model, idx[row].numpy())
+        np.testing.assert_allclose(logits[row].detach().numpy(), expected, atol=precision)
 
 
 def test_loss_is_the_mean_negative_log_probability_of_counted_targets():
@@ -91,8 +103,9 @@ def test_loss_is_the_mean_negative_log_probability_of_counted_targets():
     torch.testing.assert_close(loss, expected.sum() / 21, atol=1e-12, rtol=0)
 
 
-def test_a_token_changes_no_logit_before_it():
-    model = make()
+@pytest.mark.parametrize("config", [SMALL, ROTARY])
+def test_a_token_changes_no_logit_before_it(config):
+    model = make(config)
     idx = ids(1, 16)
     before, _ = model(idx, targets=idx)
     for t in range(16):
@@ -108,6 +121,41 @@ def test_long_rows_take_flash_and_agree_with_the_hand_written_forward():
     model, idx = make(config), ids(1, 300)
     logits, _ = model(idx, targets=idx)
     np.testing.assert_allclose(logits[0].detach().numpy(), forward_by_hand(model, idx[0].numpy()), atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [SMALL, ROTARY])
+def test_gradients_reach_no_later_token(config):
+    model, idx = make(config), ids(1, 16)
+    for t in range(16):
+        inputs = []
+        handle = model.transformer.wte.register_forward_hook(
+            lambda module, args, out, inputs=inputs: inputs.append(out.requires_grad_()) or out
+        )
+        loss = model(idx, targets=idx, reduction="none")[1][0, t]
+        handle.remove()
+        (grad,) = torch.autograd.grad(loss, inputs[0])
+        assert torch.all(grad[0, t + 1 :] == 0) and torch.all(grad[0, : t + 1].abs().amax(1) > 0)
+
+
+def test_rotated_queries_and_keys_meet_by_their_distance_alone():
+    q, k = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(100)
+    table = model.rotary_table(places, 24)
+    q, k = (model.rotary(x.expand(100, 24), table) for x in (q, k))
+    torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(100), rtol=1e-6, atol=0)
+    products = q @ k.T
+    for distance in range(-60, 60):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=0, atol=1e-4)
+    assert products[0].std() > 0.1
+
+
+def test_a_model_with_rotary_positions_has_all_of_a_learned_ones_parameters_but_the_positions():
+    learned, rotary = (GPT(config).state_dict() for config in (SMALL, ROTARY))
+    assert {name: p.shape for name, p in learned.items() if "wpe" not in name} == {
+        n: p.shape for n, p in rotary.items()
+    }
+    assert GPT(ROTARY).num_params() == GPT(SMALL).num_params() - 16 * 32
 
 
 def test_dropout_acts_in_training_only():
@@ -154,8 +202,11 @@ def test_initialisation_is_gpt2s():
             assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel())
 
 
-def test_flops_per_token_agrees_with_counting_the_matrix_products():
-    model = GPT(GPTConfig(vocab_size=1000)).double()  # the counter doesn't know oneDNN's products in float32
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_flops_per_token_agrees_with_counting_the_matrix_products(positions):
+    model = GPT(
+        GPTConfig(vocab_size=1000, positions=positions)
+    ).double()  # the counter doesn't know oneDNN's products in float32
     idx = ids(2, 128, vocab_size=1000)
     with FlopCounterMode(display=False) as counter:
         model(idx, targets=idx)[1].backward()
@@ -170,11 +221,13 @@ TORCHS_OWN = {
 }
 
 
-@pytest.mark.parametrize("T", [16, 300])
-@pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-def test_torchs_own_functions_in_place_of_ops_give_the_same_loss_and_gradients(monkeypatch, dtype, precision, T):
+@pytest.mark.parametrize("T, positions", [(16, "learned"), (300, "learned"), (16, "rotary"), (300, "rotary")])
+@pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-12), (torch.float32, 4e-6), (torch.bfloat16, 3e-2)])
+def test_torchs_own_functions_in_place_of_ops_give_the_same_loss_and_gradients(
+    monkeypatch, dtype, precision, T, positions
+):
     """precision: of a loss, and of the largest number of each gradient."""
-    config = GPTConfig(block_size=T, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+    config = dataclasses.replace(SMALL, block_size=T, positions=positions)
     imports = [node for node in ast.parse(Path(model.__file__).read_text()).body if isinstance(node, ast.ImportFrom)]
     assert {a.name for node in imports if node.module == "robopoet.ops" for a in node.names} == TORCHS_OWN.keys()
     stored = torch.float64 if dtype is torch.float64 else torch.float32
