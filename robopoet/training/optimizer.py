@@ -1,14 +1,16 @@
 """Which optimizer trains which parameter; and Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 
+import itertools
 import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from model import GPT
 from robopoet.machine import Machine
-from robopoet.training.sharding import full_tensor, shard_like
+from robopoet.training.sharding import shard_like
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,41 +28,79 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.mT if tall else x
 
 
+def share(shapes: list[torch.Size], ranks: int) -> list[int]:
+    """The rank that orthogonalises each matrix: costly ones first, each on the rank that has the least to do.
+
+    Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
+    """
+    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]  # FLOPs of orthogonalize(), / 10
+    owners, loads = [0] * len(shapes), [0] * ranks
+    for i in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum: torch.optim.Muon's numbers, but all matrices of one shape at once.
 
-    It never waits for the device, so a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler
-    found an overflow. dtype: in which orthogonalize() computes.
+    Each rank orthogonalises its share of the matrices, and all receive the results. It never waits for the device, so
+    a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler found an overflow. dtype: in which
+    orthogonalize() computes.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before step()
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.9
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        momentum: float = 0.9,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.rank, self.ranks = dtype, rank, ranks
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from its gradient."""
+        """Update every parameter from its gradient; all ranks call it together."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
+            owners = share([p.shape for p in group["params"]], self.ranks)
+            shapes: dict[torch.Size, list[list[nn.Parameter]]] = {}  # the matrices of a shape, by owner
+            for p, owner in zip(group["params"], owners, strict=True):
+                shapes.setdefault(p.shape, [[] for _ in range(self.ranks)])[owner].append(p)
                 if p not in self.state:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            for (rows, columns), params in shapes.items():
-                moments = [self.state[p]["momentum_buffer"] for p in params]
-                lr, grads = group["lr"], torch.stack([p.grad for p in params])
-                if found_inf is not None:  # if it is 1, nothing may change
-                    lr, grads = lr * (1 - found_inf), torch.where(found_inf > 0, torch.stack(moments), grads)
-                torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
-                ahead = grads.lerp(torch.stack(moments), group["momentum"])
-                update = shard_like(orthogonalize(full_tensor(ahead), self.dtype), ahead)  # not U V' of a shard
+            lr, momentum, updates = group["lr"], group["momentum"], []
+            if found_inf is not None:  # if it is 1, nothing may change
+                lr = lr * (1 - found_inf)
+            for shape, parts in shapes.items():
+                params, counts = list(itertools.chain(*parts)), [len(part) for part in parts]
+                grads, moments = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                if found_inf is not None:
+                    grads = [torch.where(found_inf > 0, m, g) for m, g in zip(moments, grads, strict=True)]
+                torch._foreach_lerp_(moments, grads, 1 - momentum)
+                mine = slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
+                if hasattr(params[0], "full_tensor"):  # it takes all ranks to gather the shards of a matrix
+                    ahead = torch.stack(torch._foreach_lerp(grads, moments, momentum)).full_tensor()[mine]
+                elif parts[self.rank]:
+                    ahead = torch.stack(torch._foreach_lerp(grads[mine], moments[mine], momentum))
+                update = torch.empty(self.ranks, max(counts), *shape, dtype=self.dtype, device=params[0].device)
+                if parts[self.rank]:
+                    update[self.rank, : counts[self.rank]] = orthogonalize(ahead, self.dtype)
+                updates.append(update)
+            for ((rows, columns), parts), update in zip(shapes.items(), updates, strict=True):
+                if self.ranks > 1:  # only now, so that ranks wait for each other once
+                    dist.all_gather(list(update), update[self.rank])
+                params = list(itertools.chain(*parts))
+                update = update.to(params[0].dtype) * (-lr * math.sqrt(max(1, rows / columns)))
+                each = [u for part, of_rank in zip(parts, update, strict=True) for u in of_rank[: len(part)]]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, list(update.to(grads.dtype) * (-lr * math.sqrt(max(1, rows / columns)))))
+                torch._foreach_add_(params, [shard_like(u, p) for u, p in zip(each, params, strict=True)])
 
 
 def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool = False) -> list[torch.optim.Optimizer]:
@@ -81,7 +121,8 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]
         dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
-        optimizers.append(Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype))
+        ranks = {"rank": machine.rank, "ranks": machine.world_size}
+        optimizers.append(Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype, **ranks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
