@@ -1,12 +1,15 @@
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, get_ident
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
-from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize
+from robopoet.training import optimizer
+from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize, share
 from train import TrainConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -15,14 +18,18 @@ SHAPES = [(8, 24), (24, 8), (16, 16), (8, 24)]
 
 
 def matrices(seed: int = 0) -> list[torch.nn.Parameter]:
-    torch.manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def gradients(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
 def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
-    torch.manual_seed(100 + step)
-    for p in params:
-        p.grad = torch.randn_like(p)
+    for p, grad in zip(params, gradients(step), strict=True):
+        p.grad = grad.to(p.dtype)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -122,3 +129,83 @@ def test_a_rate_may_be_a_tensor():
         muon.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q)
+
+
+# --- matrices shared among ranks
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """Runs act(rank) on so many ranks, threads that gather as torch.distributed does; returns what they return."""
+
+    def run(ranks: int, act) -> list:
+        barrier, sent = Barrier(ranks, timeout=60), {}
+
+        def all_gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
+            assert mine.is_contiguous() and all(out.shape == mine.shape for out in outputs) and len(outputs) == ranks
+            sent[rank_of[get_ident()]] = mine.clone()
+            barrier.wait()
+            for rank, out in enumerate(outputs):
+                out.copy_(sent[rank])
+            barrier.wait()
+
+        def on_rank(rank: int):
+            rank_of[get_ident()] = rank
+            barrier.wait()  # each in a thread of its own
+            return act(rank)
+
+        rank_of: dict[int, int] = {}
+        monkeypatch.setattr(optimizer.dist, "all_gather", all_gather)
+        with ThreadPoolExecutor(ranks) as pool:
+            return list(pool.map(on_rank, range(ranks)))
+
+    return run
+
+
+def train_muon(rank: int, ranks: int, found_inf: float = 0.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights and momenta after three steps, and a fourth that may have overflowed."""
+    params = [torch.nn.Parameter(p.detach().double()) for p in matrices()]
+    muon = Muon(params, 0.02, 0.1, torch.float64, rank=rank, ranks=ranks)
+    for step in range(4):
+        for p, grad in zip(params, gradients(step), strict=True):
+            p.grad = grad.double() * (math.nan if found_inf and step == 3 else 1)
+        muon.found_inf = torch.tensor(found_inf if step == 3 else 0.0)
+        muon.step()
+    return [p.detach() for p in params], [muon.state[p]["momentum_buffer"] for p in params]
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # of one shape there are two matrices, of the others one
+def test_ranks_share_the_matrices_and_end_with_the_weights_of_one(on_ranks, monkeypatch, ranks, found_inf):
+    alone, done = train_muon(0, 1, found_inf), []
+
+    def noting(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        done.extend(batch.clone())
+        return orthogonalize(batch, dtype)
+
+    monkeypatch.setattr(optimizer, "orthogonalize", noting)
+    found = on_ranks(ranks, lambda rank: train_muon(rank, ranks, found_inf))
+    for weights, moments in found:
+        for ours, theirs in zip(weights + moments, alone[0] + alone[1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(weights, found[0][0], strict=True))
+    assert len(done) == 4 * len(SHAPES)  # of each step each matrix once, by any rank
+    assert len({x.sum().item() for x in done}) == len(done)
+
+
+def test_ranks_have_equal_shares_of_the_work():
+    def cost(rows: int, columns: int) -> int:
+        """FLOPs of five steps: two products by the short side's square, and one as long as the matrix."""
+        n, m = min(rows, columns), max(rows, columns)
+        return 5 * (2 * n * m * n + 2 * n**3 + 2 * n * n * m)
+
+    def loads(width: int, layers: int, ranks: int) -> list[int]:
+        shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+        owners = share([torch.Size(shape) for shape in shapes], ranks)
+        assert len(owners) == len(shapes) and set(owners) <= set(range(ranks))
+        return [sum(cost(*s) for s, owner in zip(shapes, owners, strict=True) if owner == r) for r in range(ranks)]
+
+    for width, layers, ranks, excess in [(256, 6, 2, 1.0), (192, 3, 2, 1.03), (256, 4, 3, 1.03), (768, 12, 8, 1.03)]:
+        found = loads(width, layers, ranks)
+        assert max(found) <= excess * sum(found) / ranks
+    assert sorted(loads(64, 1, 8))[:4] == [0] * 4  # fewer matrices than ranks: one each

@@ -121,6 +121,46 @@ def test_the_same_command_twice_gives_the_same_bits_and_one_rank_the_same_losses
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
+# train.py, but every rank checks after each step that all have its weights and momenta
+EQUAL = """
+import torch
+import configurator, train
+train_step = train.train_step
+
+def checking(state, windows, number):
+    result = train_step(state, windows, number)
+    momenta = [of_p["momentum_buffer"] for of_p in state.optimizers[1].state.values()]
+    own = torch.cat([t.detach().flatten() for t in (*state.model.parameters(), *momenta)])
+    everyones = own.new_empty(state.machine.world_size, len(own))
+    torch.distributed.all_gather(list(everyones), own)
+    assert all(torch.equal(own, other) for other in everyones)
+    return result
+
+train.train_step = checking
+configurator.launch(train.main, train.TrainConfig)
+"""
+
+
+@pytest.mark.parametrize("ranks, n_layer", [(2, 3), (3, 2)])  # three matrices of a shape for two ranks, two for three
+def test_ranks_that_share_muons_matrices_learn_as_one_and_keep_equal_weights(small, tmp_path, ranks, n_layer):
+    (tmp_path / "equal.py").write_text(EQUAL)
+    keys = small | {"learning_rate": 1e-3, "batch_size": 6, "n_layer": n_layer, "lr_decay_iters": 20, "max_iters": 20}
+    train.main(TrainConfig(**keys | {"out_dir": str(tmp_path / "one")}))
+    # all ranks, then one, then all again
+    for max_iters, alone in ((8, False), (12, True), (20, False)):
+        keys |= {"max_iters": max_iters, "init_from": "auto", "eval_interval": 10}
+        if alone:
+            train.main(TrainConfig(**keys))
+        else:
+            done = torchrun(keys, str(tmp_path / "equal.py"), options=(f"--nproc_per_node={ranks}",))
+            assert done.returncode == 0, done.stderr[-2000:]
+    found = losses(Path(keys["out_dir"]))
+    assert found == pytest.approx(losses(tmp_path / "one"), abs=1e-5) and len(found) == 20
+    torch.testing.assert_close(
+        weights(Path(keys["out_dir"]) / "ckpt.pt"), weights(tmp_path / "one" / "ckpt.pt"), atol=1e-4, rtol=0
+    )
+
+
 FORCED = "forcefully exiting"  # what torchrun prints when a rank outlives its signal by 30 s and is killed
 
 
