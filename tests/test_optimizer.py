@@ -139,7 +139,7 @@ def on_ranks(monkeypatch):
     """Runs act(rank) on so many ranks, threads that gather as torch.distributed does; returns what they return."""
 
     def run(ranks: int, act) -> list:
-        barrier, sent = Barrier(ranks, timeout=60), {}
+        barrier, sent = Barrier(ranks, timeout=10), {}
 
         def all_gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
             assert mine.is_contiguous() and all(out.shape == mine.shape for out in outputs) and len(outputs) == ranks
