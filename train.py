@@ -246,7 +246,7 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     if sharded:
         state.sync_next = model.set_requires_gradient_sync
     elif machine.world_size > 1:
-        state.forward = DistributedDataParallel(forward)
+        state.forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # saves a copy
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if recorded:
         state.graphed_update = Graphed(functools.partial(update, state))
