@@ -125,6 +125,8 @@ class TrainConfig:
         if self.n_head > 0 and self.n_embd % heads:
             twice = "twice " if heads > self.n_head else ""
             found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
+        if self.positions == "rotary" and self.block_size == 1:
+            found.append("block_size: found 1, must be at least 2 with rotary positions")
         if self.decay_lr and self.min_lr > self.peak_lr:
             found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.peak_lr}")
         if self.eval_only and self.init_from == "scratch":

@@ -202,7 +202,10 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
         of_block = [name for name in shapes if ".h.0." in name]
         n_tensors = len(shapes) + (config.n_layer - 1) * len(of_block)
         if len(weights) != n_tensors:
-            raise ValueError(f"there are {len(weights)} tensors, must be {n_tensors}")
+            note = ""
+            if ("transformer.wpe.weight" in weights) != ("transformer.wpe.weight" in shapes):
+                note = f"; positions are {config.positions}, transformer.wpe.weight belongs to learned ones"
+            raise ValueError(f"there are {len(weights)} tensors, must be {n_tensors}{note}")
         for i in range(1, config.n_layer):
             shapes |= {name.replace(".h.0.", f".h.{i}."): shapes[name] for name in of_block}
         held, used = {}, 0

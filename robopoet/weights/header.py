@@ -63,6 +63,15 @@ class Header:
     text_sha256: str = ""
     licences: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        args = self.model_args
+        if self.model_extra is None or self.model_extra.positions == "learned":
+            return
+        if args.n_embd % (twice := 2 * args.n_head):  # pairs are rotated
+            raise ValueError(f"n_embd is {args.n_embd}, must be divisible by twice n_head, {twice}")
+        if args.block_size < 2:  # the first token stays in view
+            raise ValueError("block_size is 1, must be at least 2 with rotary positions")
+
 
 def read_header(content: dict[str, Any], path: Path) -> Header:
     """The header in `content`, which was loaded from `path`; raises CheckpointError on a wrong type or range."""

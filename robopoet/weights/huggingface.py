@@ -1,9 +1,8 @@
-"""GPT-2 in Hugging Face's format: download it from the Hub, read a folder, export one.
+"""Models in Hugging Face's format: download one from the Hub, read a folder, export one.
 
 A folder holds config.json, model.safetensors (or several, with an index) and tokenizer.json.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -22,40 +21,19 @@ from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
-from robopoet.weights.header import ModelArgs, Share, Size
+from robopoet.weights.architectures import GPT2, Architecture, Name, Starcoder2, Weights
+from robopoet.weights.header import Header
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # its Conv1D layers
-GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> torch's `approximate`
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.model_type: kind for kind in (GPT2, Starcoder2)}
 HEADER_BYTES = 10 * 2**20  # of a safetensors file: room for 100,000 tensors
-NOT_GPT2 = "it does not match Hugging Face's GPT-2"
-
-Name = Annotated[str, msgspec.Meta(max_length=100)]
+NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.TITLE for kind in ARCHITECTURES.values())
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Options of Hugging Face's GPT-2 for which our model supports only these values."""
+class Kind:
+    """The key of a config.json that says what its other keys are."""
 
     model_type: Name = "gpt2"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    add_cross_attention: bool = False
-    tie_word_embeddings: bool = True
-
-
-@dataclass(frozen=True)
-class HuggingFaceConfig:
-    """The keys of a GPT-2's config.json that give its shape."""
-
-    n_layer: Size
-    n_head: Size
-    n_embd: Size
-    n_positions: Size
-    vocab_size: Size
-    resid_pdrop: Share = 0.1
-    n_inner: int | None = None
-    activation_function: Name = "gelu_new"
 
 
 @dataclass(frozen=True)
@@ -89,19 +67,26 @@ def fetch(name: str) -> Path:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read a folder that holds a GPT-2; returns what our own checkpoints hold: model, model_args, tokenizer.
+    """Read a folder in Hugging Face's format.
+
+    Returns what our own checkpoints hold: model, model_args, model_extra and, if there is one, tokenizer.
 
     Raises CheckpointError when a file is missing, damaged, or of another architecture.
     """
-    content = _read_config(folder / "config.json")
+    kind, content = _read_config(folder / "config.json")
     names = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").exists():
-        shards = untrusted.read_json(index, ShardIndex, CheckpointError, NOT_GPT2)
+        shards = untrusted.read_json(index, ShardIndex, CheckpointError, NO_MATCH)
         names = {Path(name).name for name in shards.weight_map.values()}
-    weights: dict[str, torch.Tensor] = {}
+    weights: Weights = {}
     for name in sorted(names):
         weights |= _load_safetensors(folder / name)
-    content["model"] = _our_weights(weights)
+    try:
+        content["model"] = ours = kind.ours(weights)
+    except ValueError as e:
+        raise CheckpointError(f"{folder}: {e}") from None
+    if "transformer.wte.weight" in ours:
+        ours["lm_head.weight"] = ours["transformer.wte.weight"]
     if (path := folder / "tokenizer.json").exists():
         try:
             tok = tokenizer_json.from_huggingface(untrusted.read_bytes(path, DataError))
@@ -111,24 +96,21 @@ def load(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """`model_args` and `model_extra` as config.json gives them."""
+def _read_config(path: Path) -> tuple[type[Architecture], dict[str, Any]]:
+    """The architecture that config.json names, and `model_args` and `model_extra` as it gives them."""
     raw = untrusted.read_bytes(path, CheckpointError)
-    found = untrusted.decode_json(raw, Architecture, path, CheckpointError, NOT_GPT2)
-    pairs = zip(dataclasses.asdict(found).items(), dataclasses.astuple(Architecture()), strict=True)
-    problems = [f"{key}: found {value!r}, must be {fixed!r}" for (key, value), fixed in pairs if value != fixed]
-    if found.model_type == "gpt2":  # another model's config has other keys
-        config = untrusted.decode_json(raw, HuggingFaceConfig, path, CheckpointError, NOT_GPT2)
-        if config.n_inner not in (None, 4 * config.n_embd):
-            problems.append(f"n_inner: found {config.n_inner}, must be {4 * config.n_embd}")
-        if (gelu := config.activation_function) not in GELUS:
-            problems.append(f"activation_function: found {gelu!r}, must be one of {', '.join(GELUS)}")
+    found = untrusted.decode_json(raw, Kind, path, CheckpointError, NO_MATCH).model_type
+    if found not in ARCHITECTURES:  # another model's config has other keys
+        problems = [f"model_type: found {found!r}, must be {' or '.join(ARCHITECTURES)}"]
+    else:
+        kind = ARCHITECTURES[found]
+        config = untrusted.decode_json(raw, kind, path, CheckpointError, NO_MATCH)
+        problems = config.problems()
     if problems:
         raise CheckpointError(f"{path}: is another architecture: " + "; ".join(problems))
-    args = {"block_size": config.n_positions, "bias": True, "dropout": config.resid_pdrop}
-    args |= {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    untrusted.convert(args, ModelArgs, path, CheckpointError, NOT_GPT2)
-    return {"model_args": args, "model_extra": {"gelu": GELUS[gelu]}}
+    entries = config.entries()
+    untrusted.convert(entries, Header, path, CheckpointError, NO_MATCH)
+    return kind, entries
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -143,19 +125,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"{path}: does not match Hugging Face's GPT-2 ({untrusted.describe(e)})") from None
-
-
-def _our_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hugging Face's GPT-2 weights under nanoGPT's names, in nanoGPT's shapes."""
-    ours = {}
-    for name, weight in weights.items():
-        name = "transformer." + name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # causal masks; the tied embedding
-            ours[name] = weight.t() if name.endswith(TRANSPOSED) and weight.dim() == 2 else weight
-    if "transformer.wte.weight" in ours:
-        ours["lm_head.weight"] = ours["transformer.wte.weight"]
-    return ours
+        raise CheckpointError(f"{path}: {NO_MATCH[3:]} ({untrusted.describe(e)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,9 +141,10 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         raise CheckpointError(f"{folder}: exists; choose another folder, or remove it")
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
+    kind = next(kind for kind in ARCHITECTURES.values() if model.config.positions == kind.POSITIONS)
     special = {"bos_token": END, "eos_token": END} if end is not None else {}
     files = {
-        "config": _their_config(model, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
+        "config": kind.config_of(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
         "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends},
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -185,7 +156,7 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
     }
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.absolute().parent))
     try:
-        safetensors.torch.save_file(_their_weights(model), part / "model.safetensors", {"format": "pt"})
+        safetensors.torch.save_file(_their_weights(model, kind), part / "model.safetensors", {"format": "pt"})
         for name, value in files.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
@@ -197,27 +168,13 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _their_config(model: GPT, dropout: float) -> dict[str, Any]:
-    """config.json, up to the special tokens."""
-    c = model.config
-    return dataclasses.asdict(Architecture()) | {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_positions": c.block_size,
-        **{key: getattr(c, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
-        "activation_function": "gelu" if c.gelu == "none" else "gelu_new",
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-    }
-
-
-def _their_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's weights in float32, in the shapes of Hugging Face's GPT-2."""
-    weights = {}
-    for name, p in model.state_dict().items():
-        if name != "lm_head.weight":
-            weights[name] = (p.t() if name.endswith(TRANSPOSED) else p).float().contiguous()
-            if not model.config.bias and name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
-                weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(p))  # a GPT-2 always has biases
-    return weights
+def _their_weights(model: GPT, kind: type[Architecture]) -> Weights:
+    """The model's weights in float32, under the names and in the shapes of an architecture, which has biases."""
+    weights = {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    for name, p in list(weights.items()):
+        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
+            weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))
+    return {name: w.contiguous() for name, w in kind.theirs(weights).items()}
 
 
 def model_card(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
