@@ -206,6 +206,25 @@ def test_a_header_of_the_wrong_type_is_refused(content, tmp_path, changes, messa
     refused(content | changes, tmp_path, message)
 
 
+@pytest.mark.parametrize(
+    ("args", "extra", "message"),
+    [
+        ({"block_size": 1}, {}, "block_size is 1, must be at least 2 with rotary positions"),
+        ({"n_head": 16}, {}, "n_embd is 16, must be divisible by twice n_head, 32"),  # heads of one number
+        ({}, {"positions": "learned"}, "there are 9 tensors, must be 10; positions are learned, transformer.wpe"),
+        ({}, {"positions": "alibi"}, r"Invalid enum value 'alibi' - at `\$\.model_extra\.positions`"),
+    ],
+)
+def test_a_rotary_checkpoint_of_a_shape_it_can_not_have_is_refused(content, tmp_path, args, extra, message):
+    rotary = content | {"model_extra": {"gelu": "tanh", "positions": "rotary"}}
+    refused(rotary, tmp_path, "there are 10 tensors, must be 9; positions are rotary, transformer.wpe.weight belongs")
+    del content["model"]["transformer.wpe.weight"]
+    checkpoint.save(tmp_path / "rotary.pt", rotary)
+    checkpoint.load_model(tmp_path / "rotary.pt", torch.device("cpu"), torch.float32)
+    changes = {"model_args": content["model_args"] | args, "model_extra": rotary["model_extra"] | extra}
+    refused(rotary | changes, tmp_path, message)
+
+
 def test_a_tensor_of_another_kind_is_refused(content, tmp_path):
     name, zeros, weights = "transformer.ln_f.weight", torch.zeros(16), content["model"]
     for odd in (zeros.long(), zeros.to_sparse(), zeros.to("meta"), [0.0], 5):

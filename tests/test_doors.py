@@ -6,6 +6,7 @@ test_checkpoint.py.
 """
 
 import copy
+import functools
 import gzip
 import json
 import pickle
@@ -201,9 +202,9 @@ def arguments(small: dict, folder: Path) -> Door:
     return Door(path, content, dump, lambda: sample.Poet(str(path), "cpu", "float32").write("O", max_new_tokens=2))
 
 
-def exported(name: str) -> Callable[[dict, Path], Door]:
+def exported(name: str, **keys: str) -> Callable[[dict, Path], Door]:
     def door(small: dict, folder: Path) -> Door:
-        export, loaded = folder / "poet", checkpoint.load_model(trained(small), CPU.device, CPU.dtype)
+        export, loaded = folder / "poet", checkpoint.load_model(trained(small | keys), CPU.device, CPU.dtype)
         huggingface.export(*loaded, "O", export)
         content = json.loads((export / name).read_text())
         return Door(export / name, content, as_json, lambda: checkpoint.load_model(export, CPU.device, CPU.dtype))
@@ -211,8 +212,8 @@ def exported(name: str) -> Callable[[dict, Path], Door]:
     return door
 
 
-def safetensors_header(small: dict, folder: Path) -> Door:
-    door = exported("config.json")(small, folder)
+def safetensors_header(small: dict, folder: Path, **keys: str) -> Door:
+    door = exported("config.json", **keys)(small, folder)
     path = door.path.with_name("model.safetensors")
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
@@ -267,8 +268,10 @@ DOORS = {
     "meta.json": meta_json,
     "a checkpoint's arguments": arguments,
     "config.json": exported("config.json"),
+    "config.json, rotary": exported("config.json", positions="rotary"),
     "tokenizer.json": exported("tokenizer.json"),
     "safetensors": safetensors_header,
+    "safetensors, rotary": functools.partial(safetensors_header, positions="rotary"),
     "meta.pkl": nanogpt_meta,
     "passages": passages,
     "metrics.jsonl": metrics,

@@ -1,5 +1,6 @@
 """Optional packages, and nanoGPT's weights, tokenizers, data and optimizer, both ways."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -169,6 +170,19 @@ def test_nanogpts_padding_is_never_written(tmp_path, bpe, monkeypatch):
         for _ in poet.stream(passages):
             pass
         assert max(id for passage in passages for id in passage.ids) < bpe.vocab_size == 360
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [("learned", None), ("rotary", r'Missing key\(s\) in state_dict: "transformer.wpe.weight"')],
+)
+def test_nanogpts_model_takes_learned_positions_and_says_what_it_misses_in_rotary_ones(small, positions, message):
+    """As its sample.py and train.py do: a model from model_args, then load_state_dict."""
+    train.main(TrainConfig(**small | {"positions": positions}))
+    saved = torch.load(Path(small["out_dir"]) / "best.pt", weights_only=True)
+    model = GPT(GPTConfig(**saved["model_args"]))  # has the names and shapes of nanoGPT's
+    with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
+        model.load_state_dict(saved["model"])
 
 
 def test_prepared_characters_are_a_data_set_of_nanogpts(books):

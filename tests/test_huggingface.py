@@ -1,4 +1,4 @@
-"""Weights and tokenizers of Hugging Face's GPT-2, both ways, against transformers and tokenizers."""
+"""Weights and tokenizers in Hugging Face's format, both ways, against transformers and tokenizers."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,7 @@ from sample import Poet, SampleConfig
 from train import TrainConfig
 
 SHAPES = [{}, {"bias": False}, {"gelu": "tanh"}, {"n_layer": 1, "n_head": 4, "block_size": 24}]
+SHAPES += [{"positions": "rotary"}, {"positions": "rotary", "bias": False, "gelu": "tanh", "block_size": 64}]
 
 
 def make_checkpoint(path: Path, tok: tokenizer.Tokenizer, **shape) -> Path:
@@ -185,7 +186,7 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
             path.unlink()
         folder.rmdir()
 
-    refused("config.json", config | {"model_type": "llama"}, "model_type: found 'llama'")
+    refused("config.json", config | {"model_type": "llama"}, "model_type: found 'llama', must be gpt2 or starcoder2")
     refused(
         "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
     )
