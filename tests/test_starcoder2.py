@@ -331,6 +331,8 @@ def test_weights_that_are_not_those_of_the_config_are_named(intact, tmp_path):
             ({k_proj: torch.zeros(8, 16)}, r"h\.1\.attn\.c_attn\.weight needs .*k_proj \(8, 16\) torch.float32"),
             ({k_proj: torch.zeros(16, 16, dtype=torch.int64)}, r"k_proj \(16, 16\) torch.int64"),
             ({k_proj: None}, r"needs q_proj, k_proj and v_proj .*found q_proj \(16, 16\) \S+, v_proj \(16, 16\)"),
+            ({k_proj.replace("k_", f"{part}_"): torch.zeros(()) for part in "qkv"}, "zero-dimensional tensor"),
+            ({"x" * 10**6 + ".self_attn.q_proj.weight": torch.zeros(2)}, "needs q_proj|xxx"),
             ({"model.norm.bias": None}, "there are 27 tensors, must be 28"),
             ({"model.wpe.weight": torch.zeros(8, 16)}, "positions are rotary, transformer.wpe.weight belongs"),
             ({"model.norm.weight": torch.full((16,), torch.nan)}, r"transformer\.ln_f\.weight is not finite"),

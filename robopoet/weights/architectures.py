@@ -74,7 +74,7 @@ class Architecture:
 
     @classmethod
     def ours(cls, weights: Weights) -> Weights:
-        """The reverse of `theirs`; raises ValueError if weights that become one don't fit each other."""
+        """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
         raise NotImplementedError
 
 

@@ -67,9 +67,7 @@ def fetch(name: str) -> Path:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read a folder in Hugging Face's format.
-
-    Returns what our own checkpoints hold: model, model_args, model_extra and, if there is one, tokenizer.
+    """Read a folder; returns what our own checkpoints hold: model, model_args, model_extra, tokenizer if there is one.
 
     Raises CheckpointError when a file is missing, damaged, or of another architecture.
     """
@@ -83,8 +81,8 @@ def load(folder: Path) -> dict[str, Any]:
         weights |= _load_safetensors(folder / name)
     try:
         content["model"] = ours = kind.ours(weights)
-    except ValueError as e:
-        raise CheckpointError(f"{folder}: {e}") from None
+    except (ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{folder}: {untrusted.describe(e)}") from None
     if "transformer.wte.weight" in ours:
         ours["lm_head.weight"] = ours["transformer.wte.weight"]
     if (path := folder / "tokenizer.json").exists():
