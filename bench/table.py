@@ -24,6 +24,7 @@ from bench import (
     summary,
     torture,
     train_speed,
+    window,
     writing,
 )
 from bench.summary import Results
@@ -64,6 +65,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "temperature, beside human text from the test split: means, and the human 1st to 99th percentile. The last "
         "row: passages within that range by every measure.",
         writing.table,
+    ),
+    "window": (
+        "Beyond the first block",
+        "Val loss in nats per token of long stretches, read token by token as sample.py generates, and with a window "
+        "that moves on by half a block and is read again; the time of a step for all rows, means over a block.",
+        window.table,
     ),
     "torture": ("Torture", "A run that is killed, stopped and damaged, compared with an unbroken one.", torture.table),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, ordered, start
+from test_model import ROTARY, ids, make
 
 import configurator
 import prepare
@@ -19,6 +20,7 @@ from bench import (
     prepare_speed,
     table,
     torture,
+    window,
     writing,
 )
 from configurator import ConfigError
@@ -185,6 +187,29 @@ def test_writing(run, results, monkeypatch, capsys):
         assert figures["people"]["real_words"]["mean"] > 0.9 and figures["coherent"] == {"model": 0, "people": 1}
         assert figures["people"]["longest_copy_characters"]["p1"] > 25 and "known_speakers" not in figures["people"]
     assert "## Writing" in table.tables() and "| out, at 0.9 |" in capsys.readouterr().out
+
+
+def test_window(run, results, monkeypatch, capsys):
+    args = [f"{run}/out/best.pt", "--blocks=3", "--rows=5", "--device=cpu", "--dtype=float32"]
+    result, name = start(monkeypatch, window, window.WindowConfig, *args, positional="checkpoint")
+    assert name.startswith("window_out_") and result["positions"] == "learned" and 1 < result["rows"] <= 5
+    assert result["generated"] == pytest.approx(result["half_blocks"], abs=1e-4)  # learned positions know no other way
+    assert len(result["generated"]) == len(result["ms_per_step"]) == 3 and all(
+        0 < loss < 6 for loss in result["generated"]
+    )
+    assert "later blocks, as generated" in capsys.readouterr().out and "## Beyond the first block" in table.tables()
+    with pytest.raises(ConfigError, match="blocks: no document of"):
+        window.main(window.WindowConfig(f"{run}/out/best.pt", blocks=1000, device="cpu"))
+
+
+def test_half_blocks_are_read_as_a_loop_over_tokens_reads_them():
+    model, text = make(ROTARY, scale=2.0), ids(2, 50)
+    losses = window.read_in_half_blocks(model, text, torch.tensor([60, 59]))
+    for n in range(1, 50):
+        seen = text[:, max(-(-(n - 16) // 8) * 8, 0) : n].clone()
+        seen[:, 0] = torch.tensor([60, 59])
+        expected = -model(seen)[0][:, -1].log_softmax(-1).gather(1, text[:, n : n + 1])[:, 0]
+        torch.testing.assert_close(losses[:, n - 1], expected, atol=1e-9, rtol=0)
 
 
 def test_an_absolute_path_is_cut_from_the_command(monkeypatch):

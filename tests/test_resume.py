@@ -1,5 +1,6 @@
 """A run's folder: a new run keeps the one before, resuming completes the config from the checkpoint, nothing mixes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -225,13 +226,29 @@ def test_a_new_run_may_shorten_the_context_and_change_nothing_else_of_the_shape(
             run(keys, **change)
 
 
-def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config):
-    model = train.new_model(small_config, 64).eval()
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config, positions):
+    model = train.new_model(dataclasses.replace(small_config, positions=positions), 64).eval()
     idx = torch.randint(64, (2, 16))
     before = model(idx, idx)[0]
     model.crop_block_size(16)
     assert torch.equal(model(idx, idx)[0], before)
-    assert model.config.block_size == model.transformer.wpe.num_embeddings == 16
+    assert model.config.block_size == 16
+    if positions == "learned":
+        assert model.transformer.wpe.num_embeddings == 16
+
+
+def test_positions_of_another_kind_than_the_checkpoints_are_refused(small, shapeless, tmp_path):
+    run(small, positions="rotary", max_iters=4)
+    best = Path(small["out_dir"]) / "best.pt"
+    for start in ({"init_from": "resume"}, {"init_from": best, "out_dir": tmp_path / "new"}):
+        with pytest.raises(
+            CheckpointError, match=r"positions: the checkpoint has rotary, the config learned; leave it"
+        ):
+            run(shapeless | {"out_dir": small["out_dir"]} | start, positions="learned", max_iters=8)
+        records = run(shapeless | {"out_dir": small["out_dir"]} | start, max_iters=8)
+        assert any(r["kind"] == "eval" for r in records)
+    assert "transformer.wpe.weight" not in checkpoint.load(tmp_path / "new" / "best.pt")["model"]
 
 
 def test_the_default_warmup_is_shortened_for_a_short_run_and_one_that_is_given_is_refused(small):
