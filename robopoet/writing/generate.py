@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, rotary, rotary_table
+from model import GPT, GPTConfig, KVCache, rotary_table
 from robopoet import ops
 from robopoet.machine import Machine
 from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
@@ -16,6 +16,8 @@ from robopoet.text.tokenizer import Tokenizer
 
 Sample = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+STRETCH = 256  # positions whose rotations are computed together
+Rotation = tuple[torch.Tensor, torch.Tensor]  # of one position, (hs,) each: see _rotate
 
 
 def window_start(n: int, config: GPTConfig) -> int:
@@ -104,9 +106,10 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
         place, rotation = _slide(cache, n, c)
     for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
-        q, k, v = linear(_layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1).unbind(1)  # (B, nh, 1, hs)
+        qkv = linear(_layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1)
+        q, k, v = qkv.unbind(1)  # (B, nh, 1, hs)
         if rotation is not None:
-            q, k = rotary(q, rotation), rotary(k, rotation)
+            q, k = _rotate(qkv[:, :2], rotation).unbind(1)
         keys[:, :, place], values[:, :, place] = k, v
         y = scaled_dot_product_attention(q, keys[:, :, filled], values[:, :, filled], mask)
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
@@ -115,25 +118,46 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
     return model.lm_head(t.ln_f(x))
 
 
-def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[slice | torch.Tensor, torch.Tensor]:
+def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[slice | torch.Tensor, Rotation]:
     """Where token n goes in the cache of a model with rotary positions, and its rotation.
 
     A full cache is a ring behind the first token. Its keys keep their angles, for only differences count; those of the
     first token are rotated to stay block_size - 1 before token n.
     """
-    last, head_size = config.block_size - 1, config.n_embd // config.n_head
+    last, first_key = config.block_size - 1, cache.keys[:, :, :, :1]
+    rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys.dtype)
     if isinstance(n, torch.Tensor):
-        place = torch.where(n <= last, n, 1 + (n - 1) % last)
-        cache.keys[:, :, :, :1] = rotary(cache.first, rotary_table((n - last).clamp(min=0), head_size))
-        return place, rotary_table(n, head_size)
+        first_key.copy_(_rotate(cache.first, rotation_of((n - last).clamp(min=0))))
+        return torch.where(n <= last, n, 1 + (n - 1) % last), rotation_of(n)
     if n > last:
-        cache.keys[:, :, :, :1] = rotary(cache.first, rotary_table(torch.tensor([n - last]), head_size))
+        first_key.copy_(_rotate(cache.first, rotation_of(n - last)))
     place = n if n <= last else 1 + (n - 1) % last
-    return slice(place, place + 1), rotary_table(torch.tensor([n]), head_size)
+    return slice(place, place + 1), rotation_of(n)
+
+
+def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """model.rotary of one position in three calls: x (..., hs)."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _rotation(head_size: int, dtype: torch.dtype, n: int | torch.Tensor) -> Rotation:
+    """Position n's cosines, and its sines with the sign that they have in model.rotary."""
+    if isinstance(n, int):
+        return _rotations(head_size, dtype, n // STRETCH)[n % STRETCH]
+    cos, sin = rotary_table(n, head_size).to(dtype)[:, 0]
+    return torch.cat([cos, cos]), torch.cat([-sin, sin])
+
+
+@functools.lru_cache(maxsize=16)
+def _rotations(head_size: int, dtype: torch.dtype, stretch: int) -> list[Rotation]:
+    """_rotation() of STRETCH positions at a time, on the CPU: one by one, each would take a dozen calls."""
+    cos, sin = rotary_table(torch.arange(STRETCH) + stretch * STRETCH, head_size).to(dtype)
+    return list(zip(torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1), strict=True))
 
 
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
+    return torch.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
 def block_weights(model: GPT) -> list[BlockWeights]:
@@ -143,9 +167,10 @@ def block_weights(model: GPT) -> list[BlockWeights]:
 
 
 def prepack(model: GPT) -> None:
-    """Repack each matrix into oneDNN's layout, where that generates faster; the model can't be trained afterwards."""
+    """Repack each matrix into the layout that generates fastest; the model can't be trained afterwards."""
     weight = model.lm_head.weight
-    if ops.HAS_AVX512 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+    dtypes = (torch.float32, torch.bfloat16) if ops.HAS_AVX512 else (torch.float32,)
+    if weight.device.type == "cpu" and weight.dtype in dtypes:
         for module in model.modules():
             if isinstance(module, Linear):
                 ops.prepack(module)

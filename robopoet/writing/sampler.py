@@ -87,7 +87,7 @@ def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: int, p: float) -> torch.T
     probs: (B, V). ids: (B,) int64. Needs no sort: it counts the tokens that are likelier and adds up their probability.
     """
     likelier = probs > probs.gather(1, ids[:, None])
-    kept = likelier.sum(-1) < (k or probs.shape[1])
+    kept = likelier.sum(-1, dtype=torch.int32) < k if k else torch.ones_like(ids, dtype=torch.bool)
     if p < 1:
         kept &= (probs * likelier).sum(-1) < (p * probs.topk(min(k, probs.shape[1])).values.sum(-1) if k else p)
     return kept
@@ -103,7 +103,7 @@ def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """One id per row, (B,) int64: the inverse of the cumulative distribution at `uniforms`, (B,) float64 in [0, 1)."""
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    cumulative = probs.to(torch.float64, copy=True).cumsum_(-1)  # cumsum with a dtype takes a quarter longer
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
 
 
@@ -136,9 +136,9 @@ class Sampler:
             self.ngrams = [NGrams(settings.no_repeat_ngram, shared) for _ in passages]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B * S, V) -> ids (B * S,) int64, the same for all styles of a passage."""
+        """Logits (B * S, V) -> ids (B * S,) int64, the same for all styles of a passage. May overwrite the logits."""
         styles = len(self.weights)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill(1, self.forbidden, -torch.inf)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill_(1, self.forbidden, -torch.inf)
         if styles > 1:
             logits = blend(logits, self.weights)
         ids = self.sample(self.penalize(logits))
@@ -163,8 +163,8 @@ class Sampler:
 
     def uniforms(self, rows: list[int]) -> torch.Tensor:
         """The next number of each of these rows' streams, float64 in [0, 1)."""
-        numbers = [self.streams[row].random() for row in rows]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.forbidden.device)
+        numbers = np.array([self.streams[row].random() for row in rows])
+        return torch.from_numpy(numbers).to(self.forbidden.device)
 
     def penalize(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> the same after repetition_penalty and no_repeat_ngram."""
@@ -189,7 +189,10 @@ class Sampler:
         # Rejection sampling: draw from all tokens, and draw again where top_k or top_p would drop the token. That gives
         # the filtered distribution, and is_kept takes 0.15 ms where sorting 32 x 6,725 logits takes 6.5 ms. 95% of
         # draws pass; a row rejected three times is filtered.
-        rows = (~is_kept(probs, ids, s.top_k, s.top_p)).nonzero()[:, 0]
+        kept = is_kept(probs, ids, s.top_k, s.top_p)
+        if kept.all():
+            return ids
+        rows = (~kept).nonzero()[:, 0]
         for _ in range(2):
             if not len(rows):
                 return ids
