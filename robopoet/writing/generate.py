@@ -17,7 +17,7 @@ from robopoet.text.tokenizer import Tokenizer
 Sample = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 STRETCH = 256  # positions whose rotations are computed together
-Rotation = tuple[torch.Tensor, torch.Tensor]  # of one position, (hs,) each: see _rotate
+Rotation = tuple[torch.Tensor, torch.Tensor]  # of q, k and v at one position, (3, 1, 1, hs) each: see _rotate
 
 
 def window_start(n: int, config: GPTConfig) -> int:
@@ -107,9 +107,9 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
     for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
         qkv = linear(_layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1)
-        q, k, v = qkv.unbind(1)  # (B, nh, 1, hs)
         if rotation is not None:
-            q, k = _rotate(qkv[:, :2], rotation).unbind(1)
+            qkv = _rotate(qkv, *rotation)
+        q, k, v = qkv.unbind(1)  # (B, nh, 1, hs)
         keys[:, :, place], values[:, :, place] = k, v
         y = scaled_dot_product_attention(q, keys[:, :, filled], values[:, :, filled], mask)
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
@@ -127,33 +127,39 @@ def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[sl
     last, first_key = config.block_size - 1, cache.keys[:, :, :, :1]
     rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys.dtype)
     if isinstance(n, torch.Tensor):
-        first_key.copy_(_rotate(cache.first, rotation_of((n - last).clamp(min=0))))
+        first_key.copy_(_rotate(cache.first, *(part[1] for part in rotation_of((n - last).clamp(min=0)))))
         return torch.where(n <= last, n, 1 + (n - 1) % last), rotation_of(n)
     if n > last:
-        first_key.copy_(_rotate(cache.first, rotation_of(n - last)))
+        first_key.copy_(_rotate(cache.first, *(part[1] for part in rotation_of(n - last))))
     place = n if n <= last else 1 + (n - 1) % last
     return slice(place, place + 1), rotation_of(n)
 
 
-def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """model.rotary of one position in three calls: x (..., hs)."""
-    cos, sin = rotation
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """model.rotary at one position, in three calls: x (..., hs)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _rotation(head_size: int, dtype: torch.dtype, n: int | torch.Tensor) -> Rotation:
-    """Position n's cosines, and its sines with the sign that they have in model.rotary."""
+    """Position n's cosines and sines for _rotate; n is an int or, on CUDA, int64 (1,)."""
     if isinstance(n, int):
         return _rotations(head_size, dtype, n // STRETCH)[n % STRETCH]
-    cos, sin = rotary_table(n, head_size).to(dtype)[:, 0]
-    return torch.cat([cos, cos]), torch.cat([-sin, sin])
+    return _expand(rotary_table(n, head_size).to(dtype))[0]
 
 
 @functools.lru_cache(maxsize=16)
 def _rotations(head_size: int, dtype: torch.dtype, stretch: int) -> list[Rotation]:
     """_rotation() of STRETCH positions at a time, on the CPU: one by one, each would take a dozen calls."""
-    cos, sin = rotary_table(torch.arange(STRETCH) + stretch * STRETCH, head_size).to(dtype)
-    return list(zip(torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1), strict=True))
+    return _expand(rotary_table(torch.arange(STRETCH) + stretch * STRETCH, head_size).to(dtype))
+
+
+def _expand(table: torch.Tensor) -> list[Rotation]:
+    """Each position's cosines and sines in a rotary_table(), as they rotate q and k and leave v alone."""
+    cos, sin = table  # (T, hs / 2)
+    one, zero = torch.ones_like(cos), torch.zeros_like(cos)
+    factors = [cos, cos, cos, cos, one, one], [-sin, sin, -sin, sin, zero, zero]
+    cosines, sines = (torch.stack(halves, dim=1).view(len(cos), 3, 1, 1, -1) for halves in factors)
+    return list(zip(cosines, sines, strict=True))
 
 
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
