@@ -39,10 +39,11 @@ def losses_and_norms(cfg: TrainConfig, steps: int) -> tuple[np.ndarray, train.St
     return np.array([[float(t) for t in pair] for pair in found]), state
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_recorded_compiled_and_plain_steps_learn_alike(small, optimizer, dtype):
-    keys = small | {"optimizer": optimizer, "device": "cuda", "dtype": dtype, "gradient_accumulation_steps": 2}
+def test_recorded_compiled_and_plain_steps_learn_alike(small, optimizer, positions, dtype):
+    keys = small | {"optimizer": optimizer, "positions": positions, "device": "cuda", "dtype": dtype}
+    keys |= {"gradient_accumulation_steps": 2}
     plain, compiled, recorded, recorded_plain = (
         losses_and_norms(TrainConfig(**keys | {"compile": how, "record": record}), 14)[0]
         for how, record in (("false", False), ("true", False), ("true", True), ("false", True))
@@ -102,8 +103,9 @@ def test_a_run_evaluates_saves_and_resumes_between_replays(small, tmp_path, reco
 
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, dtype, rows):
-    run(small, device="cpu", max_iters=3)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, dtype, rows, positions):
+    run(small, device="cpu", max_iters=3, positions=positions)
     best = Path(small["out_dir"]) / "best.pt"
     model, _, _ = load_model(best, torch.device("cuda"), getattr(torch, dtype))
     prompt = torch.arange(rows * 4, device="cuda").view(rows, 4) % 50

@@ -25,22 +25,22 @@ torch.cuda.is_bf16_supported = lambda *args, **keys: True
 torch.library.impl("aten::_fused_adamw_.tensor_lr", "Meta")(lambda *args, **keys: None)  # torch has none
 
 
-def make_model() -> GPT:
+def make_model(positions: str) -> GPT:
     """A model made on the device: fake parameters can't be moved."""
     with CUDA:
-        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1))
+        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1, positions=positions))
     model.to = lambda device: model
     return model
 
 
-def trace_step(optimizer: str, dtype: torch.dtype, is_recorded: bool, how: str) -> None:
+def trace_step(optimizer: str, positions: str, dtype: torch.dtype, is_recorded: bool, how: str) -> None:
     """One whole optimizer step: forward, backward, clipping, optimizers, scaler."""
     machine = Machine(CUDA, dtype)
     cfg = train.TrainConfig(**SHAPE, optimizer=optimizer, dropout=0.1, compile="false")
     scaler, made = torch.amp.GradScaler, []
     torch.amp.GradScaler = lambda device, enabled: made.append(scaler("cpu", enabled=enabled)) or made[0]
     try:
-        state = train.build_state(cfg, machine, make_model())
+        state = train.build_state(cfg, machine, make_model(positions))
     finally:
         torch.amp.GradScaler = scaler
     made[0]._device = "cuda"
@@ -53,9 +53,9 @@ def trace_step(optimizer: str, dtype: torch.dtype, is_recorded: bool, how: str) 
     assert loss.device == norm.device == CUDA and all(p.device == CUDA for p in state.model.parameters())
 
 
-def trace_token(rows: int) -> None:
+def trace_token(rows: int, positions: str) -> None:
     """A window, then a token, as generate has it on CUDA, where lengths are tensors."""
-    model = make_model().eval()
+    model = make_model(positions).eval()
     cache = KVCache(model.config, rows, CUDA, torch.float32)
     with torch.no_grad():
         model(torch.zeros(rows, 5, dtype=torch.long, device=CUDA), cache=cache)
@@ -65,13 +65,14 @@ def trace_token(rows: int) -> None:
 
 with FakeTensorMode(allow_non_fake_inputs=True):
     dtypes = torch.float32, torch.bfloat16, torch.float16
-    for optimizer, dtype, is_recorded in itertools.product(("adamw", "muon"), dtypes, (False, True)):
-        trace_step(optimizer, dtype, is_recorded, "eager")
-        print("step", optimizer, dtype, is_recorded)
-    for rows in (1, 32):
-        trace_token(rows)
-        print("token", rows)
-for dtype in dtypes[:2]:
+    kinds = ("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")
+    for (optimizer, positions), dtype, is_recorded in itertools.product(kinds, dtypes, (False, True)):
+        trace_step(optimizer, positions, dtype, is_recorded, "eager")
+        print("step", optimizer, positions, dtype, is_recorded)
+    for rows, positions in itertools.product((1, 32), ("learned", "rotary")):
+        trace_token(rows, positions)
+        print("token", rows, positions)
+for positions, dtype in itertools.product(("learned", "rotary"), dtypes[:2]):
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trace_step("adamw", dtype, False, "compiled")
-    print("compiled", dtype)
+        trace_step("adamw", positions, dtype, False, "compiled")
+    print("compiled", positions, dtype)
