@@ -282,7 +282,7 @@ def tensors(path: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
 def test_sharded_ranks_learn_as_ranks_with_copies_and_hold_half_each(uneven, faulty, tmp_path, optimizer, positions):
-    keys = uneven | {"optimizer": optimizer, "positions": positions, "dropout": 0.1}
+    keys = uneven | {"optimizer": optimizer, "positions": positions, "dropout": 0.1, "n_head": 1}
     copies = train_on_two(keys | {"out_dir": tmp_path / "copies"})
     halves = train_on_two(keys | {"out_dir": tmp_path / "halves", "shard": True}, *faulty("count", 4))
     assert losses(halves) == pytest.approx(losses(copies), abs=1e-5) and len(losses(halves)) == 30
