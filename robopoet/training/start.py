@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 from configurator import ConfigError, warn
@@ -15,7 +14,7 @@ from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
 from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
-from robopoet.weights.header import NANOGPT_ARGS, ModelExtra, read_header
+from robopoet.weights.header import NANOGPT_ARGS, read_header
 
 Config = TypeVar("Config")  # a TrainConfig
 SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
@@ -67,8 +66,7 @@ def complete(cfg: Config, start: Start) -> Config:
     if start.content is None:
         return cfg
     given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
-    header = read_header(start.content, start.path)
-    shape = msgspec.structs.asdict(header.model_args) | msgspec.structs.asdict(header.model_extra or ModelExtra())
+    shape = read_header(start.content, start.path).shape
     taken = {key: shape[key] for key in SHAPE}
     problems = []
     for key in given.intersection(SHAPE):

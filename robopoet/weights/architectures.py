@@ -5,6 +5,7 @@ base from config.json, while its GPT-NeoX wants a matrix of its own for the outp
 longer writes. In llama.cpp both compute the tanh GELU; transformers and vLLM compute the GELU that is asked for.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -23,7 +24,7 @@ Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(ABC):
     """The keys of a config.json that matter to our model; a missing one has transformers' default.
 
     TITLE, CLASS: its name, and that of transformers' class. POSITIONS: GPTConfig's `positions` for it. KEYS: our names
@@ -55,9 +56,9 @@ class Architecture:
         extra = {"gelu": GELUS[getattr(self, self.GELU)], "positions": self.POSITIONS}
         return {"model_args": args, "model_extra": extra}
 
+    @abstractmethod
     def supported(self) -> dict[str, tuple[Any, ...]]:
         """The values that our model supports, by key; the first is written on export, unless it is None."""
-        raise NotImplementedError
 
     def problems(self) -> list[str]:
         """Each key whose value our model does not support, with what was found and what must be there."""
@@ -68,14 +69,14 @@ class Architecture:
         ]
 
     @classmethod
+    @abstractmethod
     def theirs(cls, weights: Weights) -> Weights:
         """The weights of our model with biases, without lm_head.weight, under its names and in its shapes."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def ours(cls, weights: Weights) -> Weights:
         """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import huggingface, nanogpt
-from robopoet.weights.header import NANOGPT_ARGS, ModelExtra, read_header
+from robopoet.weights.header import NANOGPT_ARGS, read_header
 
 LABEL = b"sha256:"
 COMMENT_BYTES = len(LABEL) + 64
@@ -168,10 +168,7 @@ def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab
     initialised as in a new model. Raises CheckpointError when weights and model_args don't fit, or a weight is not
     finite.
     """
-    header = read_header(content, path)
-    extra = header.model_extra or ModelExtra()
-    args = msgspec.structs.asdict(header.model_args) | msgspec.structs.asdict(extra) | {"dropout": dropout}
-    config = GPTConfig(**args)
+    config = GPTConfig(**read_header(content, path).shape | {"dropout": dropout})
     weights = check_weights(content["model"], config, path)
     model = GPT(dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size)))
     if vocab_size > config.vocab_size:

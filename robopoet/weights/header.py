@@ -72,6 +72,11 @@ class Header:
         if args.block_size < 2:  # the first token stays in view
             raise ValueError("block_size is 1, must be at least 2 with rotary positions")
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """All of the model's arguments: nanoGPT's, and ours or their defaults."""
+        return msgspec.structs.asdict(self.model_args) | msgspec.structs.asdict(self.model_extra or ModelExtra())
+
 
 def read_header(content: dict[str, Any], path: Path) -> Header:
     """The header in `content`, which was loaded from `path`; raises CheckpointError on a wrong type or range."""

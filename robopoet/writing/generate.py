@@ -124,14 +124,14 @@ def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[sl
     A full cache is a ring behind the first token. Its keys keep their angles, for only differences count; those of the
     first token are rotated to stay block_size - 1 before token n.
     """
-    last, first_key = config.block_size - 1, cache.keys[:, :, :, :1]
+    last, is_tensor = config.block_size - 1, isinstance(n, torch.Tensor)
     rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys.dtype)
-    if isinstance(n, torch.Tensor):
-        first_key.copy_(_rotate(cache.first, *(part[1] for part in rotation_of((n - last).clamp(min=0)))))
-        return torch.where(n <= last, n, 1 + (n - 1) % last), rotation_of(n)
-    if n > last:
-        first_key.copy_(_rotate(cache.first, *(part[1] for part in rotation_of(n - last))))
-    place = n if n <= last else 1 + (n - 1) % last
+    slid, ring = (n - last).clamp(min=0) if is_tensor else max(n - last, 0), 1 + (n - 1) % last
+    if is_tensor or slid:
+        cache.keys[:, :, :, :1] = _rotate(cache.first, *(part[1] for part in rotation_of(slid)))
+    if is_tensor:
+        return torch.where(n <= last, n, ring), rotation_of(n)
+    place = ring if slid else n
     return slice(place, place + 1), rotation_of(n)
 
 
