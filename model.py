@@ -12,7 +12,9 @@ import torch
 import torch.nn as nn
 
 # torch's functions of the same names give the same numbers, slower on a CPU
-from robopoet.ops import Dropout, Linear, cross_entropy, scaled_dot_product_attention
+from robopoet.ops import Dropout, Linear, cross_entropy, linear, scaled_dot_product_attention
+
+Sample = tuple[torch.Tensor, torch.Tensor]  # of the vocabulary: (n,) int64 ids, (n,) float32 added to their logits
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         cache: KVCache | None = None,
         reduction: str = "mean",
+        sample: Sample | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits, and the loss if there are targets.
 
@@ -177,6 +180,7 @@ class GPT(nn.Module):
         int64, -1 to ignore. Returns logits (B, T, V) and the cross-entropy in nats per token (reduction "mean": scalar;
         "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
         loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
+        sample: ids that are compared instead of the whole vocabulary; targets are then places among them.
         """
         c, T, rotation = self.config, idx.shape[1], None
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -193,7 +197,10 @@ class GPT(nn.Module):
             cache.length += T
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+        if sample is None:
+            logits = self.lm_head(x)
+        else:
+            logits = linear(x, self.lm_head.weight.index_select(0, sample[0]), bias=sample[1].to(x.dtype))
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
         return logits.detach(), loss.view_as(targets) if reduction == "none" else loss
 
@@ -209,8 +216,12 @@ class GPT(nn.Module):
         """All parameters, position embeddings included, the tied matrix counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self) -> float:
-        """FLOPs of a training step per token (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    def flops_per_token(self, n_logits: int = 0) -> float:
+        """FLOPs of a training step per token, with `n_logits` logits (0: all).
+
+        PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+        """
         c = self.config
         matmul_params = self.num_params() - (c.block_size * c.n_embd if c.positions == "learned" else 0)
+        matmul_params -= (c.vocab_size - (n_logits or c.vocab_size)) * c.n_embd
         return 6 * matmul_params + 12 * c.n_layer * c.n_embd * c.block_size

@@ -26,11 +26,12 @@ from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Requests, Signals, find_machine, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, TrainWindows, find_dataset, open_split, read_meta
+from robopoet.text.batches import EvalPlan, Split, TrainWindows, find_dataset, open_split, read_meta
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
 from robopoet.training.optimizer import configure_optimizers, step_all, unscale
 from robopoet.training.run import Progress, Run
+from robopoet.training.sampled_softmax import SampledSoftmax
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.trouble import Trouble
@@ -76,6 +77,7 @@ class TrainConfig:
     beta1: float = 0.8  # AdamW's first moment
     beta2: float = 0.99  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
+    sampled_softmax: int = 0  # ids that the loss of a micro-batch compares, its own and others by lot (0: all)
     # schedule
     max_iters: int = 600  # optimizer steps in all
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
@@ -118,7 +120,7 @@ class TrainConfig:
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
-        found += bounds(self, "timeout_s", 1)
+        found += bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
         if self.learning_rate:
             found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
         heads = self.n_head * (2 if self.positions == "rotary" else 1)  # rotary positions rotate pairs
@@ -154,8 +156,7 @@ def fit_schedule(cfg: TrainConfig, windows_per_epoch: int) -> TrainConfig:
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """What learning rates are multiplied by at `step`: linear warmup to 1, then half a cosine down to min_lr."""
-    floor = cfg.min_lr / cfg.peak_lr
-    last = cfg.lr_decay_iters or cfg.max_iters
+    floor, last = cfg.min_lr / cfg.peak_lr, cfg.lr_decay_iters or cfg.max_iters
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr:
@@ -194,8 +195,7 @@ def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[i
 def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
     """A freshly initialised model, the same for the same seed."""
     torch.manual_seed(cfg.seed)
-    shape = {key: getattr(cfg, key) for key in (*SHAPE, "dropout")}
-    return GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*SHAPE, "dropout")}))
 
 
 def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
@@ -223,19 +223,20 @@ class State:
     scaler: torch.amp.GradScaler
     trouble: Trouble
     sync_next: Callable[[bool], None] = lambda wanted: None
+    sample: SampledSoftmax | None = None
     graphed_update: Graphed | None = None
 
 
-def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
+def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
     sharded = cfg.shard and machine.world_size > 1
     if sharded:
         shard(model, machine)
     else:
         model.to(machine.device)
-    recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1
+    recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1 and not cfg.sampled_softmax
     if cfg.record and not recorded:
-        warn("record: needs a CUDA device and a single process; training unrecorded")
+        warn("record: needs a CUDA device, a single process and sampled_softmax=0; training unrecorded")
     optimizers = configure_optimizers(cfg, model, machine, recorded)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
@@ -250,6 +251,8 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT) -> State:
     elif machine.world_size > 1:
         state.forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # saves a copy
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
+    if cfg.sampled_softmax:
+        state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine.device)
     if recorded:
         state.graphed_update = Graphed(functools.partial(update, state))
     return state
@@ -296,8 +299,9 @@ def update(
     total = torch.zeros((), device=machine.device)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
         state.sync_next(micro == count - 1)
+        y, sample = state.sample(y) if state.sample else (y, None)
         with machine.autocast():
-            _, loss = state.forward(x, y)
+            _, loss = state.forward(x, y, sample=sample)
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
     unscale(state.optimizers, scaler)
@@ -343,7 +347,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     run = Run(Path(cfg.out_dir), config, meta, machine)
     run.check_space(model, start.resumes)
     n_params = model.num_params()
-    state = build_state(cfg, machine, model)
+    state = build_state(cfg, machine, model, split)
 
     # --- resume, or start a new run
     progress = Progress(run_id=secrets.token_hex(4))
@@ -357,7 +361,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     start.release()
 
     # --- loop
-    meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size)
+    meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size, cfg.sampled_softmax)
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     previews = log.sinks and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
     rows = functools.partial(rows_of, cfg=cfg, machine=machine)
@@ -379,8 +383,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, plan, machine)
-                text = {"text": preview(model, tok, machine)} if previews else {}
-                log.evaluation(progress.iter_num, result | text)
+                log.evaluation(progress.iter_num, result | ({"text": preview(model, tok, machine)} if previews else {}))
                 is_best = progress.note(result["loss"])
             if evaluates or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)

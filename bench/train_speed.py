@@ -122,7 +122,7 @@ def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train
     """What train.py would build: a new model with its optimizers, and the rows of the corpus in `folder`."""
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
-    state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size))
+    state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size), split)
     if isinstance(cfg, SpeedConfig) and cfg.compile_mode != "default" and state.forward is not state.model:
         state.forward = torch.compile(state.model, mode=cfg.compile_mode)
     return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
@@ -280,7 +280,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
     # --- the figures
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     dt_ms = [ms for ms, _ in laps]
-    flop_rates = [1000 * tokens * model.flops_per_token() / ms for ms in dt_ms]
+    flop_rates = [1000 * tokens * model.flops_per_token(cfg.sampled_softmax) / ms for ms in dt_ms]
     peak = max(*peaks, *flop_rates)  # the best seen: on a busy machine a product may run slower than a step
     result = origin("train_speed", machine) | {
         "config": config_name(),

@@ -242,9 +242,9 @@ class GPT(GPT):
 """
 
 
-OURS = "from robopoet.ops import Dropout, Linear, cross_entropy, scaled_dot_product_attention\n"
+OURS = "from robopoet.ops import Dropout, Linear, cross_entropy, linear, scaled_dot_product_attention\n"
 TORCHS = """from torch.nn import Dropout, Linear
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 """
 
 

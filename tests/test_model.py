@@ -217,6 +217,7 @@ TORCHS_OWN = {
     "Dropout": nn.Dropout,
     "Linear": nn.Linear,
     "cross_entropy": F.cross_entropy,
+    "linear": F.linear,
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
 }
 

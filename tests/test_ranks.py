@@ -280,9 +280,14 @@ def tensors(path: Path) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
-def test_sharded_ranks_learn_as_ranks_with_copies_and_hold_half_each(uneven, faulty, tmp_path, optimizer, positions):
-    keys = uneven | {"optimizer": optimizer, "positions": positions, "dropout": 0.1, "n_head": 1}
+@pytest.mark.parametrize(
+    "optimizer, positions, sampled", [("adamw", "learned", 0), ("muon", "learned", 0), ("muon", "rotary", 50)]
+)
+def test_sharded_ranks_learn_as_ranks_with_copies_and_hold_half_each(
+    uneven, faulty, tmp_path, optimizer, positions, sampled
+):
+    keys = uneven | {"optimizer": optimizer, "positions": positions, "sampled_softmax": sampled}
+    keys |= {"dropout": 0.1, "n_head": 1}
     copies = train_on_two(keys | {"out_dir": tmp_path / "copies"})
     halves = train_on_two(keys | {"out_dir": tmp_path / "halves", "shard": True}, *faulty("count", 4))
     assert losses(halves) == pytest.approx(losses(copies), abs=1e-5) and len(losses(halves)) == 30

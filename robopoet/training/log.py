@@ -184,9 +184,9 @@ class Log:
 class Meter:
     """Times the steps between two status lines, without evaluation and saving."""
 
-    def __init__(self, machine: Machine, model: GPT, tokens_per_step: int):
+    def __init__(self, machine: Machine, model: GPT, tokens_per_step: int, n_logits: int = 0):
         self.machine, self.tokens_per_step = machine, tokens_per_step
-        self.flops_per_step = model.flops_per_token() * tokens_per_step
+        self.flops_per_step = model.flops_per_token(n_logits) * tokens_per_step
         self.peak_flops, self.peak_mem_mb = machine.matmul_flops(linear) * machine.world_size, 0.0
         self.compile_s: float | None = None
         self.steps = 0

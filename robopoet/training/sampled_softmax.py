@@ -1,0 +1,66 @@
+"""Sampled softmax: a training loss that compares a batch's own ids with a sample of the others, not with all.
+
+Bengio and Senécal 2008, IEEE Transactions on Neural Networks 19(4); Jean et al. 2015, arXiv:1412.2007.
+"""
+
+import numpy as np
+import torch
+
+from model import Sample
+from robopoet.text.batches import Split
+
+WINDOW = 4096  # ids are counted in up to as many windows of as many tokens
+
+
+def sampling_weights(split: Split, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Of each id, the power 0.75 of its frequency: (vocab_size,) float64, all above 0.
+
+    The power is word2vec's (Mikolov et al. 2013, arXiv:1310.4546). A large split is counted in parts spread over it.
+    """
+    windows = min(-(-len(split.tokens) // WINDOW), WINDOW)
+    starts = np.linspace(0, len(split.tokens), windows, endpoint=False).astype(np.int64)
+    counts = torch.bincount(split.gather(starts, WINDOW, device).flatten(), minlength=vocab_size)
+    return (counts + 1).double() ** 0.75
+
+
+def inclusion_probabilities(weights: torch.Tensor, size: int) -> torch.Tensor:
+    """min(1, c weights), with the c for which they add up to `size`: (V,) float64.
+
+    weights: (V,) float64, above 0; V >= size.
+    """
+    ordered = weights.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)  # of each place and those behind it
+    factors = (size - torch.arange(len(ordered), device=ordered.device)) / rest  # c, if all places before are certain
+    first = (factors * ordered <= 1 + 1e-9).int().argmax()
+    return (weights * factors[first]).clamp(max=1)
+
+
+class SampledSoftmax:
+    """Draws the ids with which the targets of a batch are compared: all ids among the targets, and some others.
+
+    size: how many in all; at least a quarter of it are others.
+    """
+
+    def __init__(self, split: Split, vocab_size: int, size: int, device: torch.device):
+        self.weights, self.size = sampling_weights(split, vocab_size, device), size
+
+    def __call__(self, targets: torch.Tensor) -> tuple[torch.Tensor, Sample]:
+        """Targets, any shape, int64, as places among the ids of the sample; -1 stays.
+
+        Others are drawn without replacement by systematic sampling (Madow 1949), with the device's default generator.
+        Minus the log of its probability is added to a drawn id's logit: so the sum of all ids' exponentials is
+        estimated without bias.
+        """
+        own = torch.zeros_like(self.weights, dtype=torch.bool)
+        own[targets[targets >= 0]] = True
+        ids, others = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
+        shifts = torch.zeros_like(ids, dtype=torch.float32)
+        n_drawn = min(max(self.size - len(ids), self.size // 4), len(others))
+        if n_drawn:
+            probs = inclusion_probabilities(self.weights[others], n_drawn)
+            points = torch.arange(n_drawn, device=own.device) + torch.rand((), device=own.device).double()
+            drawn = torch.searchsorted(probs.cumsum(0), points, right=True)
+            ids, shifts = torch.cat([ids, others[drawn]]), torch.cat([shifts, -probs[drawn].log().float()])
+        places = torch.zeros_like(own, dtype=torch.int64)
+        places[ids] = torch.arange(len(ids), device=own.device)
+        return torch.where(targets >= 0, places[targets.clamp(min=0)], -1), (ids, shifts)
