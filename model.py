@@ -217,11 +217,12 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, n_logits: int = 0) -> float:
-        """FLOPs of a training step per token, with `n_logits` logits (0: all).
+        """FLOPs of a training step per token, with at most `n_logits` logits (0: all).
 
         PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
         """
         c = self.config
         matmul_params = self.num_params() - (c.block_size * c.n_embd if c.positions == "learned" else 0)
-        matmul_params -= (c.vocab_size - (n_logits or c.vocab_size)) * c.n_embd
+        if n_logits:
+            matmul_params -= max(c.vocab_size - n_logits, 0) * c.n_embd
         return 6 * matmul_params + 12 * c.n_layer * c.n_embd * c.block_size

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -23,7 +22,7 @@ import configurator
 from configurator import ConfigError, bounds, warn
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
-from robopoet.machine import Machine, Requests, Signals, find_machine, why_no_compile
+from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, Split, TrainWindows, find_dataset, open_split, read_meta
@@ -55,7 +54,7 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch, resume, auto (resume if out_dir has a checkpoint), a checkpoint, or gpt2
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
-    seed: int = 1337  # of initialisation, order of windows, and dropout
+    seed: int = 1337  # of initialisation, order of windows, dropout, and samples
     # data
     dataset: str = "robopoet"  # a folder that prepare.py filled, or its name under data/
     batch_size: int = 32  # rows of a micro-batch
@@ -77,7 +76,7 @@ class TrainConfig:
     beta1: float = 0.8  # AdamW's first moment
     beta2: float = 0.99  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
-    sampled_softmax: int = 0  # ids that the loss of a micro-batch compares, its own and others by lot (0: all)
+    sampled_softmax: int = 0  # ids that a micro-batch's loss compares: its own and a sample of the others (0: all)
     # schedule
     max_iters: int = 600  # optimizer steps in all
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
@@ -156,7 +155,8 @@ def fit_schedule(cfg: TrainConfig, windows_per_epoch: int) -> TrainConfig:
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """What learning rates are multiplied by at `step`: linear warmup to 1, then half a cosine down to min_lr."""
-    floor, last = cfg.min_lr / cfg.peak_lr, cfg.lr_decay_iters or cfg.max_iters
+    floor = cfg.min_lr / cfg.peak_lr
+    last = cfg.lr_decay_iters or cfg.max_iters
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr:
@@ -195,7 +195,8 @@ def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[i
 def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
     """A freshly initialised model, the same for the same seed."""
     torch.manual_seed(cfg.seed)
-    return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*SHAPE, "dropout")}))
+    shape = {key: getattr(cfg, key) for key in (*SHAPE, "dropout")}
+    return GPT(GPTConfig(vocab_size=vocab_size, **shape))
 
 
 def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
@@ -262,11 +263,6 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | N
 # a step
 
 
-def dropout_seed(*place: int) -> int:
-    """A seed for each (seed, step, rank), so that no random state needs saving."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
-
-
 def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on global batch `step`; returns this rank's mean loss (nats/token) and the gradient norm.
 
@@ -275,7 +271,7 @@ def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Te
     """
     cfg, machine = state.cfg, state.machine
     inputs, targets = windows.batch(*rows_of(step, machine.rank, cfg, machine), machine.device)
-    machine.seed(dropout_seed(cfg.seed, step, machine.rank))
+    machine.seed(step_seed(cfg.seed, step, machine.rank))
     number, scale = torch.full((), step, device=machine.device), lr_scale(step, cfg)
     if state.graphed_update:  # a Python number would be recorded with the value it has now
         return state.graphed_update(inputs, targets, number, torch.full((), scale, device=machine.device))
@@ -383,7 +379,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, plan, machine)
-                log.evaluation(progress.iter_num, result | ({"text": preview(model, tok, machine)} if previews else {}))
+                text = {"text": preview(model, tok, machine)} if previews else {}
+                log.evaluation(progress.iter_num, result | text)
                 is_best = progress.note(result["loss"])
             if evaluates or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._triton import has_triton
@@ -23,6 +24,11 @@ from configurator import ConfigError, warn
 from robopoet.errors import RankError
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def step_seed(*place: int) -> int:
+    """A seed for each (seed, step, rank), so that no random state needs saving."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import records
+from test_train import run
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import GPT, GPTConfig
@@ -113,10 +114,11 @@ def test_ids_are_drawn_once_each_as_often_as_they_should_and_estimate_the_sum_ov
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, mapped):
+@pytest.mark.parametrize("window, whole", [(128, True), (100, False)])  # as many windows of as many tokens at most
+def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, mapped, window, whole):
     if mapped:
         monkeypatch.setattr("robopoet.text.batches.ON_DEVICE_BYTES", 0)
-    monkeypatch.setattr(sampled_softmax, "WINDOW", 100)
+    monkeypatch.setattr(sampled_softmax, "WINDOW", window)
     meta = read_meta(books)
     split = open_split(books, "train", meta, 32, CPU)
     tokens = np.fromfile(books / "train.bin", dtype="<u2")
@@ -124,30 +126,23 @@ def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, map
     counts = np.bincount(tokens, minlength=meta.vocab_size)
     found = weights.numpy() ** (4 / 3) - 1
     assert weights.dtype is torch.float64 and len(found) == meta.vocab_size and (weights > 0).all()
-    if len(tokens) <= 100 * 100:
-        np.testing.assert_allclose(found, counts, atol=101)  # windows may overlap, or reach beyond the end
+    assert (len(tokens) <= window * window) == whole
+    if whole:
+        np.testing.assert_allclose(found, counts, atol=window + 1)  # windows may overlap, or reach beyond the end
     assert np.corrcoef(found, counts)[0, 1] > 0.99
 
 
-def run(keys: dict, **changes) -> list[dict]:
-    cfg = TrainConfig(**keys | {"sampled_softmax": 30} | changes)
-    assert cfg.problems() == []
-    train.main(cfg)
-    return records(cfg.out_dir)
-
-
 def test_a_run_learns_with_a_sample_and_resumes_bit_for_bit(small, tmp_path):
-    whole = run(small, max_iters=40, eval_interval=20)
-    run(small, out_dir=str(tmp_path / "parts"), max_iters=40, eval_interval=20, lr_decay_iters=40)
-    found = [record["loss"] for record in whole if record["kind"] == "eval"]
-    full = run(small, out_dir=str(tmp_path / "full"), sampled_softmax=0, max_iters=40, eval_interval=20)
+    keys = small | {"sampled_softmax": 30, "max_iters": 40, "lr_decay_iters": 40, "eval_interval": 20}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    found = [record["loss"] for record in run(keys, out_dir=str(whole)) if record["kind"] == "eval"]
+    full = run(keys, out_dir=str(tmp_path / "full"), sampled_softmax=0)
     best = [record["loss"] for record in full if record["kind"] == "eval"]
     assert found[-1] < found[0] and found[-1] == pytest.approx(best[-1], abs=0.15) and found != best
-    out = tmp_path / "resumed"
-    run(small, out_dir=str(out), max_iters=20, eval_interval=20, lr_decay_iters=40)
-    run(small, out_dir=str(out), max_iters=40, eval_interval=20, lr_decay_iters=40, init_from="resume")
-    parts, resumed = (checkpoint.load(folder / "ckpt.pt")["model"] for folder in (tmp_path / "parts", out))
-    assert all(torch.equal(parts[name], resumed[name]) for name in parts)
+    run(keys, out_dir=str(resumed), max_iters=20)
+    run(keys, out_dir=str(resumed), init_from="resume")
+    expected, weights = (checkpoint.load(folder / "ckpt.pt")["model"] for folder in (whole, resumed))
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
 def test_compiled_steps_with_samples_learn_as_plain_ones_without_compiling_anew(small, books):
@@ -163,3 +158,12 @@ def test_compiled_steps_with_samples_learn_as_plain_ones_without_compiling_anew(
         with torch._dynamo.config.patch(error_on_recompile=True):
             found.append([float(train.train_step(state, windows, step)[0]) for step in range(6)])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_the_flops_of_a_sample_are_those_of_its_logits_and_never_more_than_of_all():
+    model = GPT(GPTConfig(vocab_size=1000)).double()  # the counter doesn't know oneDNN's products in float32
+    idx, ids = torch.randint(300, (2, 128)), torch.arange(300)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx, sample=(ids, torch.zeros(300)))[1].backward()
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(300), rel=0.01)
+    assert model.flops_per_token(2000) == model.flops_per_token(1000) == model.flops_per_token()

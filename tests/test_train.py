@@ -138,12 +138,12 @@ def test_overfits_one_batch_to_near_zero(small, optimizer):
     assert loss.item() < 0.05
 
 
-def test_dropouts_seed_differs_by_step_and_rank_and_by_nothing_else():
+def test_the_seed_of_a_step_differs_by_step_and_rank_and_by_nothing_else():
     places = [(1337, step, rank) for step in range(5) for rank in range(4)]
-    seeds = [train.dropout_seed(*place) for place in places]
+    seeds = [train.step_seed(*place) for place in places]
     assert len(set(seeds)) == len(seeds)
     torch.manual_seed(5)
-    assert seeds == [train.dropout_seed(*place) for place in places]
+    assert seeds == [train.step_seed(*place) for place in places]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
