@@ -1,7 +1,7 @@
 """Turn books into token ids: writes train.bin, val.bin and test.bin (uint16 ids) and meta.json.
 
 python prepare.py data/robopoet
-python prepare.py my/*.txt --out=data/mine
+python prepare.py books/*.epub --out=data/mine
 python prepare.py my/folder --out=data/mine --tokenizer=gpt2
 
 The documents are read three times, a few at a time: to survey them, to train the tokenizer, to encode them. So a corpus
@@ -40,7 +40,8 @@ class PrepareConfig:
     """The keys of prepare.py."""
 
     corpus: str = ""  # folder that holds a corpus.yaml (--input takes it too)
-    input: tuple[str, ...] = ()  # your own .txt, .jsonl, .jsonl.gz: files, globs or folders; or a corpus; repeatable
+    input: tuple[str, ...] = ()  # your books, .epub .html .txt .md .jsonl .jsonl.gz .parquet: files, globs or folders
+    encoding: str = ""  # of your books, such as cp1252 (default: UTF-8, else what fits a book best)
     out: str = ""  # where the bins go (default: the corpus's folder)
     tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's own), or a checkpoint's
     vocab_size: int = 6725  # number of ids, special tokens included (bpe only)
@@ -58,6 +59,8 @@ class PrepareConfig:
                 found.append(str(e))
             name = corpus.style_name(self.input[0])
             found.append(f"out: is missing; say where the bins go, e.g. --out=data/{name}")
+        if self.encoding and self.folder:
+            found.append(f"encoding: is a key of a source in {self.folder}/corpus.yaml")
         return found
 
     @property
@@ -71,7 +74,10 @@ class PrepareConfig:
 def main(cfg: PrepareConfig) -> None:
     """Prepare the corpus that `cfg` names, unless it is prepared already."""
     # --- sources
-    manifest = corpus.read_manifest(Path(cfg.folder)) if cfg.folder else corpus.manifest_of_files(cfg.input)
+    if cfg.folder:
+        manifest = corpus.read_manifest(Path(cfg.folder))
+    else:
+        manifest = corpus.manifest_of_files(cfg.input, cfg.encoding)
     out = Path(cfg.out or cfg.folder)
     given = None if cfg.tokenizer in TOKENIZERS else _read_tokenizer(Path(cfg.tokenizer))
     fingerprint = _fingerprint(cfg, manifest, given)

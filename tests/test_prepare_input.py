@@ -27,8 +27,8 @@ def books(tmp_path) -> Path:
     [
         ("empty.txt", b"", r"empty\.txt"),
         ("blank.txt", b" \r\n\x1a", r"blank\.txt"),
-        ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: byte 3 "),
-        ("utf16.txt", "Alice".encode("utf-16"), r"utf16\.txt: byte 0 "),
+        ("damaged.txt", "café".encode() + b"\xe9", r"damaged\.txt: byte 5 "),
+        ("utf16.txt", "Alice".encode("utf-16")[:-1], r"utf16\.txt: byte 10 "),
         ("folder.txt", os.mkdir, r"folder\.txt: holds no \.txt"),
         ("pipe.txt", os.mkfifo, r"pipe\.txt: is not a regular file"),
     ],
@@ -143,7 +143,7 @@ def test_a_missing_input_is_reported_with_or_without_out(tmp_path):
     (tmp_path / "empty").mkdir()
     for argv in ([f"{tmp_path}/none"], [f"{tmp_path}/none*.txt"], [f"--input={tmp_path}/none", f"--out={tmp_path}/o"]):
         assert f"--input: no file matches {tmp_path}/none" in advice(*argv)
-    assert "empty: holds no .txt, .jsonl, .jsonl.gz and no corpus.yaml" in advice(f"{tmp_path}/empty")
+    assert "empty: holds no .txt, .md, .html" in advice(f"{tmp_path}/empty")
     assert "out: is missing" in advice(f"{tmp_path}/none")  # and so is this
     assert not (tmp_path / "o").exists()
 

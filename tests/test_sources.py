@@ -65,7 +65,7 @@ def test_names_with_brackets_are_names_not_patterns(tmp_path):
 
 
 def test_no_file_an_empty_folder_and_an_empty_file_are_refused(tmp_path):
-    (tmp_path / "notes.md").write_text("not read of a folder")
+    (tmp_path / "notes.doc.bak").write_text("not read of a folder")
     (tmp_path / "a.txt").write_text("one")
     for patterns in [("none*.txt",), ("a.txt", "none*.txt"), ("none.txt", "a.txt")]:
         with pytest.raises(DataError, match="none"):
@@ -80,7 +80,7 @@ def test_no_file_an_empty_folder_and_an_empty_file_are_refused(tmp_path):
 
 def test_a_folders_texts_are_read_recursively_in_order(tmp_path):
     folder = tmp_path / "my [books]"
-    for name in ("b.txt", "a/z.txt", "a/c.jsonl", "d.jsonl.gz", "a/notes.md", "image.png", "e.txt.orig", ".f.txt"):
+    for name in ("b.txt", "a/z.txt", "a/c.jsonl", "d.jsonl.gz", "a/notes.log", "image.png", "e.txt.orig", ".f.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         line = b'{"text": "' + name.encode() + b'"}'
         content = {".gz": gzip.compress(line), ".jsonl": line}.get(Path(name).suffix, name.encode())

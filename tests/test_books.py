@@ -1,0 +1,302 @@
+"""Books as people have them: encodings, HTML, EPUB, Parquet; and hostile ones."""
+
+import html
+import io
+import random
+import zipfile
+
+import pytest
+from conftest import read_all, within
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robopoet.errors import DataError
+from robopoet.text import books, corpus
+from robopoet.text.tokenizer import BPETokenizer
+
+SENTENCES = {
+    "fr": (
+        "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient si "
+        "vite que je n’avais pas le temps de me dire : « Je m’endors. » Et, une demi-heure après, la pensée qu’il "
+        "était temps de chercher le sommeil m’éveillait."
+    ),
+    "de": (
+        "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich in seinem Bett zu einem "
+        "ungeheueren Ungeziefer verwandelt. Er lag auf seinem panzerartig harten Rücken und sah, wenn er den Kopf ein "
+        "wenig hob, seinen gewölbten, braunen, von bogenförmigen Versteifungen geteilten Bauch, auf dessen Höhe sich "
+        "die Bettdecke, zum gänzlichen Niedergleiten bereit, kaum noch erhalten konnte. Seine vielen, im Vergleich zu "
+        "seinem sonstigen Umfang kläglich dünnen Beine flimmerten ihm hilflos vor den Augen. »Was ist mit mir "
+        "geschehen?«, dachte er. Es war kein Traum. Sein Zimmer lag ruhig zwischen den vier wohlbekannten Wänden; über "
+        "dem Tisch hing das Bild, das er kürzlich in einem hübschen Rahmen untergebracht hatte."
+    ),
+    "ru": (
+        "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему. Все смешалось в "
+        "доме Облонских."
+    ),
+    "pl": (
+        "Litwo! Ojczyzno moja! ty jesteś jak zdrowie: Ile cię trzeba cenić, ten tylko się dowie, Kto cię stracił. "
+        "Dziś piękność twą w całej ozdobie Widzę i opisuję, bo tęsknię po tobie. Panno święta, co Jasnej bronisz "
+        "Częstochowy I w Ostrej świecisz Bramie! Ty, co gród zamkowy Nowogródzki ochraniasz z jego wiernym ludem!"
+    ),
+    "ja": (
+        "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所でニャーニャー泣いて"
+        "いた事だけは記憶している。吾輩はここで始めて人間というものを見た。"
+    ),
+    "zh": "道可道,非常道。名可名,非常名。无名天地之始;有名万物之母。故常无欲,以观其妙;常有欲,以观其徼。",
+    "ar": "كان يا ما كان في قديم الزمان وسالف العصر والأوان ملك من ملوك الساسان بجزائر الهند والصين صاحب جند وأعوان",
+    "emoji": "She wrote 😀 and then 👩‍👩‍👧‍👦, then 🇫🇷, and at last a flag 🏳️‍🌈 of e\u0301 and \U0001f1ef\U0001f1f5.",
+}
+
+
+# --- encodings
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding", "told"),
+    [
+        ("fr", "cp1252", "cp1252"),
+        ("de", "latin-1", "cp1252"),
+        ("ru", "cp1251", "cp1251"),
+        ("ru", "koi8-r", "koi8_r"),
+        ("pl", "cp1250", "cp1250"),
+        ("ja", "shift_jis", "cp932"),
+        ("ja", "euc_jp", "euc_jis_2004"),
+        ("zh", "gb18030", "gb18030"),
+        ("ar", "cp1256", "cp1256"),
+        *((language, encoding, "") for language in SENTENCES for encoding in ("utf-8", "utf-8-sig", "utf-16")),
+    ],
+)
+def test_a_book_is_read_in_the_encoding_that_it_was_saved_in(language, encoding, told):
+    content = SENTENCES[language].encode(encoding, "ignore")
+    text, guessed = books.decode("a.txt", content)
+    assert (text.removeprefix("\ufeff"), guessed) == (content.decode(encoding), told)
+
+
+@pytest.mark.parametrize("word", ["café", "it’s", "£5", "“so”", "1843–1849", "naïve"])
+@pytest.mark.parametrize("lines", [5, 2000])
+def test_one_accent_in_a_book_is_windows_1252(word, lines):
+    text = "The clocks were striking thirteen.\n" * lines + f"He said {word}.\n" + "It was late.\n" * lines
+    assert books.decode("a.txt", text.encode("cp1252")) == (text, "cp1252")
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (SENTENCES["fr"].encode() + b"\xff", len(SENTENCES["fr"].encode())),  # it was UTF-8, and is damaged
+        (SENTENCES["ja"].encode()[:-1], len(SENTENCES["ja"].encode()) - 3),
+        ("né".encode("latin-1"), 1),  # too little to tell
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), 0),
+        (random.Random(1).randbytes(5000), 0),
+    ],
+)
+def test_what_no_encoding_fits_is_refused_with_its_byte(content, place):
+    with pytest.raises(DataError, match=rf"^a\.txt: byte {place} is not UTF-8; save the file as UTF-8, or name"):
+        books.decode("a.txt", content)
+
+
+def test_an_encoding_that_is_named_is_taken_or_refused():
+    assert books.decode("a.txt", b"na\x8bve", "mac-roman") == ("naãve", "")
+    with pytest.raises(DataError, match=r"a\.txt: byte 1 is not ascii"):
+        books.decode("a.txt", b"n\xe9", "ascii")
+    for name in ("klingon", "rot13", "undefined"):
+        with pytest.raises(DataError, match=rf"encoding: found {name}, must|byte 0 is not {name}"):
+            books.decode("a.txt", b"abc", name)
+
+
+def test_a_guessed_encoding_is_told_and_can_be_overruled(tmp_path):
+    (tmp_path / "proust.txt").write_bytes(SENTENCES["fr"].encode("cp1252"))
+    patterns = (str(tmp_path),)
+    warnings = corpus.survey(corpus.documents(corpus.manifest_of_files(patterns))).warnings
+    assert warnings == (f"{tmp_path}/proust.txt: is not UTF-8, read as cp1252; if that is wrong, name its --encoding",)
+    [doc] = corpus.documents(corpus.manifest_of_files(patterns, "cp1250"))
+    assert doc.raw == SENTENCES["fr"].encode("cp1252").decode("cp1250")
+
+
+@pytest.mark.parametrize("text", SENTENCES.values(), ids=SENTENCES)
+def test_every_script_round_trips(text):
+    tok = BPETokenizer.train([text * 3], 300, [])
+    ids = list(tok.encode(text))
+    assert tok.decode_bytes(ids).decode() == text and len(ids) < len(text.encode())
+
+
+# --- HTML
+
+
+def test_html_is_laid_out_as_a_browser_does():
+    page = """<html><head><title>Not the text</title><style>p {}</style></head><body><nav>Contents</nav>
+    <h1>I.  The
+    pool</h1><p>It  was <i>so</i> late&mdash;</p><p>M<sup>r</sup> Su&shy;per&nbsp;man</p>
+    <div>Roses are red,</div><div>&nbsp;violets blue</div><p>a<br>b<br/><br>c</p><ul><li>one<li>two</ul>
+    <table><tr><td>1</td><td>2</td></tr><tr><td>3</td></tr></table><script>alert(1)</script><p hidden>no</p>
+    <pre>x\n  y</pre></body></html>"""
+    assert books.html_text(page) == (
+        "I. The pool\n\nIt was so late—\n\nMr Super man\n\nRoses are red,\n violets blue\n\na\nb\n\nc\n\none\ntwo\n\n"
+        "1 2\n3\n\nx\n  y"
+    )
+
+
+def test_marks_of_notes_and_pages_are_left_out_and_numbers_kept():
+    page = """<p>The sea<a href="#n1"><sup>1</sup></a> is<sup><a href="#n2">[12]</a></sup> wide<a href="#n3">*</a>,
+    <span class="pagenum">[Pg 7]</span>in <a href="#y">1843</a>5 <a epub:type="noteref" href="#n">see note</a>the
+    2<sup>nd</sup> <a href="x">ship</a> had 12 guns.</p>"""
+    assert " ".join(books.html_text(page).split()) == "The sea is wide, in 5 the 2nd ship had 12 guns."
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), exclude_characters="\xa0"), max_size=200))
+def test_any_text_survives_html(text):
+    kept = " ".join(filter(None, text.split(" ")))
+    assert books.html_text(f"<div><p>{html.escape(text)}</p>\n</div>") == kept
+
+
+# --- EPUB
+
+CONTAINER = """<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>
+<rootfile full-path="OEBPS/book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>"""
+OPF = """<?xml version="1.0"?><package xmlns="http://www.idpf.org/2007/opf" version="3.0"><metadata/><manifest>
+<item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>
+<item id="cover" href="cover.xhtml" media-type="application/xhtml+xml"/>
+<item id="b" href="text/two%20b.xhtml" media-type="application/xhtml+xml"/>
+<item id="a" href="text/one.xhtml" media-type="application/xhtml+xml"/>
+<item id="notes" href="notes.xhtml" media-type="application/xhtml+xml"/>
+<item id="pic" href="p.png" media-type="image/png"/></manifest>
+<spine><itemref idref="cover"/><itemref idref="nav"/><itemref idref="a"/><itemref idref="b"/>
+<itemref idref="notes" linear="no"/><itemref idref="pic"/></spine>
+<guide><reference type="cover" href="cover.xhtml"/><reference type="toc" href="text/one.xhtml#toc"/></guide>
+</package>"""
+FILES = {
+    "META-INF/container.xml": CONTAINER,
+    "OEBPS/book.opf": OPF,
+    "OEBPS/nav.xhtml": "<nav><a href='text/one.xhtml'>One</a></nav>",
+    "OEBPS/cover.xhtml": "<p>A cover</p>",
+    "OEBPS/text/one.xhtml": "<?xml version='1.0' encoding='utf-8'?><html><head><title/></head><body><h1>One</h1>"
+    "<script src='x'/><p>It was late.</p></body></html>",
+    "OEBPS/text/two b.xhtml": "<html><body><h1>Two</h1><p>It was later&nbsp;still.</p></body></html>",
+    "OEBPS/notes.xhtml": "<p>1. A note</p>",
+}
+
+
+def epub(changed: dict[str, str | bytes | None] | None = None) -> bytes:
+    """An EPUB of FILES; changed: other contents of these, or None: without that one."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (FILES | (changed or {})).items():
+            if content is not None:
+                archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def test_an_epub_is_read_in_the_order_of_its_spine():
+    assert books.read("a.epub", epub()) == ("One\n\nIt was late.\n\nTwo\n\nIt was later still.", "")
+
+
+def test_a_work_has_the_same_words_as_text_html_and_epub(tmp_path):
+    paragraphs = [f"{SENTENCES[language]} {i}." for i in range(5) for language in ("fr", "ja", "emoji")]
+    page = "<html><body>" + "".join(f"<p>{html.escape(p)}</p>" for p in paragraphs) + "</body></html>"
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "page.HTML").write_text(page)
+    (tmp_path / "book.epub").write_bytes(epub({"OEBPS/text/one.xhtml": page, "OEBPS/text/two b.xhtml": "<p/>"}))
+    texts = {doc.name: doc.text for doc in corpus.documents(corpus.manifest_of_files((str(tmp_path),)))}
+    assert texts["text"] == texts["page"] == texts["book"]
+
+
+ENCRYPTION = (
+    '<encryption xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><EncryptedData>%s</EncryptedData></encryption>'
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"META-INF/encryption.xml": ENCRYPTION % '<EncryptionMethod Algorithm="x#aes128-cbc"/>'},
+            r"is encrypted \(DRM",
+        ),
+        ({"META-INF/container.xml": None}, "lacks 'META-INF/container.xml', which it names"),
+        ({"OEBPS/text/one.xhtml": None}, "lacks 'OEBPS/text/one.xhtml', which it names"),
+        ({"OEBPS/book.opf": OPF.replace("text/one.xhtml", "../../../etc/passwd")}, "lacks '../../etc/passwd'"),
+        ({"OEBPS/book.opf": OPF.replace('idref="a"', 'idref="zz"')}, "is damaged or no EPUB"),
+        ({"OEBPS/book.opf": OPF[:300]}, "is damaged or no EPUB"),
+        ({"OEBPS/book.opf": ""}, "is damaged or no EPUB"),
+        ({"OEBPS/text/one.xhtml": b"caf\xe9"}, "text/one.xhtml: byte 3 is not UTF-8"),
+        ({"OEBPS/text/one.xhtml": b"a" * 60_000_000}, "unpacks to over"),
+        ({"OEBPS/book.opf": b"a" * 60_000_000}, "unpacks to over"),
+    ],
+)
+def test_an_epub_that_can_not_be_read_is_refused(changed, message):
+    with within(5), pytest.raises(DataError, match=f"^a.epub: (OEBPS/)?{message}"):
+        books.read("a.epub", epub(changed))
+
+
+def test_fonts_may_be_obfuscated():
+    listed = ENCRYPTION % '<EncryptionMethod Algorithm="http://www.idpf.org/2008/embedding"/>'
+    assert books.read("a.epub", epub({"META-INF/encryption.xml": listed})) == books.read("a.epub", epub())
+
+
+def test_entities_are_neither_expanded_nor_fetched(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the secret")
+    laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha"}">' for i in range(12))
+    doctype = f'<!DOCTYPE package [{laughs}<!ENTITY secret SYSTEM "{secret.as_uri()}">]>'
+    package = OPF.replace("<package", f"{doctype}<package").replace("<metadata/>", "<m>&l11;&secret;</m>")
+    page = f"{doctype}<html><body><p>It was &secret; &l11; late.</p></body></html>"
+    with within(5):
+        try:
+            text, _ = books.read("a.epub", epub({"OEBPS/book.opf": package, "OEBPS/text/one.xhtml": page}))
+        except DataError as e:
+            text = str(e)
+    assert "the secret" not in text and "haha" not in text and len(text) < 200
+
+
+@pytest.mark.parametrize(
+    "unit", ["<", "<a ", "<!--", "&", '<a x="', "<script>", "<p>x", "<div>", "&#", "<a href='#'>1"]
+)
+def test_hostile_html_takes_time_linear_in_its_length(unit):
+    with within(5):
+        books.html_text(unit * 200_000)
+
+
+def test_mutated_epubs_raise_nothing_but_data_errors():
+    draw, whole = random.Random(0), epub()
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(draw.choice([1, 3, 20])):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        try:
+            assert isinstance(books.read("a.epub", bytes(content[: draw.randrange(len(content) * 2)]))[0], str)
+        except DataError as e:
+            assert str(e).startswith("a.epub: ") and "\n" not in str(e)
+
+
+# --- other files
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"), [("a.pdf", "pdftotext"), ("b.MOBI", "ebook-convert"), ("c.docx", "ebook-conv")]
+)
+def test_what_is_no_text_is_refused_with_the_tool_that_converts_it(tmp_path, name, tool):
+    (tmp_path / name).write_bytes(b"%PDF-1.7")
+    with pytest.raises(DataError, match=rf"{name}: is no text; convert it first, with .*{tool}"):
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+
+
+def test_parquet_is_read_row_by_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [f"tale {i} é" for i in range(2500)]
+    parquet.write_table(pyarrow.table({"id": range(2500), "text": rows}), tmp_path / "a.parquet", row_group_size=400)
+    docs = list(corpus.documents(corpus.manifest_of_files((str(tmp_path),))))
+    assert [doc.raw for doc in docs] == rows
+    assert (docs[7].name, docs[7].place) == ("a:8", f"{tmp_path}/a.parquet: row 8")
+
+    def refused(message):
+        with pytest.raises(DataError, match=message):
+            list(corpus.documents(corpus.manifest_of_files((str(tmp_path),))))
+
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:-20])
+    refused("a.parquet: is damaged or no Parquet file")
+    for table, message in (({"words": rows}, "found words"), ({"text": [1]}, "found text"), ({"text": []}, "text")):
+        parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+        refused(f"a.parquet: .*{message}")
