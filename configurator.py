@@ -224,6 +224,9 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
     bugs and keep their traceback.
     """
     script = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="replace")  # a character that a terminal lacks becomes a ?
     try:
         main(load(cls, sys.argv[1:], positional))
     except BrokenPipeError:  # the reader of our output has left, as in `| head`

@@ -28,9 +28,11 @@ from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, Split, TrainWindows, find_dataset, open_split, read_meta
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
+from robopoet.training.memory import less_memory, recompute_blocks
 from robopoet.training.optimizer import configure_optimizers, step_all, unscale
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
+from robopoet.training.schedule import fit_schedule
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.trouble import Trouble
@@ -85,10 +87,11 @@ class TrainConfig:
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
     min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
     # evaluation and logs
-    eval_interval: int = 200  # steps between evaluations, each of which saves
+    eval_interval: int = 0  # steps between evaluations, each of which saves (0: a half epoch, or a tenth of the run)
     eval_iters: int = 0  # batches of an evaluation (0: the full split)
     patience: int = 0  # evaluations without a better val loss before stopping (0: never)
     log_interval: int = 10  # steps between status lines
+    sample_tokens: int = 60  # of a sample at each evaluation, for loggers, and on a terminal or if given (0: none)
     tensorboard: bool = False  # write events to out_dir
     wandb: Literal["off", "online", "offline"] = "off"  # Weights & Biases
     wandb_project: str = "robopoet"  # its project
@@ -101,6 +104,7 @@ class TrainConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
     timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
     shard: bool = False  # shard weights, gradients and optimizer states among ranks (FSDP2)
+    recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
 
     @property
     def rows_per_step(self) -> int:
@@ -115,7 +119,7 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
-        found += bounds(self, "max_iters eval_interval log_interval", 1)
+        found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens", 0)
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
@@ -137,20 +141,6 @@ class TrainConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # schedule
-
-
-def fit_schedule(cfg: TrainConfig, windows_per_epoch: int) -> TrainConfig:
-    """`cfg` with the max_iters that `epochs` asks for and, unless one was given, a warmup that fits into the decay.
-
-    Raises ConfigError if the given warmup does not fit.
-    """
-    steps = math.ceil(cfg.epochs * windows_per_epoch / cfg.rows_per_step) if cfg.epochs else cfg.max_iters
-    last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
-    if warmup > last:
-        if "warmup_iters" in cfg.given or warmup != TrainConfig.warmup_iters:
-            raise ConfigError(f"warmup_iters: found {warmup}, must be at most {last}, the last step of the decay")
-        warmup = last // 10
-    return dataclasses.replace(cfg, max_iters=steps, warmup_iters=warmup)
 
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
@@ -230,14 +220,17 @@ class State:
 
 def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
+    if cfg.recompute:
+        recompute_blocks(model)
     sharded = cfg.shard and machine.world_size > 1
     if sharded:
         shard(model, machine)
     else:
         model.to(machine.device)
-    recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1 and not cfg.sampled_softmax
+    recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1
+    recorded = recorded and not (cfg.sampled_softmax or cfg.recompute)
     if cfg.record and not recorded:
-        warn("record: needs a CUDA device, a single process and sampled_softmax=0; training unrecorded")
+        warn("record: needs a CUDA device, a single process, sampled_softmax=0 and recompute=false; not recording")
     optimizers = configure_optimizers(cfg, model, machine, recorded)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
@@ -314,10 +307,11 @@ def update(
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
     start = find_start(cfg.init_from, Path(cfg.out_dir), cfg.eval_only)
-    if cfg.eval_only:
-        evaluate_checkpoint(complete(cfg, start), start)
-    else:
-        train(complete(cfg, start), start)
+    cfg = complete(cfg, start)
+    try:
+        evaluate_checkpoint(cfg, start) if cfg.eval_only else train(cfg, start)
+    except torch.OutOfMemoryError:
+        raise ConfigError(less_memory(cfg)) from None
 
 
 def train(cfg: TrainConfig, start: Start) -> None:
@@ -351,7 +345,9 @@ def train(cfg: TrainConfig, start: Start) -> None:
         progress = restore(start, state.optimizers, state.scaler)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None)
-    log = Log(run.out, progress, machine, open_sinks(config, progress.run_id) if machine.is_main else [])
+    run.keep_config(cfg)
+    sinks = open_sinks(config, progress.run_id) if machine.is_main else []
+    log = Log(run.out, progress, machine, sinks, "sample_tokens" in cfg.given)
     for line in (f"{machine}, parameters: {n_params:,}", *moved, *describe_resuming(cfg, start, progress)):
         log.print(line)
     start.release()
@@ -359,7 +355,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # --- loop
     meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size, cfg.sampled_softmax)
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
-    previews = log.sinks and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
+    previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
+    previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
     rows = functools.partial(rows_of, cfg=cfg, machine=machine)
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
@@ -375,13 +372,13 @@ def train(cfg: TrainConfig, start: Start) -> None:
                 state.trouble.check(windows, rows, cfg.out_dir)
             if logs:
                 lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
-                log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters)
+                log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, plan, machine)
-                text = {"text": preview(model, tok, machine)} if previews else {}
-                log.evaluation(progress.iter_num, result | text)
+                text = {"text": preview(model, tok, machine, cfg.sample_tokens)} if previews else {}
                 is_best = progress.note(result["loss"])
+                log.evaluation(progress, result | text)
             if evaluates or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
@@ -399,8 +396,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     if requests.end and progress.iter_num < cfg.max_iters:
         log.print(f"ended by a signal; --init_from=auto resumes from step {progress.iter_num}")
         raise SystemExit(0 if machine.launched else RESUMABLE)  # torchrun would restart ranks that exit otherwise
-    best = f"best val loss {progress.best_val_loss:.4f} in {progress.seconds:.0f} s of training"
-    log.print(f"{best}: {run.out / 'best.pt'}")
+    for line in progress.summary(run.out / "best.pt"):
+        log.print(line)
 
 
 def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:

@@ -6,6 +6,7 @@ python -m bench.learn config/demo.yaml --peer=PATH_TO_NANOGPT --peer_args='--max
 
 import dataclasses
 import itertools
+import re
 import shlex
 import statistics
 import subprocess
@@ -181,8 +182,17 @@ def table(results: list[dict[str, Any]]) -> str:
             ["seconds of training", *(f"{side['seconds']['median']:,.0f}" for side in sides)],
             *reached(r),
         ]
-        blocks.append((f"{r['config']}\non {r['corpus']}", rows))
+        blocks.append((title(r), rows))
     return side_by_side(["RoboPoet", "nanoGPT"], blocks)
+
+
+def title(result: dict[str, Any]) -> str:
+    """A result's config and corpus, and what else its --out says of it, such as float32."""
+    config, corpus = result["config"], result["corpus"]
+    found = re.search(r"--out=learn_(\w+)_", result["command"])
+    words = found[1].split("_") if found else []
+    more = [word for word in words if word not in f"{config}_{corpus}".split("_") and not word.isdigit()]
+    return "\n".join([config, f"on {corpus}", *more])
 
 
 def reached(result: dict[str, Any]) -> list[list[str]]:

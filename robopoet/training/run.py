@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 from torch.utils._pytree import tree_map_only
 
-from configurator import ConfigError
+from configurator import ConfigError, warn
 from model import GPT
 from robopoet.machine import Machine
 from robopoet.text.batches import Meta
@@ -27,25 +29,40 @@ CHECKPOINTS = ("ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt", "best.pt")
 class Progress:
     """How far a run has come; every checkpoint holds it.
 
-    bad_evals: evaluations since the best. seconds: in training alone. run_id: the run's own, in its metrics too.
+    best_iter: the step of the best evaluation. bad_evals: evaluations since then. seconds: in training alone. run_id:
+    the run's own, in its metrics too.
     """
 
     iter_num: int = 0
+    first_val_loss: float = math.inf
     best_val_loss: float = math.inf
+    best_iter: int = 0
     bad_evals: int = 0
     seconds: float = 0.0
     run_id: str = ""
 
     def note(self, val_loss: float) -> bool:
         """Count an evaluation; returns whether its loss is the best so far."""
+        if self.first_val_loss == math.inf:
+            self.first_val_loss = val_loss
         is_best = val_loss < self.best_val_loss
-        self.best_val_loss = min(val_loss, self.best_val_loss)
-        self.bad_evals = 0 if is_best else self.bad_evals + 1
+        self.bad_evals += 1
+        if is_best:
+            self.best_val_loss, self.best_iter, self.bad_evals = val_loss, self.iter_num, 0
         return is_best
 
     def has_run_out_of(self, patience: int) -> bool:
         """Whether so many evaluations have brought no better loss; a patience of 0 never runs out."""
         return 0 < patience <= self.bad_evals
+
+    def summary(self, best: Path) -> list[str]:
+        """What a finished run prints last; best: its best.pt."""
+        steps = f"at step {self.best_iter}, the first was {self.first_val_loss:.4f}"
+        return [
+            f"best val loss {self.best_val_loss:.4f} {steps}; {self.seconds:.0f} s of training",
+            f"the model: {best}",
+            f"to write with it: python sample.py {shlex.quote(str(best))}",
+        ]
 
 
 class Run:
@@ -64,7 +81,7 @@ class Run:
     def close(self) -> None:
         """Unlock the folder."""
         if self.lock:
-            self.lock.close()
+            self.lock.release()
 
     def save(
         self,
@@ -95,6 +112,17 @@ class Run:
             reason, step = e.strerror or e, progress.iter_num
             return f"step {step} could not be saved to {self.out}: {reason}; the previous checkpoint is kept"
         return ""
+
+    def keep_config(self, cfg: Any) -> None:
+        """Write the keys of `cfg` that differ from their defaults to config.yaml, with which train.py runs the same."""
+        if not self.machine.is_main:
+            return
+        values = {field.name: (getattr(cfg, field.name), field.default) for field in dataclasses.fields(cfg)}
+        text = yaml.safe_dump({key: value for key, (value, default) in values.items() if value != default})
+        try:
+            (self.out / "config.yaml").write_text(f"# python train.py {self.out}/config.yaml\n{text}", "utf-8")
+        except OSError as e:
+            warn(f"{self.out}/config.yaml could not be written: {e.strerror}")
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The full tensor, on the main rank's CPU if it is sharded: one at a time, no device holds the full model."""
@@ -137,17 +165,16 @@ class Run:
         return []
 
 
-def lock_folder(out: Path) -> BinaryIO:
-    """Make the folder and lock it while the returned file is open; raises ConfigError if that can't be done."""
+def lock_folder(out: Path) -> BaseFileLock:
+    """Make the folder and lock it until the lock is released, or the process ends; raises ConfigError if it can't."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "wb")  # noqa: SIM115
+        lock = FileLock(out / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
     except OSError as e:
         raise ConfigError(f"out_dir: {out} can't be written ({e.strerror}); choose another") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
     return lock
 
 
@@ -162,9 +189,10 @@ def set_aside(out: Path) -> bool:
     if not found and not part.exists():
         return False
     if previous.exists():
-        lock_folder(previous).close()
+        lock_folder(previous).release()
     part.mkdir(exist_ok=True)
-    for path in (*found, *out.glob("metrics.jsonl"), *out.glob("events.out.tfevents.*")):  # what resumes comes first
+    others = ("metrics.jsonl", "config.yaml", "events.out.tfevents.*")
+    for path in (*found, *(path for name in others for path in out.glob(name))):  # what resumes comes first
         os.replace(path, part / path.name)
     shutil.rmtree(previous, ignore_errors=True)
     os.replace(part, previous)

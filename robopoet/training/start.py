@@ -1,6 +1,7 @@
 """What a run starts from: nothing, a checkpoint's weights, or the run that a checkpoint was saved by."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,7 +139,8 @@ def restore(start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch
                 group.update(configured)  # rates and decay come from the config, which may have changed
         if start.content["scaler"]:  # empty unless that run was in float16
             scaler.load_state_dict(start.content["scaler"])
-        progress = {"run_id": "", **start.content}  # the oldest checkpoints have no run_id
+        newer = {"run_id": "", "first_val_loss": math.inf, "best_iter": 0}  # fields that older checkpoints lack
+        progress = newer | start.content
         return Progress(**{field.name: progress[field.name] for field in dataclasses.fields(Progress)})
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{start.path}: holds no run to resume ({e}); use --init_from={start.path}") from None

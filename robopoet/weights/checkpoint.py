@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import configurator
 from model import GPT, GPTConfig
-from robopoet import untrusted
+from robopoet import portable, untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
@@ -56,9 +56,7 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # flush the renames too
-    os.fsync(folder)
-    os.close(folder)
+    portable.sync_folder(path.parent)
 
 
 def _digest(f: BinaryIO, size: int) -> bytes:

@@ -182,8 +182,8 @@ def prepack(model: GPT) -> None:
                 ops.prepack(module)
 
 
-def preview(model: GPT, tok: Tokenizer, machine: Machine) -> str:
-    """A hundred tokens after a line end, for the loggers of a run; draws from a random stream of its own."""
+def preview(model: GPT, tok: Tokenizer, machine: Machine, n_tokens: int) -> str:
+    """A sample after a line end, for the log of a run; draws from a random stream of its own."""
     random = torch.Generator(machine.device).manual_seed(0)
 
     def sample(logits: torch.Tensor) -> torch.Tensor:
@@ -192,5 +192,5 @@ def preview(model: GPT, tok: Tokenizer, machine: Machine) -> str:
 
     model.eval()
     start = torch.tensor([tok.encode("\n") or [0]], device=machine.device)
-    ids = [id.item() for id in generate(model, start, 100, sample)]
+    ids = [id.item() for id in generate(model, start, n_tokens, sample)]
     return tok.decode_bytes(ids).decode(errors="replace")

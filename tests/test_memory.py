@@ -1,0 +1,72 @@
+"""Activations computed again, and what a run says when the GPU has too little memory."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import losses, run
+
+import configurator
+import train
+from model import GPT, GPTConfig
+from robopoet import machine
+from robopoet.training.memory import recompute_blocks
+
+
+def saved_for_backward(model: GPT) -> int:
+    """The elements that a forward pass of `model` keeps for the backward pass, parameters left out."""
+    kept, params = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in params:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(model.config.vocab_size, (4, 32))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(ids, ids)
+    return sum(storage.nbytes() // 4 for storage in kept.values())
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_only_the_blocks_inputs_are_kept(positions):
+    shape = {"n_layer": 6, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 7, "positions": positions}
+    models = [GPT(GPTConfig(**shape)) for _ in range(2)]
+    recompute_blocks(models[1])
+    plain, recomputed = map(saved_for_backward, models)
+    inputs = 6 * 4 * 32 * 32
+    assert inputs <= recomputed < 2 * inputs and plain > 8 * recomputed
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_losses_are_the_same_bits(small, tmp_path, optimizer):
+    keys = small | {"dropout": 0.1, "optimizer": optimizer, "batch_size": 4, "gradient_accumulation_steps": 2}
+    recomputed = run(keys, recompute=True, out_dir=str(tmp_path / "recomputed"))
+    assert losses(recomputed) == losses(run(keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        ({}, "--batch_size=4 --gradient_accumulation_steps=2 (now 8 and 1; the same losses), or --recompute=true"),
+        ({"batch_size": 1, "recompute": True}, "take a block_size below 32"),
+    ],
+)
+def test_too_little_memory_is_told_with_the_keys_to_change(small, monkeypatch, keys, advice):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(configurator.ConfigError) as caught:
+        run(small | keys)
+    assert str(caught.value).startswith("the GPU has too little memory; take ") and advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float32"), ((6, 0), "float16")],
+)
+def test_each_gpu_gets_the_dtype_that_is_fast_on_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert machine._fastest_dtype(SimpleNamespace(type="cuda")) == dtype
