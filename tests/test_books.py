@@ -84,6 +84,7 @@ def test_one_accent_in_a_book_is_windows_1252(word, lines):
     [
         (SENTENCES["fr"].encode() + b"\xff", len(SENTENCES["fr"].encode())),  # it was UTF-8, and is damaged
         (SENTENCES["ja"].encode()[:-1], len(SENTENCES["ja"].encode()) - 3),
+        (("It’s late. " + "The clocks struck. " * 9).encode() * 40 + b"\xff", 184 * 40),  # else: Itâ€™s
         ("né".encode("latin-1"), 1),  # too little to tell
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), 0),
         (random.Random(1).randbytes(5000), 0),
@@ -238,7 +239,7 @@ def test_entities_are_neither_expanded_nor_fetched(tmp_path):
     secret.write_text("the secret")
     laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha"}">' for i in range(12))
     doctype = f'<!DOCTYPE package [{laughs}<!ENTITY secret SYSTEM "{secret.as_uri()}">]>'
-    package = OPF.replace("<package", f"{doctype}<package").replace("<metadata/>", "<m>&l11;&secret;</m>")
+    package = OPF.replace("<package", f"{doctype}<package").replace("<metadata/>", "<m x='&l11;'>&l11;&secret;</m>")
     page = f"{doctype}<html><body><p>It was &secret; &l11; late.</p></body></html>"
     with within(5):
         try:
