@@ -10,6 +10,7 @@ Poet("out/demo/best.pt").write("O Romeo", n=3)
 import dataclasses
 import io
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class SampleConfig(Settings):
     prompt: str = ""  # text to continue; FILE:path reads a file, - reads stdin, \n is a line break
     num_samples: int = 1  # passages, generated in one batch
     interactive: bool = False  # a session of prompts; type /help there
+    verbose: bool = False  # tell on stderr how fast the passages were generated
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
     replay: str = ""  # regenerate the passages of such a file, compare them, and exit
@@ -49,7 +51,7 @@ class SampleConfig(Settings):
         """What is wrong with these values, one per line."""
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        unused = {"interactive": "prompt num_samples check save export".split(), "replay": changed}
+        unused = {"interactive": "prompt num_samples verbose check save export".split(), "replay": changed}
         for mode, keys in unused.items():
             given = [key for key in keys if key in changed and key != mode]
             if getattr(self, mode) and given:
@@ -99,7 +101,11 @@ def main(cfg: SampleConfig) -> None:
     if cfg.interactive:
         return Session(poet, settings).run()
     passages = poet.begin(prompt, cfg.num_samples, **dataclasses.asdict(settings))
+    start = time.perf_counter()
     print_passages(poet, passages, poet.stream(passages, logprobs=bool(cfg.save)), cfg.check)
+    if cfg.verbose:
+        n_tokens, seconds = sum(len(passage.ids) for passage in passages), time.perf_counter() - start
+        print(f"{n_tokens:,} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
     # --- save and export
     if cfg.save:

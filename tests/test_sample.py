@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, t
     keys[0] = f"--checkpoint={tmp_path}/other.pt"
     with pytest.raises(DataError, match="the checkpoint was trained on 0"):
         sample.main(configurator.load(SampleConfig, keys))
+
+
+def test_verbose_tells_how_fast_it_wrote(random_pt, capsys):
+    keys = [f"--checkpoint={random_pt}", "--num_samples=3", "--max_new_tokens=20", "--until=tokens", "--device=cpu"]
+    sample.main(configurator.load(SampleConfig, keys))
+    assert capsys.readouterr().err == ""
+    sample.main(configurator.load(SampleConfig, [*keys, "--verbose"]))
+    found = re.fullmatch(r"(\d+) tokens in ([\d.]+) s, ([\d,]+) tokens/s\n", capsys.readouterr().err)
+    n_tokens, seconds, rate = (float(number.replace(",", "")) for number in found.groups())
+    assert 3 <= n_tokens <= 60 and n_tokens / (seconds + 0.01) <= rate <= n_tokens / max(seconds - 0.01, 1e-3)
 
 
 def test_the_command_line_prints_passages_and_names_mistakes(random_pt):
