@@ -95,6 +95,16 @@ def test_what_no_encoding_fits_is_refused_with_its_byte(content, place):
         books.decode("a.txt", content)
 
 
+@pytest.mark.parametrize("declared", ["iso-8859-2", "windows-1250"])
+def test_a_pages_own_encoding_is_believed(declared):
+    words, tags = (
+        "Jabłoń, śliwa i czereśnia",
+        "<p class='its tags have more letters, of ASCII, than its text'>" * 50,
+    )
+    page = f"<meta charset={declared}>{tags}{words}"
+    assert books.read("a.html", page.encode(declared))[0] == words
+
+
 def test_an_encoding_that_is_named_is_taken_or_refused():
     assert books.decode("a.txt", b"na\x8bve", "mac-roman") == ("naãve", "")
     with pytest.raises(DataError, match=r"a\.txt: byte 1 is not ascii"):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 import charset_normalizer
+from charset_normalizer.utils import any_specified_encoding
 
 from robopoet import untrusted
 from robopoet.errors import DataError
@@ -82,12 +83,15 @@ def decode(name: str, content: bytes, encoding: str = "") -> tuple[str, str]:
 
 
 def _guess(content: bytes) -> str:
-    """The encoding that fits `content` best, as Python names it; "": none does."""
+    """The encoding that `content` declares, as HTML may, or that fits it best, as Python names it; "": none does."""
     high = _count_high(content)
-    if high < 0.02 * len(content):  # a Latin script: too little for statistics, so the most usual encoding of these
-        with contextlib.suppress(UnicodeDecodeError):
-            content.decode("cp1252")
-            return "cp1252"
+    likely = {"ascii": "cp1252", "latin_1": "cp1252"}.get(declared := any_specified_encoding(content), declared)
+    if not likely and high < 0.02 * len(content):  # a Latin script: too little for statistics, so the most usual
+        likely = "cp1252"
+    if likely:
+        with contextlib.suppress(UnicodeError):
+            content.decode(likely)
+            return likely
     match = charset_normalizer.from_bytes(content).best() if high >= ENOUGH else None
     if match is None:
         return ""
