@@ -62,11 +62,13 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def run_until(command: list[str], after_s: float, number: signal.Signals) -> tuple[int, int]:
-    """Start a run and signal it after some seconds; returns the last step that it reported saved, and its exit code."""
+    """Start a run and signal it some seconds after its first line; returns the last step that it reported saved, and
+    its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     timer, saved = threading.Timer(after_s, process.send_signal, [number]), 0
-    timer.start()
     for line in process.stdout or ():
+        if timer.ident is None:
+            timer.start()
         if line.startswith("saved ") and line.endswith("\n"):
             saved = int(line.split()[-1])
     return saved, process.wait()
@@ -129,7 +131,7 @@ def main(cfg: TortureConfig) -> None:
         while time.monotonic() < end:
             fault = rng.choice(FAULTS)
             number = signal.SIGTERM if fault == "terminate" else signal.SIGKILL
-            saved, code = run_until(command, rng.uniform(2, 8), number)
+            saved, code = run_until(command, rng.uniform(0, 6), number)
             counts[fault] += 1
             wrong["codes that are wrong"] += code not in (-number, train.RESUMABLE)
             announced = max(announced, saved)
