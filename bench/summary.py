@@ -79,8 +79,14 @@ def losses(results: Results) -> Iterator[str]:
             "of the ideal."
         )
     if single := [r for r in find(results, "learn") if r["peer"] and len(r["peer"]["curves"]) == 1]:
-        corpora = " and ".join(r["corpus"] for r in single)
-        yield f"nanoGPT learned from {corpora} with one seed only."
+        corpora = " and ".join(dict.fromkeys(r["corpus"] for r in single))
+        float32 = [
+            r["goal"]["peer_seconds"][0] / r["goal"]["seconds"][0]
+            for r in single
+            if r["machine"]["dtype"] == "float32" and r["goal"]["seconds"]
+        ]
+        slower = f"; ours in float32 leads it by {min(float32):.1f}x" if float32 else ""
+        yield f"nanoGPT learned from {corpora} with one seed only{slower}."
 
 
 def _training_losses(results: Results) -> Iterator[str]:
