@@ -1,12 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: poem test test-slow clean
+.PHONY: poem base test test-slow clean
 
 poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml, write a passage
 	$(BIN)/python prepare.py data/robopoet
 	$(BIN)/python train.py config/demo.yaml --init_from=auto
 	$(BIN)/python sample.py --checkpoint=out/demo/best.pt --style=shakespeare --prompt='JULIET\n'
+
+base: .venv/installed  ## ten minutes: train the model that short books start from
+	$(BIN)/python prepare.py data/base
+	$(BIN)/python train.py --dataset=base --minutes=10 --out_dir=out/base --init_from=auto
 
 test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff check .
@@ -17,7 +21,8 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 clean:  ## remove what `make` made; your own runs and data stay
-	rm -rf .venv out/demo data/robopoet/raw data/robopoet/*.bin data/robopoet/meta.json
+	rm -rf .venv out/demo out/base
+	rm -rf $(foreach d,robopoet base,data/$(d)/raw data/$(d)/*.bin data/$(d)/meta.json)
 
 .venv/installed: requirements.txt requirements-light.txt
 	$(PYTHON) -m venv .venv

@@ -186,6 +186,13 @@ def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]
     return [f"{key}: found {value}, must be {wanted}" for key, value in values.items() if not low <= value <= high]
 
 
+def revise(cfg: Any, **values: Any) -> Any:
+    """A copy of `cfg` with other `values`, which do not count as given."""
+    revised = dataclasses.replace(cfg, **values)
+    object.__setattr__(revised, "given", cfg.given)
+    return revised
+
+
 def change(cfg: Any, key: str, text: str) -> Any:
     """A copy of `cfg` with `key` set to the value of `text`; raises ConfigError when it can't have that value."""
     try:

@@ -31,8 +31,13 @@ from robopoet.text.batches import FORMAT, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import checkpoint
 
-TOKENIZERS = ("bpe", "char", "gpt2")
+TOKENIZERS = ("auto", "bpe", "char", "gpt2")
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
+SHORT, SAMPLE = (
+    1_000_000,
+    100_000,
+)  # bytes of a text best started from the base model, and of what shows if that can read it
+BYTES_A_TOKEN = 2.5  # of a text that the base model can read
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,13 @@ class PrepareConfig:
     input: tuple[str, ...] = ()  # your books, .epub .html .txt .md .jsonl .jsonl.gz .parquet: files, globs or folders
     encoding: str = ""  # of your books, such as cp1252 (default: UTF-8, else what fits a book best)
     out: str = ""  # where the bins go (default: the corpus's folder)
-    tokenizer: str = "bpe"  # bpe (trained on this text), char, gpt2 (GPT-2's own), or a checkpoint's
-    vocab_size: int = 6725  # number of ids, special tokens included (bpe only)
+    tokenizer: str = "auto"  # bpe (trained on this text), char, gpt2, a checkpoint's; auto: the base model's, or bpe
+    vocab_size: int = 0  # number of ids, special tokens included (bpe only; 0: what the text carries well)
     force: bool = False  # prepare even if nothing has changed
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
-        found = configurator.bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
+        found = configurator.bounds(self, "vocab_size", 0, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, such as data/robopoet, or --input='my/*.txt'")
         elif not self.out and not self.folder:
@@ -79,8 +84,11 @@ def main(cfg: PrepareConfig) -> None:
     else:
         manifest = corpus.manifest_of_files(cfg.input, cfg.encoding)
     out = Path(cfg.out or cfg.folder)
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or manifest.vocab_size)
+    may_take_base = cfg.tokenizer == "auto" and not cfg.folder and not cfg.vocab_size
     given = None if cfg.tokenizer in TOKENIZERS else _read_tokenizer(Path(cfg.tokenizer))
-    fingerprint = _fingerprint(cfg, manifest, given)
+    base = _read_tokenizer(checkpoint.BASE) if may_take_base and checkpoint.BASE.exists() else None
+    fingerprint = _fingerprint(cfg, manifest, given or base)
     if not cfg.force and _is_prepared(out, fingerprint):
         print(f"{out} is prepared already (--force does it again)")
         return
@@ -97,15 +105,22 @@ def main(cfg: PrepareConfig) -> None:
             configurator.warn(warning)
 
     # --- tokenizer: trained on the train split alone
+    is_short = survey.n_bytes <= SHORT
+    if base and is_short and _reads(base, _split_documents(manifest, survey, "trying")):
+        given = base
+        print(f"tokenizer: of {checkpoint.BASE}, so that train.py --minutes=N starts from its weights")
+    elif may_take_base and not base and is_short:
+        print("a text this short is best started from a base model: make base, then prepare it again")
     styles = survey.styles if manifest.tags else []
     ends = [END] if survey.n_documents > 1 or styles else []
     specials = ends + [tokenizer.style_token(style) for style in styles]
     tok: Tokenizer
     if given:
         tok = _with_specials(given, specials, survey.characters)
-    elif cfg.tokenizer == "bpe":
-        parts = _split_documents(manifest, survey, "learning")
-        tok = BPETokenizer.train((text for part, text in parts if part.split == "train"), cfg.vocab_size, specials)
+    elif cfg.tokenizer in ("auto", "bpe"):
+        texts = (text for part, text in _split_documents(manifest, survey, "learning") if part.split == "train")
+        size = cfg.vocab_size or tokenizer.fitting_vocab_size(survey.n_bytes)
+        tok = BPETokenizer.train(texts, size, specials, or_fewer=not cfg.vocab_size)
     elif cfg.tokenizer == "char":
         tok = CharTokenizer.train([survey.characters], specials)
     else:
@@ -202,6 +217,18 @@ def _split_documents(manifest: corpus.Manifest, survey: corpus.Survey, doing: st
             yield Part(i, doc.name, doc.style, split), text
     if digest.hexdigest() != survey.text_sha256:
         raise DataError("the texts changed while they were being read; run prepare.py again")
+
+
+def _reads(tok: Tokenizer, parts: Iterator[tuple[Part, str]]) -> bool:
+    """True if `tok` needs few enough ids for the start of the train text: it was made for its language."""
+    n_ids = n_bytes = 0
+    for part, text in parts:
+        if part.split == "train":
+            head = text[: SAMPLE - n_bytes]
+            n_ids, n_bytes = n_ids + len(tok.encode(head)), n_bytes + len(head.encode())
+        if n_bytes >= SAMPLE:
+            break
+    return n_bytes >= BYTES_A_TOKEN * n_ids
 
 
 def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:

@@ -25,14 +25,15 @@ from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, Split, TrainWindows, find_dataset, open_split, read_meta
+from robopoet.text.batches import EvalPlan, Meta, Split, TrainWindows, find_dataset, open_split, read_meta
+from robopoet.training.budget import Trial, describe_choice, fit_minutes, from_base
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
 from robopoet.training.memory import less_memory, recompute_blocks
 from robopoet.training.optimizer import configure_optimizers, step_all, unscale
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
-from robopoet.training.schedule import fit_schedule
+from robopoet.training.schedule import fit_schedule, micro_batches, rows_of
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.trouble import Trouble
@@ -82,6 +83,7 @@ class TrainConfig:
     # schedule
     max_iters: int = 600  # optimizer steps in all
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
+    minutes: float = 0.0  # choose what is not given so that the run takes about so long (0: choose nothing)
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
     warmup_iters: int = 20  # steps of linear warmup; if not given, it fits a short run
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
@@ -120,7 +122,8 @@ class TrainConfig:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
         found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens", 0)
-        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs grad_clip weight_decay min_lr", 0)
+        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes", 0)
+        found += bounds(self, "grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
         found += bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
@@ -155,27 +158,6 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
         return floor
     progress = (step - cfg.warmup_iters) / (last - cfg.warmup_iters)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def micro_batches(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
-    """How many micro-batches a rank has in a step, and their rows; raises ConfigError if ranks can't share the rows."""
-    rows = cfg.rows_per_step
-    if rows % machine.world_size:
-        raise ConfigError(
-            f"batch_size: {cfg.gradient_accumulation_steps} x {cfg.batch_size} = {rows} rows a step can't be shared "
-            f"equally by {machine.world_size} ranks; choose a multiple"
-        )
-    share = rows // machine.world_size
-    count = math.ceil(share / cfg.batch_size)
-    while share % count:  # equal micro-batches of at most batch_size rows
-        count += 1
-    return count, share // count
-
-
-def rows_of(step: int, rank: int, cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
-    """The first row that a rank reads in a step, and how many it reads."""
-    count, rows = micro_batches(cfg, machine)
-    return step * cfg.rows_per_step + rank * count * rows, count * rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,12 +282,26 @@ def update(
     return total, norm
 
 
+def trial(start: Start, folder: Path, meta: Meta, machine: Machine, cfg: TrainConfig) -> Trial:
+    """A step, and a batch of an evaluation, of a model that is then thrown away, for `minutes` to time."""
+    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
+    state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split)
+    sizes, plan = (
+        tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer)),
+        EvalPlan(cfg.block_size, cfg.batch_size, 1),
+    )
+    return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, plan, machine)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
 
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
+    if cfg.minutes and not cfg.eval_only and "init_from" not in cfg.given:
+        cfg = from_base(cfg, read_meta(find_dataset(cfg.dataset)))
     start = find_start(cfg.init_from, Path(cfg.out_dir), cfg.eval_only)
     cfg = complete(cfg, start)
     try:
@@ -324,6 +320,9 @@ def train(cfg: TrainConfig, start: Start) -> None:
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     check_fit(start, cfg.dataset, cfg.optimizer, meta)
+    minutes = 0.0 if start.resumes else cfg.minutes
+    if minutes:
+        cfg = fit_minutes(cfg, start, meta, machine, functools.partial(trial, start, folder, meta, machine))
     val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     tok = tokenizer.from_json(meta.tokenizer)
@@ -348,7 +347,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     run.keep_config(cfg)
     sinks = open_sinks(config, progress.run_id) if machine.is_main else []
     log = Log(run.out, progress, machine, sinks, "sample_tokens" in cfg.given)
-    for line in (f"{machine}, parameters: {n_params:,}", *moved, *describe_resuming(cfg, start, progress)):
+    chosen = describe_choice(cfg, minutes) if minutes else []
+    for line in (f"{machine}, parameters: {n_params:,}", *chosen, *moved, *describe_resuming(cfg, start, progress)):
         log.print(line)
     start.release()
 

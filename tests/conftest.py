@@ -81,6 +81,14 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(train, "train_step", acting)
 
 
+@pytest.fixture(autouse=True)
+def base(tmp_path_factory, monkeypatch) -> Path:
+    """Where the base model would be: the one that the developer may have made stays out of the tests."""
+    path = tmp_path_factory.mktemp("base") / "best.pt"
+    monkeypatch.setattr(checkpoint, "BASE", path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def books(tmp_path_factory) -> Path:
     """A folder of bins: two books, so two styles, with a character tokenizer."""

@@ -201,6 +201,7 @@ def test_a_survey_counts_as_the_documents_held_in_memory(entries):
     joined = "".join(f"{doc.name}\0{doc.style}\0{doc.text}\0" for doc in docs)
     assert found == corpus.Survey(
         n_documents=len(docs),
+        n_bytes=len("".join(doc.text for doc in docs).encode()),
         styles=list(dict.fromkeys(style for style, _, _ in entries)),
         text_sha256=sha256(joined.encode()),
         letters=sum(map(str.isalpha, "".join(text for _, text, _ in entries))),

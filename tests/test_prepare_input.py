@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from test_prepare import BOOKS, BPE, CHAR, REPO, WORDS, read, run, run_on, write_books, write_manifest
 
+import train
 from configurator import ConfigError
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
+from train import TrainConfig
 
 
 @pytest.fixture
@@ -65,16 +67,32 @@ def test_a_hundred_megabytes_on_one_line_take_at_most_ten_times_as_much_memory(t
 
 def test_too_little_text_for_the_vocabulary_names_the_largest_that_works(books):
     with pytest.raises(DataError, match=r"at most (\d+)") as caught:
-        run_on(books)
+        run_on(books, "--vocab_size=6725")
     most = str(caught.value).split("at most ")[1].split(";")[0]
     meta, _ = read(run_on(books, f"--vocab_size={most}"))
     assert meta["vocab_size"] == int(most)
 
 
+def test_the_vocabulary_grows_with_the_text_unless_its_size_is_given(books, tmp_path):
+    meta, _ = read(run_on(books))
+    most = "--vocab_size=6725"
+    with pytest.raises(DataError, match=f"at most {meta['vocab_size']};"):  # so little text: all that it carries
+        run_on(books, most)
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "long.txt").write_text(" ".join(f"w{i * i}" for i in range(20_000)))
+    run(f"--input={tmp_path}/long", f"--out={tmp_path}/long/out")
+    assert read(tmp_path / "long" / "out")[0]["vocab_size"] == tokenizer.fitting_vocab_size(207_781) == 2000
+    sizes = [tokenizer.fitting_vocab_size(n) for n in (0, 10_000, 60_000, 125_000, 427_000, 1_500_000, 10**10)]
+    assert sizes == sorted(sizes) and sizes[0] == 500 and sizes[-1] == 32_000 and sizes[3] == 1500
+
+
 def test_a_text_of_one_character_leaves_nothing_to_train_on(tmp_path):
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(DataError):
-        run(f"--input={tmp_path}/x.txt", f"--out={tmp_path}/out")
+    run(f"--input={tmp_path}/x.txt", f"--out={tmp_path}/out")
+    for minutes in (0, 0.1):
+        cfg = TrainConfig(dataset=f"{tmp_path}/out", out_dir=f"{tmp_path}/run", device="cpu", minutes=minutes)
+        with pytest.raises(DataError, match=r"(val|train)\.bin: .*block_size"):
+            train.main(cfg)
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.txt", b"new\nline.txt"])

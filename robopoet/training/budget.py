@@ -1,0 +1,143 @@
+"""What `--minutes` chooses: where a run starts, its shape, its steps and its dropout, for this text on this machine.
+
+The rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configurator import ConfigError, revise
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine
+from robopoet.text.batches import Meta
+from robopoet.training.schedule import evaluation_interval
+from robopoet.training.start import SHAPE, Start, check_fit, find_start
+from robopoet.weights import checkpoint
+
+Config = TypeVar("Config")  # a TrainConfig
+Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
+LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
+CONTEXT = 256  # tokens of a row
+WEIGHTS_A_TOKEN = 40  # of the blocks, at most, for each token of text
+TOKENS_A_WEIGHT = 1.5  # that a run reads, at least, for each weight of the blocks
+EPOCHS, EPOCHS_FROM_WEIGHTS = 8, 3  # passes after which a text teaches nothing more
+PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
+SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
+LEAST_STEPS, TRIAL_S = 10, 2.0  # of a run, and seconds of a measurement
+
+
+def from_base(cfg: Config, meta: Meta) -> Config:
+    """`cfg`, started from the base model's weights if they read this dataset and were not trained on it."""
+    if (base := checkpoint.BASE).exists():
+        start = find_start(str(base), Path(cfg.out_dir), eval_only=False)
+        try:
+            check_fit(start, cfg.dataset, cfg.optimizer, meta)
+        except CheckpointError:
+            return cfg
+        if start.content.get("text_sha256") != meta.text_sha256:
+            return revise(cfg, init_from=str(base))
+    return cfg
+
+
+def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: Callable[[Config], Trial]) -> Config:
+    """`cfg` with what was not given chosen for a run of cfg.minutes, or of fewer if the text teaches nothing more.
+
+    trial: makes what is timed on this machine. Raises ConfigError if the minutes are too few for LEAST_STEPS steps,
+    or if there are several ranks.
+    """
+    if machine.world_size > 1:
+        raise ConfigError("minutes: is for one process; under torchrun give the keys that it would choose")
+    on_cpu = machine.device.type == "cpu"
+    end, tokens = time.monotonic() + 60 * PLANNED * cfg.minutes, meta.splits["train"].tokens
+    if start.content is None:
+        cfg, epochs = _choose(cfg, positions="rotary", block_size=CONTEXT), EPOCHS
+    else:
+        cfg, epochs = _choose(cfg, **_rates(start)), EPOCHS_FROM_WEIGHTS
+    cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
+    cfg = _choose(cfg, batch_size=8 if on_cpu else 32, patience=6)
+    cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
+    most = (cfg.epochs or epochs) * tokens
+    if start.content is None and not cfg.given.intersection(("n_layer", "n_head", "n_embd")):
+        cfg = _climb(cfg, tokens, most, end, functools.partial(_seconds, trial, machine))
+    step_s, batch_s = _seconds(trial, machine, cfg)
+    cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
+    passes = cfg.max_iters * _tokens_a_step(cfg) / tokens
+    return revise(_choose(cfg, dropout=0.0 if passes <= 2 else 0.1 if passes <= 4 else 0.2), minutes=0.0, epochs=0.0)
+
+
+def describe_choice(cfg: Config, minutes: float) -> list[str]:
+    """The keys that were chosen, as YAML."""
+    keys = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
+    keys += ("max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
+    chosen = {key: getattr(cfg, key) for key in keys if key not in cfg.given}
+    return [f"# chosen for {minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
+
+
+def _choose(cfg: Config, **values: Any) -> Config:
+    """`cfg` with `values` for the keys that were not given."""
+    return revise(cfg, **{key: value for key, value in values.items() if key not in cfg.given})
+
+
+def _rates(start: Start) -> dict[str, Any]:
+    """Gentle rates for a checkpoint's weights: ours are of Muon, others' of AdamW."""
+    if "model_extra" in start.content:
+        return {"learning_rate": 3e-3, "muon_learning_rate": 0.01}
+    return {"optimizer": "adamw", "learning_rate": 3e-4}
+
+
+def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) -> list[float]:
+    """Seconds of a step, and of a batch of an evaluation: medians of up to four, after one to warm up."""
+    medians = []
+    for work in trial(cfg):
+        found: list[float] = []
+        while len(found) < 2 or (len(found) < 5 and sum(found) < TRIAL_S):
+            begin = time.perf_counter()
+            work(len(found))
+            machine.synchronize()
+            found.append(time.perf_counter() - begin)
+        medians.append(statistics.median(found[1:]))
+    return medians
+
+
+def _tokens_a_step(cfg: Config) -> int:
+    return cfg.rows_per_step * cfg.block_size
+
+
+def _climb(cfg: Config, tokens: int, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
+    """`cfg` with the largest shape of the LADDER that the text and the time left can train; measured uncompiled."""
+    chosen = cfg
+    for layers, heads, width in LADDER:
+        weights = 12 * layers * width**2
+        if chosen is not cfg and weights > WEIGHTS_A_TOKEN * tokens:
+            break
+        tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
+        step_s, _ = seconds(revise(tried, compile="false"))
+        read = min(most, (end - time.monotonic()) / step_s * _tokens_a_step(cfg))
+        if chosen is not cfg and read < TOKENS_A_WEIGHT * weights:
+            break
+        chosen = tried
+    return chosen
+
+
+def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, seconds: float) -> Config:
+    """`cfg` with the steps, and the batches of an evaluation, that fit into so many seconds."""
+    a_step = _tokens_a_step(cfg)
+    last = math.ceil(most / a_step)
+    steps = min(last, int(seconds / step_s))
+    if steps < min(last, LEAST_STEPS):
+        raise ConfigError(f"minutes: {cfg.minutes:g} are too few, a step takes {step_s:.1f} s here; give more")
+    interval = cfg.eval_interval or evaluation_interval(steps, meta.splits["train"].tokens / a_step)
+    batches, evals = (
+        math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size)),
+        math.ceil(steps / interval),
+    )
+    fits = max(int(EVALUATING * steps * step_s / evals / batch_s), 1)
+    evals_s = evals * (min(batches, fits) * batch_s + SAVE_S)
+    steps = max(min(last, int((seconds - evals_s) / step_s)), 1)
+    warmup = max(min(cfg.warmup_iters, steps // 5), 1)
+    return _choose(cfg, max_iters=steps, warmup_iters=warmup, eval_iters=fits if fits < batches else 0)

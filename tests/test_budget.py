@@ -1,0 +1,167 @@
+"""train.py --minutes: what it chooses, that the run then fits the minutes, and when it starts from the base model."""
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import make_book, records
+
+import configurator
+import prepare
+import train
+from configurator import ConfigError
+from robopoet.machine import Machine
+from robopoet.text import batches, tokenizer
+from robopoet.text.batches import read_meta
+from robopoet.training import budget
+from robopoet.training.start import Start
+
+CPU = Machine(torch.device("cpu"), torch.float32)
+NEW = Start(None, None, False)
+FLOPS = 50e9  # a second, of the machine that the tests imagine
+
+
+@pytest.fixture
+def imagine(monkeypatch):
+    """Choose for an imagined text of so many tokens on an imagined machine; returns the config and its cost."""
+
+    def seconds(trial, machine, cfg):
+        weights = 12 * cfg.n_layer * cfg.n_embd**2 + 4096 * cfg.n_embd
+        step = 6 * weights * cfg.rows_per_step * cfg.block_size / FLOPS
+        return [step, step / 3]
+
+    monkeypatch.setattr(budget, "_seconds", seconds)
+
+    def choose(minutes: float, tokens: int, *argv: str, start: Start = NEW):
+        splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
+        imagined = SimpleNamespace(splits=splits, vocab_size=4095)
+        cfg = configurator.load(train.TrainConfig, [f"--minutes={minutes}", *argv])
+        return budget.fit_minutes(cfg, start, imagined, CPU, None), imagined
+
+    return choose, lambda cfg: seconds(None, None, cfg)
+
+
+@pytest.mark.parametrize("tokens", [3_000, 30_000, 300_000, 3_000_000])
+@pytest.mark.parametrize("minutes", [1, 10, 100])
+def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens):
+    choose, cost = imagine
+    cfg, meta = choose(minutes, tokens)
+    step, batch = cost(cfg)
+    fitted = train.fit_schedule(cfg, tokens // cfg.block_size)
+    evaluations = -(-fitted.max_iters // fitted.eval_interval)
+    n_batches = -(-meta.splits["val"].tokens // (cfg.batch_size * cfg.block_size))
+    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * batch + budget.SAVE_S
+    seconds = fitted.max_iters * step + evaluations * per_evaluation
+    passes = fitted.max_iters * cfg.rows_per_step * cfg.block_size / tokens
+    assert seconds <= 60 * minutes and evaluations >= 10
+    assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(budget.EPOCHS, rel=0.05)
+    assert cfg.minutes == 0 and cfg.positions == "rotary" and fitted.warmup_iters < fitted.max_iters
+
+
+def test_more_minutes_or_more_text_never_choose_a_smaller_model(imagine):
+    choose, _ = imagine
+
+    def weights(minutes, tokens):
+        cfg, _ = choose(minutes, tokens)
+        return cfg.n_layer * cfg.n_embd**2
+
+    by_minutes = [weights(minutes, 1_000_000) for minutes in (1, 4, 16, 64, 256)]
+    by_tokens = [weights(60, tokens) for tokens in (1_000, 10_000, 100_000, 1_000_000)]
+    assert by_minutes == sorted(by_minutes) and by_minutes[0] < by_minutes[-1]
+    assert by_tokens == sorted(by_tokens) and by_tokens[0] < by_tokens[-1]
+
+
+def test_what_is_given_stays(imagine):
+    choose, _ = imagine
+    argv = "--n_layer=5 --n_head=1 --n_embd=64 --dropout=0.3 --batch_size=3 --eval_iters=7 --positions=learned"
+    cfg, _ = choose(5, 100_000, *argv.split(), "--max_iters=11", "--block_size=32", "--patience=2")
+    found = (cfg.n_layer, cfg.n_embd, cfg.dropout, cfg.batch_size, cfg.eval_iters, cfg.positions, cfg.max_iters)
+    assert found == (5, 64, 0.3, 3, 7, "learned", 11) and (cfg.block_size, cfg.patience) == (32, 2)
+    cfg, _ = choose(500, 100_000, "--epochs=2")
+    assert cfg.max_iters == pytest.approx(200_000 / (8 * 256), abs=1) and cfg.epochs == 0
+
+
+def test_weights_to_start_from_take_gentle_rates(imagine):
+    choose, _ = imagine
+    ours, theirs = (Start(content, None, False) for content in ({"model_extra": {}}, {"model": {}}))
+    cfg, _ = choose(5, 20_000, start=ours)
+    assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
+    assert cfg.max_iters * 8 * cfg.block_size <= (budget.EPOCHS_FROM_WEIGHTS + 1) * 20_000
+    cfg, _ = choose(5, 20_000, start=theirs)
+    assert (cfg.optimizer, cfg.learning_rate) == ("adamw", 3e-4)
+
+
+def test_too_few_minutes_and_several_ranks_are_refused(imagine):
+    choose, _ = imagine
+    with pytest.raises(ConfigError, match=r"^minutes: 0.01 are too few, a step takes \d+\.\d s here"):
+        choose(0.01, 10**6)
+    two = dataclasses.replace(CPU, world_size=2)
+    with pytest.raises(ConfigError, match=r"^minutes: is for one process"):
+        budget.fit_minutes(train.TrainConfig(minutes=1), NEW, None, two, None)
+
+
+def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_path, capsys):
+    keys = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype", "dataset"]
+    argv = [f"--{key}={small[key]}" for key in keys] + ["--log_interval=1"]
+    out = tmp_path / "out"
+    begin = time.monotonic()
+    train.main(configurator.load(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=0.1", "--epochs=1"]))
+    assert time.monotonic() - begin < 60  # it ends
+    printed = capsys.readouterr().out
+    chosen = yaml.safe_load(printed[printed.index("# chosen for 0.1 minutes") : printed.index("step ")])
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert chosen["init_from"] == "scratch" and chosen["positions"] == kept["positions"] == "rotary"
+    assert chosen["max_iters"] == kept["max_iters"] == records(out)[-1]["iter"] and "minutes" not in kept
+    losses = [r["loss"] for r in records(out)]
+    again = [f"{out}/config.yaml", f"--out_dir={tmp_path}/again"]
+    train.main(configurator.load(train.TrainConfig, again))
+    assert [r["loss"] for r in records(tmp_path / "again")] == losses
+    capsys.readouterr()
+    train.main(configurator.load(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=0.1", "--init_from=auto"]))
+    printed = capsys.readouterr().out
+    assert "resuming from" in printed and "chosen for" not in printed
+
+
+def write(folder, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, capsys):
+    def prepared(name: str, text: str, *argv: str) -> batches.Meta:
+        argv = [f"--input={write(tmp_path, f'{name}.txt', text)}", f"--out={tmp_path}/{name}", *argv]
+        prepare.main(configurator.load(prepare.PrepareConfig, argv))
+        return read_meta(tmp_path / name)
+
+    def start_of(name: str, *argv: str) -> str:
+        argv = [f"--dataset={tmp_path}/{name}", f"--out_dir={tmp_path}/run_{name}", "--minutes=0.1", *argv]
+        argv += ["--device=cpu", "--dtype=float32", "--batch_size=2", "--max_iters=2"]
+        train.main(configurator.load(train.TrainConfig, argv))
+        return yaml.safe_load((tmp_path / f"run_{name}" / "config.yaml").read_text()).get("init_from", "scratch")
+
+    prepared("first", make_book(1, 60))
+    assert "make base, then prepare it again" in capsys.readouterr().out
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16"]
+    assert start_of("first", *shape) == "scratch"
+    (tmp_path / "run_first" / "best.pt").rename(base)
+
+    def kind(meta: batches.Meta) -> list[str]:
+        return meta.tokenizer.to_json()["tokens"]
+
+    theirs = kind(read_meta(tmp_path / "first"))
+    assert kind(prepared("second", make_book(2, 50))) == theirs
+    assert "so that train.py --minutes=N starts from its weights" in capsys.readouterr().out
+    assert start_of("second") == str(base)
+    assert start_of("second", "--init_from=scratch", *shape) == "scratch"
+    assert start_of("first", *shape) == "scratch"  # the base was trained on this very text
+    # a text in another language, one too long, and wishes of the user's own get a tokenizer of their own
+    assert kind(prepared("chinese", "紅樓夢是一部小說。黛玉道：「早知他來，我就不來了。」\n" * 99)) != theirs
+    assert kind(prepared("wish", make_book(2, 50), "--vocab_size=300")) != theirs
+    assert kind(prepared("bpe", make_book(2, 50), "--tokenizer=bpe")) != theirs
+    monkeypatch.setattr(prepare, "SHORT", 1000)
+    assert kind(prepared("long", make_book(3, 50))) != theirs
+    assert start_of("long", *shape) == "scratch"
+    assert isinstance(tokenizer.from_json(read_meta(tmp_path / "long").tokenizer), tokenizer.BPETokenizer)
