@@ -13,6 +13,7 @@ from typing import Any
 
 import configurator
 from bench import (
+    books,
     common,
     demo,
     gpu,
@@ -32,6 +33,12 @@ from configurator import ConfigError
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
+    "books": (
+        "Your own books",
+        "Books that nothing was tuned on: prepare.py, then train.py --minutes, nothing else; the lowest val loss, in "
+        "bits per byte. From: whether prepare.py and train.py started from the base model, which `make base` trains.",
+        books.table,
+    ),
     "learn": (
         "Learning",
         "Lowest val loss in nats per token, and seconds until RoboPoet has nanoGPT's; medians over seeds.",

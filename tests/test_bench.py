@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import configurator
 import prepare
 import train
 from bench import (
+    books,
     common,
     demo,
     plot,
@@ -108,6 +110,22 @@ def test_runs_of_different_vocabularies_share_an_axis_in_bits_per_byte(tmp_path)
     (tmp_path / "bytes" / "metrics.jsonl").write_text('{"kind": "train", "iter": 10, "loss": 2.0}\n')
     with pytest.raises(ConfigError, match="holds no evaluation yet"):
         plot.draw_runs((str(tmp_path / "bytes"),))
+
+
+def test_books(run, results, monkeypatch, tmp_path):
+    both = ", ".join(f"{{style: {style}, file: {run}/{style}.txt}}" for style in ("day", "night"))
+    (tmp_path / "corpus.yaml").write_text(f"sources: [{both}]\n", encoding="utf-8")
+    keys = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_iters=2", "--device=cpu", "--dtype=float32"]
+    args = [str(tmp_path), "--only=night", "--bytes=3000", "--tokenizer=bpe", *(f"--keys={key}" for key in keys)]
+    result, name = start(monkeypatch, books, books.BooksConfig, *args, positional="corpus")
+    (book,) = result["books"]
+    assert name.startswith("books_") and (book["book"], book["bytes"], book["max_iters"]) == ("night", 3000, 2)
+    assert (book["init_from"], book["n_layer"], book["n_embd"]) == ("scratch", 1, 8) and 0 < book["bpb"] < 9
+    assert "| night | 3,000 | 2 " in re.sub(" +", " ", books.table([result]))
+    with pytest.raises(ConfigError, match=r"only: found noon, which is no style of"):
+        start(monkeypatch, books, books.BooksConfig, str(tmp_path), "--only=noon", positional="corpus")
+    with pytest.raises(ConfigError, match=r"train\.py failed: .*max_itres"):
+        start(monkeypatch, books, books.BooksConfig, *args, "--keys=--max_itres=1", positional="corpus")
 
 
 @pytest.fixture

@@ -126,18 +126,18 @@ def _climb(cfg: Config, tokens: int, most: float, end: float, seconds: Callable[
 
 def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, seconds: float) -> Config:
     """`cfg` with the steps, and the batches of an evaluation, that fit into so many seconds."""
-    a_step = _tokens_a_step(cfg)
-    last = math.ceil(most / a_step)
-    steps = min(last, int(seconds / step_s))
+    a_step, given = _tokens_a_step(cfg), "max_iters" in cfg.given
+    last = cfg.max_iters if given else math.ceil(most / a_step)
+
+    def within(seconds: float) -> int:
+        return last if given else min(last, int(seconds / step_s))
+
+    steps = within(seconds)
     if steps < min(last, LEAST_STEPS):
         raise ConfigError(f"minutes: {cfg.minutes:g} are too few, a step takes {step_s:.1f} s here; give more")
-    interval = cfg.eval_interval or evaluation_interval(steps, meta.splits["train"].tokens / a_step)
-    batches, evals = (
-        math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size)),
-        math.ceil(steps / interval),
-    )
+    evals = math.ceil(steps / (cfg.eval_interval or evaluation_interval(steps, meta.splits["train"].tokens / a_step)))
+    batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
     fits = max(int(EVALUATING * steps * step_s / evals / batch_s), 1)
-    evals_s = evals * (min(batches, fits) * batch_s + SAVE_S)
-    steps = max(min(last, int((seconds - evals_s) / step_s)), 1)
+    steps = max(within(seconds - evals * (min(batches, fits) * batch_s + SAVE_S)), 1)
     warmup = max(min(cfg.warmup_iters, steps // 5), 1)
     return _choose(cfg, max_iters=steps, warmup_iters=warmup, eval_iters=fits if fits < batches else 0)
