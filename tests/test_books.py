@@ -232,6 +232,7 @@ ENCRYPTION = (
         ({"OEBPS/text/one.xhtml": b"caf\xe9"}, "text/one.xhtml: byte 3 is not UTF-8"),
         ({"OEBPS/text/one.xhtml": b"a" * 60_000_000}, "unpacks to over"),
         ({"OEBPS/book.opf": b"a" * 60_000_000}, "unpacks to over"),
+        ({f"{i}": b"" for i in range(20_001)}, r"holds 20,\d\d\d files, may hold at most 20,000"),
     ],
 )
 def test_an_epub_that_can_not_be_read_is_refused(changed, message):

@@ -273,6 +273,14 @@ def test_documents_are_cut_at_blank_lines_near_the_shares():
             assert abs(len(text) - share * len(doc.text)) <= 2 * len(paragraphs[-1])
 
 
+def test_each_split_gets_its_share_though_blank_lines_are_far_between():
+    text = "".join(f"Of Man's first disobedience, line {i}\n" + "\n" * (i % 400 == 7) for i in range(1200))
+    splits = split_all(make_documents([text]), corpus.DEFAULT_SPLITS, exact=False)
+    for name, share in zip(corpus.SPLITS, corpus.DEFAULT_SPLITS, strict=True):
+        ((_, part),) = splits[name]
+        assert abs(len(part) - share * len(text)) <= 0.0375 * len(text) and part.endswith("\n")
+
+
 def test_without_blank_lines_a_line_is_not_cut_and_without_lines_a_word_is():
     lines = split_all(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
     assert all(text.endswith("text\n") for parts in lines.values() for _, text in parts)

@@ -263,6 +263,6 @@ def test_a_models_name_is_fetched_from_the_hub_and_a_failure_is_reported(tmp_pat
     ):
         train.main(TrainConfig(init_from="gpt2", device="cpu", out_dir=str(tmp_path / "out"), dataset=str(books)))
     with pytest.raises(
-        configurator.ConfigError, match="tokenizer: must be bpe, char, gpt2 or a checkpoint; bpee: no such"
+        configurator.ConfigError, match="tokenizer: must be auto, bpe, char, gpt2 or a checkpoint; bpee: no such"
     ):
         prepare.main(prepare.PrepareConfig(corpus="data/robopoet", tokenizer="bpee"))

@@ -31,6 +31,7 @@ CONVERTED = {
 UNPACKED, UNPACKED_FLOOR = 100, 10 * 2**20  # a packed file may unpack to this many times its size, plus these bytes
 ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
 BOOK_BYTES = 50 * 2**20  # the Bible, the longest of books, has 5 MB
+MOST_MEMBERS, MEMBER = 20_000, b"PK\1\2"  # files in an archive; how the record of each begins
 
 # newlines before and after an element, as in the HTML standard's style sheet for browsers
 LINES = dict.fromkeys("address center dd dir div dt figcaption legend li table tr".split(), 1) | dict.fromkeys(
@@ -172,6 +173,8 @@ class _Layout:
 
 def _epub(name: str, content: bytes) -> str:
     """The text of an EPUB's chapters, in the order of its spine."""
+    if (members := content.count(MEMBER)) > MOST_MEMBERS:  # zipfile would make an object of each
+        raise DataError(f"{name}: holds {members:,} files, may hold at most {MOST_MEMBERS:,}; refused")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return "\n\n".join(_chapters(name, _Members(name, archive, len(content))))

@@ -38,6 +38,7 @@ SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
 RESERVED = ("endoftext", "unk")  # names of other special tokens
 MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
+MOST_SLACK = 0.75  # of the smallest share: how far a cut may move to the end of a paragraph
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # of a kind
 SHAPE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
@@ -232,19 +233,20 @@ def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: boo
         uniform = int.from_bytes(digest[:8], "big") / 2**64
         yield SPLITS[(uniform >= shares[0]) + (uniform >= shares[0] + shares[1])], doc.text
         return
-    cuts = [_cut(doc.text, share, exact) for share in (shares[0], shares[0] + shares[1])]
+    slack = 0 if exact else int(len(doc.text) * MOST_SLACK * min(share for share in shares if share))
+    cuts = [_cut(doc.text, share, slack) for share in (shares[0], shares[0] + shares[1])]
     for name, (start, stop) in zip(SPLITS, pairwise([0, *cuts, len(doc.text)]), strict=True):
         if start < stop:
             yield name, doc.text[start:stop]
 
 
-def _cut(text: str, share: float, exact: bool) -> int:
-    """Where to cut off the first `share` of `text`: after a paragraph, or else after a line, or else right there."""
+def _cut(text: str, share: float, slack: int) -> int:
+    """Where to cut off the first `share` of `text`: at most `slack` before that, after a paragraph or else a line."""
     place = int(len(text) * share + 1e-9)
-    if exact or place >= len(text):
+    if place >= len(text):
         return place
     for separator in ("\n\n", "\n"):
-        found = text.rfind(separator, 0, place)
-        if found > place // 2:
+        found = text.rfind(separator, place - slack, place)
+        if found >= 0:
             return found + len(separator)
     return place
