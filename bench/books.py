@@ -97,17 +97,7 @@ def table(results: list[dict[str, Any]]) -> str:
             rows.append(
                 [book["book"], f"{book['bytes']:,}", f"{r['minutes']:g}", base, shape, *figures, f"{book['bpb']:.3f}"]
             )
-    header = [
-        "book",
-        "bytes",
-        "minutes",
-        "from",
-        "layers x width",
-        "vocabulary",
-        "best step",
-        "seconds",
-        "val bits/byte",
-    ]
+    header = ["book", "bytes", "minutes", "from", "shape", "ids", "best step", "seconds", "bits/byte"]
     return markdown(header, rows)
 
 
