@@ -264,7 +264,7 @@ def test_entities_are_neither_expanded_nor_fetched(tmp_path):
     "unit", ["<", "<a ", "<!--", "&", '<a x="', "<script>", "<p>x", "<div>", "&#", "<a href='#'>1"]
 )
 def test_hostile_html_takes_time_linear_in_its_length(unit):
-    with within(5):
+    with within(30):  # a second each; minutes if it were quadratic
         books.html_text(unit * 200_000)
 
 

@@ -23,7 +23,6 @@ Config = TypeVar("Config")  # a TrainConfig
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
 CONTEXT = 256  # tokens of a row
-WEIGHTS_A_TOKEN = 40  # of the blocks, at most, for each token of text
 TOKENS_A_WEIGHT = 1.5  # that a run reads, at least, for each weight of the blocks
 EPOCHS, EPOCHS_FROM_WEIGHTS = 8, 3  # passes after which a text teaches nothing more
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
@@ -63,7 +62,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
     if start.content is None and not cfg.given.intersection(("n_layer", "n_head", "n_embd")):
-        cfg = _climb(cfg, tokens, most, end, functools.partial(_seconds, trial, machine))
+        cfg = _climb(cfg, most, end, functools.partial(_seconds, trial, machine))
     step_s, batch_s = _seconds(trial, machine, cfg)
     cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
     passes = cfg.max_iters * _tokens_a_step(cfg) / tokens
@@ -108,17 +107,16 @@ def _tokens_a_step(cfg: Config) -> int:
     return cfg.rows_per_step * cfg.block_size
 
 
-def _climb(cfg: Config, tokens: int, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
+def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
     """`cfg` with the largest shape of the LADDER that the text and the time left can train; measured uncompiled."""
     chosen = cfg
     for layers, heads, width in LADDER:
-        weights = 12 * layers * width**2
-        if chosen is not cfg and weights > WEIGHTS_A_TOKEN * tokens:
+        needed = TOKENS_A_WEIGHT * 12 * layers * width**2
+        if chosen is not cfg and most < needed:
             break
         tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
         step_s, _ = seconds(revise(tried, compile="false"))
-        read = min(most, (end - time.monotonic()) / step_s * _tokens_a_step(cfg))
-        if chosen is not cfg and read < TOKENS_A_WEIGHT * weights:
+        if chosen is not cfg and (end - time.monotonic()) / step_s * _tokens_a_step(cfg) < needed:
             break
         chosen = tried
     return chosen
