@@ -33,10 +33,8 @@ from robopoet.weights import checkpoint
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
-SHORT, SAMPLE = (
-    1_000_000,
-    100_000,
-)  # bytes of a text best started from the base model, and of what shows if that can read it
+SHORT = 1_000_000  # bytes of a text that is best started from the base model
+SAMPLE = 100_000  # bytes of it that show whether the base model can read it
 BYTES_A_TOKEN = 2.5  # of a text that the base model can read
 
 

@@ -114,6 +114,11 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all ranks and micro-batches."""
+        return self.rows_per_step * self.block_size
+
+    @property
     def peak_lr(self) -> float:
         """AdamW's peak learning rate."""
         return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3}[self.optimizer]
@@ -287,10 +292,8 @@ def trial(start: Start, folder: Path, meta: Meta, machine: Machine, cfg: TrainCo
     val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split)
-    sizes, plan = (
-        tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer)),
-        EvalPlan(cfg.block_size, cfg.batch_size, 1),
-    )
+    sizes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
+    plan = EvalPlan(cfg.block_size, cfg.batch_size, limit=1)
     return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, plan, machine)
 
 
@@ -353,7 +356,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     start.release()
 
     # --- loop
-    meter = Meter(machine, model, cfg.rows_per_step * cfg.block_size, cfg.sampled_softmax)
+    meter = Meter(machine, model, cfg.tokens_per_step, cfg.sampled_softmax)
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
     previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone

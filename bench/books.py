@@ -21,8 +21,9 @@ from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text import corpus
 from robopoet.text.batches import read_meta
+from train import TrainConfig
 
-CHOSEN = {"init_from": "scratch", "n_layer": 6, "n_embd": 256, "dropout": 0.1, "max_iters": 600}  # and their defaults
+CHOSEN = ("init_from", "n_layer", "n_embd", "dropout", "max_iters")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def run(cfg: BooksConfig, path: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     kept = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     best = min((r for r in read_records(out) if r.kind == "eval"), key=lambda r: r.bpb)
-    chosen = {key: kept.get(key, default) for key, default in CHOSEN.items()}
+    chosen = {key: kept.get(key, getattr(TrainConfig, key)) for key in CHOSEN}
     return {"vocab_size": read_meta(data).vocab_size, "seconds": seconds, "bpb": best.bpb, "best": best.iter} | chosen
 
 

@@ -100,7 +100,7 @@ def main(cfg: RanksConfig) -> None:
         "config": config_name(),
         "ranks": cfg.ranks,
         "parameters": parameters,
-        "tokens_per_step": cfg.rows_per_step * cfg.block_size,
+        "tokens_per_step": cfg.tokens_per_step,
         "tok_per_sec": {str(ranks): spread(found) for ranks, found in speed.items()},
         "speedup": spread([many / one for one, many in zip(*speed.values(), strict=True)]),
         "all_reduce_ms": reduce_ms,

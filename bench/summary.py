@@ -80,13 +80,9 @@ def losses(results: Results) -> Iterator[str]:
         )
     if single := [r for r in find(results, "learn") if r["peer"] and len(r["peer"]["curves"]) == 1]:
         corpora = " and ".join(dict.fromkeys(r["corpus"] for r in single))
-        float32 = [
-            r["goal"]["peer_seconds"][0] / r["goal"]["seconds"][0]
-            for r in single
-            if r["machine"]["dtype"] == "float32" and r["goal"]["seconds"]
-        ]
-        slower = f"; ours in float32 leads it by {min(float32):.1f}x" if float32 else ""
-        yield f"nanoGPT learned from {corpora} with one seed only{slower}."
+        float32 = [times_sooner(r)["median"] for r in single if r["machine"]["dtype"] == "float32"]
+        lead = f"; ours in float32 leads it by {min(float32):.1f}x" if float32 else ""
+        yield f"nanoGPT learned from {corpora} with one seed only{lead}."
 
 
 def _training_losses(results: Results) -> Iterator[str]:

@@ -61,11 +61,13 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     cfg = _choose(cfg, batch_size=8 if on_cpu else 32, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
+    seconds = functools.cache(functools.partial(_seconds, trial, machine))
     if start.content is None and not cfg.given.intersection(("n_layer", "n_head", "n_embd")):
-        cfg = _climb(cfg, most, end, functools.partial(_seconds, trial, machine))
-    step_s, batch_s = _seconds(trial, machine, cfg)
+        uncompiled = "auto" if on_cpu else "false"  # auto compiles on CUDA alone
+        cfg = _climb(cfg, most, end, lambda tried: seconds(revise(tried, compile=uncompiled)))
+    step_s, batch_s = seconds(cfg)
     cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
-    passes = cfg.max_iters * _tokens_a_step(cfg) / tokens
+    passes = cfg.max_iters * cfg.tokens_per_step / tokens
     return revise(_choose(cfg, dropout=0.0 if passes <= 2 else 0.1 if passes <= 4 else 0.2), minutes=0.0, epochs=0.0)
 
 
@@ -103,20 +105,16 @@ def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) ->
     return medians
 
 
-def _tokens_a_step(cfg: Config) -> int:
-    return cfg.rows_per_step * cfg.block_size
-
-
 def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
-    """`cfg` with the largest shape of the LADDER that the text and the time left can train; measured uncompiled."""
+    """`cfg` with the largest shape of the LADDER that the text and the time left can train."""
     chosen = cfg
     for layers, heads, width in LADDER:
         needed = TOKENS_A_WEIGHT * 12 * layers * width**2
         if chosen is not cfg and most < needed:
             break
         tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
-        step_s, _ = seconds(revise(tried, compile="false"))
-        if chosen is not cfg and (end - time.monotonic()) / step_s * _tokens_a_step(cfg) < needed:
+        step_s, _ = seconds(tried)
+        if chosen is not cfg and (end - time.monotonic()) / step_s * cfg.tokens_per_step < needed:
             break
         chosen = tried
     return chosen
@@ -124,7 +122,7 @@ def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], lis
 
 def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, seconds: float) -> Config:
     """`cfg` with the steps, and the batches of an evaluation, that fit into so many seconds."""
-    a_step, given = _tokens_a_step(cfg), "max_iters" in cfg.given
+    a_step, given = cfg.tokens_per_step, "max_iters" in cfg.given
     last = cfg.max_iters if given else math.ceil(most / a_step)
 
     def within(seconds: float) -> int:
