@@ -2,8 +2,11 @@
 
 python -m bench.books data/unseen --minutes=2
 python -m bench.books data/unseen --minutes=2 --tokenizer=bpe   # without the base model
+python -m bench.books bench/by_hand.yaml                        # beside ten settings by hand
 """
 
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,11 +34,11 @@ class BooksConfig:
     """The keys of bench.books."""
 
     corpus: str = "data/unseen"  # folder of a corpus.yaml; each of its texts is a book of its own
-    only: str = ""  # the style of the only text to take
+    only: tuple[str, ...] = ()  # the styles of the texts to take (default: all)
     bytes: int = 0  # how much of each text, from its start (0: all)
     minutes: float = 2.0  # of each run
     tokenizer: str = "auto"  # prepare.py's; bpe: without the base model
-    keys: tuple[str, ...] = ()  # more of train.py's, such as --keys=--n_layer=2
+    settings: tuple[str, ...] = ("",)  # train each book with each of these too: keys such as "--epochs=2 --dropout=0.3"
     out: str = ""  # name of the result (books_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -48,31 +51,36 @@ def main(cfg: BooksConfig) -> None:
     machine, books = find_machine("cpu", "auto"), []
     with tempfile.TemporaryDirectory() as folder:
         for doc in corpus.documents(corpus.read_manifest(Path(cfg.corpus))):
-            if cfg.only in ("", doc.style):
+            if doc.style in (cfg.only or (doc.style,)):
                 path = Path(folder) / f"{doc.style}.txt"
                 path.write_bytes(doc.raw.encode()[: cfg.bytes or None])
-                books.append({"book": doc.style, "bytes": path.stat().st_size} | run(cfg, path))
-                print(books[-1], flush=True)
+                for setting in cfg.settings:
+                    books.append({"book": doc.style, "bytes": path.stat().st_size} | run(cfg, path, setting))
+                    print(books[-1], flush=True)
     if not books:
-        raise ConfigError(f"only: found {cfg.only}, which is no style of {cfg.corpus}")
-    result = origin("books", machine) | {"minutes": cfg.minutes, "tokenizer": cfg.tokenizer, "books": books}
-    print(table([result]))
-    write_result(result, cfg.out or "books_DEVICE")
+        raise ConfigError(f"only: found {', '.join(cfg.only)}, which is no style of {cfg.corpus}")
+    kind, show = ("books", table) if cfg.settings == ("",) else ("settings", settings_table)
+    result = origin(kind, machine) | {"minutes": cfg.minutes, "tokenizer": cfg.tokenizer, "books": books}
+    print(show([result]))
+    write_result(result, cfg.out or f"{kind}_DEVICE")
 
 
-def run(cfg: BooksConfig, path: Path) -> dict[str, Any]:
-    """What prepare.py and train.py choose for the text at `path`, and what the run reaches."""
+def run(cfg: BooksConfig, path: Path, setting: str) -> dict[str, Any]:
+    """What prepare.py and train.py choose for the text at `path` beside a setting, and what the run reaches."""
     data, out = path.with_name(f"{path.stem}_bins"), path.with_name(f"{path.stem}_run")
-    call("prepare.py", path, f"--out={data}", f"--tokenizer={cfg.tokenizer}")
+    shutil.rmtree(out, ignore_errors=True)
+    words = [f"--tokenizer={cfg.tokenizer}", *shlex.split(setting)]
+    of_prepare = [word for word in words if word.startswith(("--tokenizer=", "--vocab_size="))]
+    call("prepare.py", path, f"--out={data}", *of_prepare)
+    keys = [f"--dataset={data}", f"--out_dir={out}", f"--minutes={cfg.minutes}", "--sample_tokens=0"]
     begin = time.perf_counter()
-    call(
-        "train.py", f"--dataset={data}", f"--out_dir={out}", f"--minutes={cfg.minutes}", "--sample_tokens=0", *cfg.keys
-    )
+    call("train.py", *keys, *(word for word in words if word not in of_prepare))
     seconds = time.perf_counter() - begin
     kept = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     best = min((r for r in read_records(out) if r.kind == "eval"), key=lambda r: r.bpb)
     chosen = {key: kept.get(key, getattr(TrainConfig, key)) for key in CHOSEN}
-    return {"vocab_size": read_meta(data).vocab_size, "seconds": seconds, "bpb": best.bpb, "best": best.iter} | chosen
+    found = {"setting": setting, "vocab_size": read_meta(data).vocab_size, "seconds": seconds}
+    return found | {"bpb": best.bpb, "best": best.iter} | chosen
 
 
 def call(script: str, *args: Any) -> None:
@@ -100,6 +108,23 @@ def table(results: list[dict[str, Any]]) -> str:
             )
     header = ["book", "bytes", "minutes", "from", "shape", "ids", "best step", "seconds", "bits/byte"]
     return markdown(header, rows)
+
+
+def settings_table(results: list[dict[str, Any]]) -> str:
+    """The Markdown tables of these results: a row for each setting, a column for each book, the lowest loss in bold."""
+    tables = []
+    for r in results:
+        bpb = {(book["setting"], book["book"]): book["bpb"] for book in r["books"]}
+        sizes = {book["book"]: book["bytes"] for book in r["books"]}
+        lowest = {name: min(loss for (_, book), loss in bpb.items() if book == name) for name in sizes}
+        rows = []
+        for setting in dict.fromkeys(setting for setting, _ in bpb):
+            losses = [(bpb[setting, name], lowest[name]) for name in sizes]
+            cells = [f"**{loss:.3f}**" if loss == low else f"{loss:.3f}" for loss, low in losses]
+            rows.append([f"`{setting}`" if setting else "nothing else", *cells])
+        header = [f"{r['minutes']:g} minutes, tokenizer {r['tokenizer']}"]
+        tables.append(markdown(header + [f"{name}, {size:,}" for name, size in sizes.items()], rows))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from bench import (
     demo,
     gpu,
     learn,
+    memory,
     prepare_speed,
     ranks,
     sample_speed,
@@ -40,12 +41,24 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "trains, has read Shakespeare's play before, in another edition.",
         books.table,
     ),
+    "settings": (
+        "Settings by hand",
+        "The same, with some of what --minutes chooses given by hand. Bits/byte of the best step on the val split; the "
+        "lowest in bold. One thread, one seed.",
+        books.settings_table,
+    ),
     "learn": (
         "Learning",
         "Lowest val loss in nats per token, and seconds until RoboPoet has nanoGPT's; medians over seeds.",
         learn.table,
     ),
     "train_speed": ("Training speed", "Medians over alternating laps; speed-ups with their range.", train_speed.table),
+    "memory": (
+        "Memory",
+        "Peak memory of train.py's steps at GPT-2's sizes, and time with --recompute beside time without: a process on "
+        "a CPU, whose memory holds PyTorch itself too (0.4 GB).",
+        memory.table,
+    ),
     "scaling": (
         "Scaling",
         "Four times the batch; four times the text, read from disk. Medians over alternating laps.",

@@ -116,16 +116,20 @@ def test_books(run, results, monkeypatch, tmp_path):
     both = ", ".join(f"{{style: {style}, file: {run}/{style}.txt}}" for style in ("day", "night"))
     (tmp_path / "corpus.yaml").write_text(f"sources: [{both}]\n", encoding="utf-8")
     keys = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_iters=2", "--device=cpu", "--dtype=float32"]
-    args = [str(tmp_path), "--only=night", "--bytes=3000", "--tokenizer=bpe", *(f"--keys={key}" for key in keys)]
-    result, name = start(monkeypatch, books, books.BooksConfig, *args, positional="corpus")
-    (book,) = result["books"]
-    assert name.startswith("books_") and (book["book"], book["bytes"], book["max_iters"]) == ("night", 3000, 2)
+    args = [str(tmp_path), "--only=night", "--bytes=3000", "--tokenizer=bpe"]
+    settings = [f"--settings={' '.join(keys)} {more}" for more in ("", "--n_embd=4 --vocab_size=265")]
+    result, name = start(monkeypatch, books, books.BooksConfig, *args, *settings, positional="corpus")
+    book, other = result["books"]
+    assert name.startswith("settings_") and (book["book"], book["bytes"], book["max_iters"]) == ("night", 3000, 2)
     assert (book["init_from"], book["n_layer"], book["n_embd"]) == ("scratch", 1, 8) and 0 < book["bpb"] < 9
+    assert other["n_embd"] == 4 and other["vocab_size"] == 265 != book["vocab_size"]
+    shown = re.sub(" +", " ", books.settings_table([result]))
+    assert f"**{min(book['bpb'], other['bpb']):.3f}** |" in shown and "| night, 3,000 |" in shown
     assert "| night | 3,000 | 2 " in re.sub(" +", " ", books.table([result]))
     with pytest.raises(ConfigError, match=r"only: found noon, which is no style of"):
         start(monkeypatch, books, books.BooksConfig, str(tmp_path), "--only=noon", positional="corpus")
     with pytest.raises(ConfigError, match=r"train\.py failed: .*max_itres"):
-        start(monkeypatch, books, books.BooksConfig, *args, "--keys=--max_itres=1", positional="corpus")
+        start(monkeypatch, books, books.BooksConfig, *args, "--settings=--max_itres=1", positional="corpus")
 
 
 @pytest.fixture

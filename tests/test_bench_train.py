@@ -13,6 +13,7 @@ import configurator
 import train
 from bench import (
     common,
+    memory,
     ranks,
     scaling,
     table,
@@ -40,6 +41,27 @@ def test_train_speed(run, results, monkeypatch, capsys):
     assert "not the reference card" in out and "not applicable to cpu" in err
     del result["start_s"]  # as in results from before it was measured
     assert "s to first step" not in train_speed.table([result])
+
+
+@pytest.mark.slow
+def test_memory(run, results, monkeypatch):
+    monkeypatch.setattr(memory, "SHAPES", {"tiny": (1, 1, 8), "wide": (2, 2, 512)})
+    monkeypatch.setattr(memory, "VOCAB", 300)
+    args = [f"{run}/tiny.yaml", *TINY, "--rows=16", "--block_size=256"]
+    result, name = start(monkeypatch, memory, memory.MemoryConfig, *args)
+    assert name.startswith("memory_") and len(result["runs"]) == 4
+    plain, again = result["runs"][-2:]
+    assert (plain["shape"], plain["rows"], plain["recompute"], again["recompute"]) == ("wide", 16, False, True)
+    # the least that the other block keeps without: its attention matrices, MLP and residual streams
+    kept_mb = 16 * 256 * (2 * 256 + 10 * 512) * 2 / 2**20
+    assert plain["peak_mem_mb"] - again["peak_mem_mb"] > kept_mb / 2
+    assert plain["peak_mem_mb"] > result["runs"][0]["peak_mem_mb"] + kept_mb
+    assert f"| {plain['peak_mem_mb']:,.0f} " in memory.table([result])
+    cfg = configurator.load(memory.MemoryConfig, [f"{run}/tiny.yaml", *TINY, "--device=cuda:9"])
+    with pytest.raises(ConfigError, match="came to no step 3: "):
+        memory.measure(cfg, False)
+    with pytest.raises(ConfigError, match="rows: found 'two', must be a whole number"):
+        configurator.load(memory.MemoryConfig, ["--rows=two"])
 
 
 def test_the_first_status_line_stops_the_clock_and_the_run(run, tmp_path, monkeypatch):
