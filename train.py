@@ -38,7 +38,7 @@ from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.trouble import Trouble
 from robopoet.weights import checkpoint
-from robopoet.writing.generate import preview
+from robopoet.writing.preview import Preview
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL) after a signal: saved, --init_from=auto resumes
 
@@ -360,6 +360,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
     previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
+    preview = Preview(folder, meta, machine, cfg.sample_tokens)
     rows = functools.partial(rows_of, cfg=cfg, machine=machine)
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
@@ -379,9 +380,9 @@ def train(cfg: TrainConfig, start: Start) -> None:
             is_best = False
             if evaluates:
                 result = evaluate(model, val, token_bytes, plan, machine)
-                text = {"text": preview(model, tok, machine, cfg.sample_tokens)} if previews else {}
+                sample = preview(model) if previews else {}
                 is_best = progress.note(result["loss"])
-                log.evaluation(progress, result | text)
+                log.evaluation(progress, result | sample)
             if evaluates or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")

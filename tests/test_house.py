@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "machine": BOTTOM,
     "text": "configurator errors portable untrusted machine text",
     "weights": f"{BOTTOM} text model weights",
-    "training": f"{BOTTOM} text model weights training writing.generate",
+    "training": f"{BOTTOM} text model weights training writing.generate writing.preview",
     "writing": f"{BOTTOM} text model weights writing",
     **dict.fromkeys(SCRIPTS, f"{BOTTOM} text model weights training writing"),
 }
@@ -105,7 +105,7 @@ def test_each_file_is_short():
 
 def test_the_readme_is_short():
     lines = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 190
+    assert len(lines) <= 210
     assert [f"line {i}: {len(line)} columns" for i, line in enumerate(lines, 1) if len(line) > 100] == []
 
 

@@ -195,6 +195,8 @@ class Log:
         self.print(f"step {progress.iter_num:>6}  val {describe(result)}")
         if self.shows_samples and (text := result.get("text", "")):
             self.print(wrapped(text))
+            if "copied_words" in result:
+                self.print(f"    longest copy: {result['copied_words']} words")
         if progress.bad_evals == RISING and self.train_loss < progress.best_val_loss:
             best, step = progress.best_val_loss, progress.best_iter
             self.print(

@@ -25,9 +25,10 @@ class Batch:
         """Append each row's id, (rows,) int64, to its passage; returns the text that each passage releases."""
         next_ids = ids[:: len(self.sampler.weights)].tolist()
         logprobs = self.sampler.logprobs.tolist() if self.logprobs else [None] * len(next_ids)
-        released = [""] * len(self.passages)
-        for i, id, logprob in zip(self.active, next_ids, logprobs, strict=True):
-            released[i] = self.passages[i].push(id, logprob)
+        released, stuck = [""] * len(self.passages), self.sampler.stuck
+        for i, id, logprob, is_stuck in zip(self.active, next_ids, logprobs, stuck, strict=True):
+            passage = self.passages[i]
+            released[i] = passage.get_stuck() if is_stuck else passage.push(id, logprob)
         return released
 
     def drop_done(self) -> torch.Tensor | None:

@@ -9,10 +9,8 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache, rotary_table
 from robopoet import ops
-from robopoet.machine import Machine
 from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
 from robopoet.recording import Graphed
-from robopoet.text.tokenizer import Tokenizer
 
 Sample = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
@@ -180,17 +178,3 @@ def prepack(model: GPT) -> None:
         for module in model.modules():
             if isinstance(module, Linear):
                 ops.prepack(module)
-
-
-def preview(model: GPT, tok: Tokenizer, machine: Machine, n_tokens: int) -> str:
-    """A sample after a line end, for the log of a run; draws from a random stream of its own."""
-    random = torch.Generator(machine.device).manual_seed(0)
-
-    def sample(logits: torch.Tensor) -> torch.Tensor:
-        probs = (logits[:, : len(tok.tokens)].float() / 0.8).softmax(-1)  # no special token
-        return torch.multinomial(probs, 1, generator=random)[:, 0]
-
-    model.eval()
-    start = torch.tensor([tok.encode("\n") or [0]], device=machine.device)
-    ids = [id.item() for id in generate(model, start, n_tokens, sample)]
-    return tok.decode_bytes(ids).decode(errors="replace")

@@ -78,6 +78,18 @@ class Originality:
         longest = max(runs, key=len, default="")
         return Report(longest, self._work(longest) if longest else "", {n: _share_new(lengths, n) for n in LENGTHS})
 
+    def followers(self, words: tuple[bytes, ...]) -> frozenset[bytes]:
+        """The words that stand right after these words in the training text, and what ends a work."""
+        query = b" %b " % b" ".join(words)
+        prefix = self._prefix(len(query))
+        first = bisect.bisect_left(self._suffixes, query, key=prefix)
+        if first == len(self._suffixes) or prefix(self._suffixes[first]) != query:
+            return frozenset()
+        last = bisect.bisect_right(self._suffixes, query, lo=first, key=prefix)
+        begins = (self._suffixes[first:last] + len(query)).tolist()
+        found = (self._text[begin : max(self._text.find(b" ", begin), begin)] for begin in begins)
+        return frozenset(found)
+
     def _match_length(self, query: bytes) -> int:
         """Length in bytes of the longest prefix of `query` that occurs in the training text."""
         # the suffix that shares the longest prefix is a neighbour of the place where `query` would be inserted

@@ -43,6 +43,7 @@ class Settings:
     # sampling, in this order
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice (0: off)
+    max_copy: int = 0  # never so many words in a row that stand in the training text (0: off)
     temperature: float = 0.9  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # sample from the k likeliest tokens (0: all)
     top_p: float = 0.95  # sample from the likeliest tokens whose probabilities add up to this (1: all)
@@ -53,6 +54,8 @@ class Settings:
         found = configurator.bounds(self, "max_new_tokens", 1, 2**53) + configurator.bounds(self, "seed", 0, 2**63 - 1)
         found += configurator.bounds(self, "no_repeat_ngram", 0, 100) + configurator.bounds(self, "top_k", 0, 2**53)
         found += configurator.bounds(self, "repetition_penalty", 1e-6, 1e6)
+        if self.max_copy:
+            found += [f"{line}, or 0" for line in configurator.bounds(self, "max_copy", 3, 100)]
         if self.temperature:
             found += [f"{line}, or 0" for line in configurator.bounds(self, "temperature", 1e-6, 1e6)]
         found += configurator.bounds(self, "top_p", 1e-9, 1) + configurator.bounds(self, "min_p", 0, 1)
@@ -61,8 +64,13 @@ class Settings:
         return found + [f"stop: found {text!r}, must not be empty" for text in self.stop if not text]
 
 
-SavedSettings = msgspec.defstruct(  # as read from a file: every key must be present, and no other
-    "SavedSettings", get_type_hints(Settings).items(), frozen=True, forbid_unknown_fields=True
+LATER = {"max_copy": 0}  # settings that older files lack, with what they mean there
+SavedSettings = msgspec.defstruct(  # as read from a file: every other key must be present, and no more
+    "SavedSettings",
+    [(name, hint, *([LATER[name]] if name in LATER else [])) for name, hint in get_type_hints(Settings).items()],
+    kw_only=True,
+    frozen=True,
+    forbid_unknown_fields=True,
 )
 
 
@@ -102,6 +110,7 @@ class Passage:
 
     def __init__(self, tok: Tokenizer, settings: Settings, prompt: str = "", number: int = 0):
         self.prompt, self.settings, self.number, self.done = prompt, settings, number, False
+        self.is_stuck = False  # whether it ended because every token would have completed a copy
         self.ids, self.logprobs = array("i"), array("d")
         self._decoder, self._end_id = StreamDecoder(tok), tok.specials.get(END)
         self._released: list[str] = []
@@ -145,6 +154,11 @@ class Passage:
             if found := self._ends(unit):
                 return self._finish(found[-1])
         return self._finish(len(self._held))
+
+    def get_stuck(self) -> str:
+        """End the passage, for every token would complete a copy; returns the text that is released last."""
+        self.is_stuck = not self.done
+        return self.finish()
 
     def _has_speech(self) -> bool:
         return bool(SPEECH.search(self._before + self._held))

@@ -15,9 +15,10 @@ from robopoet.text.batches import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch
+from robopoet.writing.copies import Copied, Copies
 from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
-from robopoet.writing.passage import Passage, make_settings
+from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.sampler import Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -47,6 +48,7 @@ class Poet:
         self.styles = styles(self.tokenizer)
         forbidden = [id for name, id in self.tokenizer.specials.items() if name != END]
         forbidden += range(self.tokenizer.vocab_size, self.model.config.vocab_size)  # nanoGPT's padding
+        self._copies: dict[tuple[int, bool], Copies] = {}
         self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
 
     @functools.cached_property
@@ -61,6 +63,13 @@ class Poet:
         if not self.text_sha256:
             raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
         return Originality(find_dataset(self.dataset), self.text_sha256)
+
+    def copies(self, settings: Settings) -> Copies:
+        """What a passage with these settings must not copy."""
+        key = settings.max_copy, bool(settings.stop)
+        if key not in self._copies:
+            self._copies[key] = Copies(self.originality, self.tokenizer, *key)
+        return self._copies[key]
 
     # -----------------------------------------------------------------------------------------------------------------
     # generating
@@ -80,7 +89,8 @@ class Poet:
 
         first: the number of the first passage's random stream; the others follow. Raises ConfigError if a setting is
         unknown, has the wrong type or is out of range, if the model lacks the style, if the prompt is not text, is over
-        ten million characters long or has no character that the model knows, or if the passages don't fit in memory.
+        ten million characters long or has no character that the model knows, or if the passages don't fit in memory;
+        DataError if max_copy needs a training text that is not there.
         """
         for name, value, low, high in (("n", n, 1, MAX_PASSAGES), ("first", first, 0, 2**53)):
             if not isinstance(value, int) or not low <= value <= high:
@@ -89,6 +99,8 @@ class Poet:
         rows = n * max(len(self.blend_of(checked.style)), 1)
         self._check_prompt(prompt)
         self._check_memory(rows)
+        if checked.max_copy:
+            _ = self.originality
         return [Passage(self.tokenizer, checked, prompt, first + i) for i in range(n)]
 
     def stream(self, passages: list[Passage], logprobs: bool = False) -> Iterator[list[str]]:
@@ -107,7 +119,8 @@ class Poet:
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
-        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0])
+        copied = Copied(self.copies(settings), passages[0].prompt) if settings.max_copy else None
+        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0], copied)
         batch = Batch(passages, sampler, logprobs)
         steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from robopoet.writing.copies import Copied
 from robopoet.writing.passage import Settings
 
 
@@ -50,12 +51,18 @@ def forbid(logits: torch.Tensor, ids: Sequence[np.ndarray]) -> torch.Tensor:
 
     Paulus et al. 2017 (arXiv:1705.04304).
     """
-    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-    if not len(rows):
-        return logits
-    index = tuple(torch.from_numpy(part).long().to(logits.device) for part in (rows, np.concatenate(ids)))
-    masked = logits.index_put(index, logits.new_tensor(-torch.inf))
+    masked = mask(logits, ids)
     return torch.where(masked.amax(-1, keepdim=True) > -torch.inf, masked, logits)
+
+
+def mask(logits: torch.Tensor, ids: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
+    """Set the logits of each row's `ids` to -inf."""
+    if not any(map(len, ids)):
+        return logits
+    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    columns = np.concatenate([np.asarray(row, np.int64) for row in ids])
+    index = tuple(torch.from_numpy(part).to(logits.device) for part in (rows, columns))
+    return logits.index_put(index, logits.new_tensor(-torch.inf))
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -112,7 +119,8 @@ class Sampler:
 
     passages: their numbers; each draws from its own random stream, seeded by (settings.seed, number), so that its text
     does not depend on the passages beside it. weights: of the styles in the blend, (S,). prompt: the ids that every
-    passage continues, for the penalties.
+    passage continues, for the penalties. copied: what the prompt's text would copy, with max_copy. stuck: for each row
+    of the last step, whether every token would have completed a copy, so that its id means nothing.
     """
 
     def __init__(
@@ -122,6 +130,7 @@ class Sampler:
         passages: Sequence[int],
         weights: list[float],
         prompt: list[int],
+        copied: Copied | None = None,
     ):
         self.settings, self.forbidden = settings, forbidden
         self.weights = torch.tensor(weights, device=forbidden.device)
@@ -134,6 +143,8 @@ class Sampler:
             shared = NGrams(settings.no_repeat_ngram)
             shared.push(prompt)
             self.ngrams = [NGrams(settings.no_repeat_ngram, shared) for _ in passages]
+        self.copied = [copied.fork() for _ in passages] if copied else []  # of each text
+        self.stuck = [False] * len(passages)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B * S, V) -> ids (B * S,) int64, the same for all styles of a passage. May overwrite the logits."""
@@ -144,9 +155,10 @@ class Sampler:
         ids = self.sample(self.penalize(logits))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
-        if self.ngrams:
-            for ngrams, id in zip(self.ngrams, ids.tolist(), strict=True):
-                ngrams.push([id])
+        for ngrams, id in zip(self.ngrams, ids.tolist() if self.ngrams else (), strict=True):
+            ngrams.push([id])
+        for copied, id in zip(self.copied, ids.tolist() if self.copied else (), strict=True):
+            copied.push(id)
         self.logits, self.ids = logits, ids
         return ids.repeat_interleave(styles) if styles > 1 else ids
 
@@ -159,7 +171,9 @@ class Sampler:
         """Drop all passages but these, given by their rows."""
         self.streams = [self.streams[row] for row in rows]
         self.ngrams = [self.ngrams[row] for row in rows] if self.ngrams else []
+        self.copied = [self.copied[row] for row in rows] if self.copied else []
         self.seen = None if self.seen is None else self.seen[rows]
+        self.stuck = [False] * len(rows)
 
     def uniforms(self, rows: list[int]) -> torch.Tensor:
         """The next number of each of these rows' streams, float64 in [0, 1)."""
@@ -167,13 +181,19 @@ class Sampler:
         return torch.from_numpy(numbers).to(self.forbidden.device)
 
     def penalize(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) -> the same after repetition_penalty and no_repeat_ngram."""
+        """Logits (B, V) -> the same after repetition_penalty, no_repeat_ngram and max_copy."""
         s = self.settings
         if s.repetition_penalty != 1:
             if self.seen is None:
                 self.seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, self.prompt, True)
             logits = penalize_repetition(logits, self.seen, s.repetition_penalty)
-        return forbid(logits, [ngrams.repeats() for ngrams in self.ngrams]) if self.ngrams else logits
+        if self.ngrams:
+            logits = forbid(logits, [ngrams.repeats() for ngrams in self.ngrams])
+        if self.copied:
+            masked = mask(logits, [copied.ids() for copied in self.copied])
+            stuck = masked.amax(-1, keepdim=True) == -torch.inf
+            self.stuck, logits = stuck[:, 0].tolist(), torch.where(stuck, logits, masked)
+        return logits
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> ids (B,) int64, by temperature, top_k, top_p and min_p."""

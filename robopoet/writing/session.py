@@ -20,6 +20,7 @@ SETTERS = {  # a command -> the setting that it changes
     "/minp": "min_p",
     "/rep": "repetition_penalty",
     "/ngram": "no_repeat_ngram",
+    "/maxcopy": "max_copy",
     "/tokens": "max_new_tokens",
     "/until": "until",
     "/seed": "seed",

@@ -36,6 +36,9 @@ def print_passages(
     for passage in passages:
         if len(passages) > 1:
             print(prompt + passage.text)
+        if passage.is_stuck:
+            n = passage.settings.max_copy
+            warn(f"max_copy: passage {passage.number} ends where every token would copy {n} words; allow more")
         if check:
             print(f"\n{poet.originality.check(passage.text).describe()}")
         if len(passages) > 1:

@@ -1,0 +1,51 @@
+"""What a run shows of its model at each evaluation: a sample, and how much of it is copied."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from robopoet.errors import DataError
+from robopoet.machine import Machine
+from robopoet.text import tokenizer
+from robopoet.text.batches import Meta
+from robopoet.writing.generate import generate
+from robopoet.writing.originality import Originality
+
+LARGEST = 10_000_000  # bytes of a training text that is searched for copies: sorting it takes seconds
+
+
+class Preview:
+    """Samples of `n_tokens` tokens from a model that learns the dataset in `folder`."""
+
+    def __init__(self, folder: Path, meta: Meta, machine: Machine, n_tokens: int):
+        self.folder, self.meta, self.machine, self.n_tokens = folder, meta, machine, n_tokens
+        self.tok = tokenizer.from_json(meta.tokenizer)
+
+    def __call__(self, model: GPT) -> dict[str, str | int]:
+        """A sample's text and the words of its longest copy, unless the text is too large to search.
+
+        It continues a line end, and draws from a random stream of its own.
+        """
+        random, tok = torch.Generator(self.machine.device).manual_seed(0), self.tok
+
+        def sample(logits: torch.Tensor) -> torch.Tensor:
+            probs = (logits[:, : len(tok.tokens)].float() / 0.8).softmax(-1)  # no special token
+            return torch.multinomial(probs, 1, generator=random)[:, 0]
+
+        model.eval()
+        start = torch.tensor([tok.encode("\n") or [0]], device=self.machine.device)
+        ids = [id.item() for id in generate(model, start, self.n_tokens, sample)]
+        text = tok.decode_bytes(ids).decode(errors="replace")
+        copied = {"copied_words": len(self.originality.check(text).longest.split())} if self.originality else {}
+        return {"text": text} | copied
+
+    @functools.cached_property
+    def originality(self) -> Originality | None:
+        """The index of the training text, unless it is too large or can't be sorted here."""
+        with contextlib.suppress(DataError):
+            if self.meta.splits["train"].bytes <= LARGEST:
+                return Originality(self.folder, self.meta.text_sha256)
+        return None
