@@ -53,7 +53,7 @@ def main(cfg: BooksConfig) -> None:
         for doc in corpus.documents(corpus.read_manifest(Path(cfg.corpus))):
             if doc.style in (cfg.only or (doc.style,)):
                 path = Path(folder) / f"{doc.style}.txt"
-                path.write_bytes(doc.raw.encode()[: cfg.bytes or None])
+                path.write_bytes(doc.text.encode()[: cfg.bytes or None])
                 for setting in cfg.settings:
                     books.append({"book": doc.style, "bytes": path.stat().st_size} | run(cfg, path, setting))
                     print(books[-1], flush=True)
