@@ -15,6 +15,7 @@ import configurator
 from bench import (
     books,
     common,
+    copying,
     demo,
     gpu,
     learn,
@@ -86,6 +87,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "temperature, beside human text from the test split: means, and the human 1st to 99th percentile. The last "
         "row: passages within that range by every measure.",
         writing.table,
+    ),
+    "copying": (
+        "Copying",
+        "The longest run of words of the training text in passages with --max_copy and without, in turns; speed-ups as "
+        "medians with their range.",
+        copying.table,
     ),
     "window": (
         "Beyond the first block",

@@ -17,6 +17,7 @@ import train
 from bench import (
     books,
     common,
+    copying,
     demo,
     plot,
     prepare_speed,
@@ -210,6 +211,16 @@ def test_writing(run, results, monkeypatch, capsys):
         assert figures["people"]["real_words"]["mean"] > 0.9 and figures["coherent"] == {"model": 0, "people": 1}
         assert figures["people"]["longest_copy_characters"]["p1"] > 25 and "known_speakers" not in figures["people"]
     assert "## Writing" in table.tables() and "| out, at 0.9 |" in capsys.readouterr().out
+
+
+def test_copying(run, results, monkeypatch, capsys):
+    args = [f"{run}/out/best.pt", "--passages=4", "--together=2", "--max_new_tokens=40", "--device=cpu"]
+    result, name = start(monkeypatch, copying, copying.CopyingConfig, *args, "--max_copy=3", positional="checkpoint")
+    assert name.startswith("copying_") and result["longest"][1] < 3 and ordered(result["ratio"])
+    assert "| out | 4, 2 together" in capsys.readouterr().out
+    assert copying.longest_copy("x to be or to be", [" to be or not to be "]) == 3
+    with pytest.raises(ConfigError, match="max_copy: is missing"):
+        start(monkeypatch, copying, copying.CopyingConfig, *args, positional="checkpoint")
 
 
 def test_window(run, results, monkeypatch, capsys):
