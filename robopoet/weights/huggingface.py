@@ -154,7 +154,8 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
     }
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.absolute().parent))
     try:
-        safetensors.torch.save_file(_their_weights(model, kind), part / "model.safetensors", {"format": "pt"})
+        weights = {name: w.contiguous() for name, w in kind.theirs(with_biases(model)).items()}
+        safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         for name, value in files.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
@@ -166,13 +167,13 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _their_weights(model: GPT, kind: type[Architecture]) -> Weights:
-    """The model's weights in float32, under the names and in the shapes of an architecture, which has biases."""
+def with_biases(model: GPT) -> Weights:
+    """The model's weights in float32, without lm_head.weight, the tied one; a bias that it lacks is zeros."""
     weights = {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
     for name, p in list(weights.items()):
         if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))
-    return {name: w.contiguous() for name, w in kind.theirs(weights).items()}
+    return weights
 
 
 def model_card(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
