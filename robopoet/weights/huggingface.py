@@ -177,18 +177,15 @@ def with_biases(model: GPT) -> Weights:
 
 
 def model_card(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
-    """The exported folder's README, as Markdown: shape, loss, licences, styles and a sample."""
+    """The exported folder's README, as Markdown."""
+    head = ["---", "pipeline_tag: text-generation", "library_name: transformers", "---", ""]
+    return "\n".join([*head, "# A GPT trained with RoboPoet", "", describe(model, tok, content, passage)])
+
+
+def describe(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
+    """What a model is, as Markdown: shape, loss, licences, styles and a sample."""
     c, styles = model.config, tokenizer.styles(tok)
-    lines = [
-        "---",
-        "pipeline_tag: text-generation",
-        "library_name: transformers",
-        "---",
-        "",
-        "# A GPT trained with RoboPoet",
-        "",
-    ]
-    lines += [f"{model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "]
+    lines = [f"{model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "]
     lines[-1] += f"{c.block_size} tokens of context, vocabulary {c.vocab_size:,}."
     if (loss := content.get("best_val_loss")) is not None:
         lines += ["", f"Validation loss: {loss:.4f} nats per token, after {content.get('iter_num', 0):,} steps."]
