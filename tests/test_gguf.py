@@ -43,9 +43,28 @@ def make_model(tok: Tokenizer, **shape) -> GPT:
     model = GPT(GPTConfig(**shape))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    with torch.no_grad():  # tied embeddings repeat one token; here what was written becomes unlikely
-        model.transformer.ln_f.weight.sub_(1)
     return model.eval()
+
+
+def train_model(tok: Tokenizer, tags: list[str], **shape) -> GPT:
+    """A model that has learned a text by heart for each tag ("": none): 100 tokens that differ, after "The rose"."""
+    model, rng = make_model(tok, **shape), random.Random(4)
+    starts = [[*([tok.specials[tag]] if tag else []), *tok.encode("The rose")] for tag in tags]
+    rows = [start + rng.sample(range(len(tok.tokens)), 102) for start in starts]
+    idx = torch.tensor([row[:104] for row in rows])
+    targets = idx[:, 1:].clone()
+    for row, start in zip(targets, starts, strict=True):
+        row[: len(start) - 1] = -1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(400):
+        loss = model(idx[:, :-1], targets)[1]
+        if loss < 0.05:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    return model
 
 
 def export(model: GPT, tok: Tokenizer, path: Path, dtype: gguf.Dtype = "float32") -> Path:
@@ -98,10 +117,8 @@ def poem(poet: Poet, prompt: str, n: int, style: str = "") -> tuple[list[int], s
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_log_probabilities_and_greedy_text_are_poets(tmp_path, bpe, shape):
+def test_log_probabilities_are_ours(tmp_path, bpe, shape):
     model = make_model(bpe, **shape)
-    path = tmp_path / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": bpe.to_json()})
     llama = Llama(export(model, bpe, tmp_path / "poet.gguf"))
     ids = [bpe.specials["<|a|>"], *bpe.encode(make_text(30, seed=7))][:60]
     idx = torch.tensor([ids])
@@ -109,13 +126,23 @@ def test_log_probabilities_and_greedy_text_are_poets(tmp_path, bpe, shape):
         ours = model.double()(idx, idx)[0][0].log_softmax(-1)
     assert ours.std() > 0.2
     torch.testing.assert_close(llama.log_probabilities(ids, bpe.vocab_size), ours, rtol=0, atol=0.01)
-    poet = Poet(str(path), "cpu", "float32")
-    for style, tag in (("", ""), ("b", "<|b|>")):
-        mine, text = poem(poet, "The rose", 100, style)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_is_poets_for_each_tag(tmp_path, bpe, shape, dtype):
+    model = train_model(bpe, ["", "<|a|>", "<|b|>"], **shape)
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": bpe.to_json()})
+    poet, llama = Poet(str(path), "cpu", "float32"), Llama(export(model, bpe, tmp_path / "poet.gguf", dtype))
+    texts = set()
+    for style, tag in (("", ""), ("a", "<|a|>"), ("b", "<|b|>")):
+        ids, text = poem(poet, "The rose", 100, style)
         theirs = llama.greedy(f"{tag}The rose", 100)
-        assert theirs["tokens"] == mine and len(mine) == 100 and len(set(mine)) > 9
-        assert theirs["content"] == text
-    assert poem(poet, "The rose", 100)[0] != mine  # the tag matters
+        assert theirs["tokens"] == ids and theirs["content"] == text
+        assert len(ids) == 100 and len(set(ids)) > 90
+        texts.add(text)
+    assert len(texts) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
