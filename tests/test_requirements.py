@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-OPTIONAL = "wandb tensorboard rustbpe pydivsufsort lxml pyarrow transformers matplotlib huggingface_hub".split()
+OPTIONAL = "wandb tensorboard rustbpe pydivsufsort lxml pyarrow gguf transformers matplotlib huggingface_hub".split()
 
 # runs command lines one after another in this process; after each, prints which of OPTIONAL are imported
 RUN = """

@@ -27,16 +27,17 @@ UNKNOWN = "<|unk|>"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same as tiktoken writes it
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PATTERNS = {  # that a saved tokenizer may have; an unknown one might drop text, or backtrack forever
-    PATTERN,
-    GPT2_PATTERN,
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # as in GPT-2's code
+# that a saved tokenizer may have (an unknown one might drop text, or backtrack forever) -> llama.cpp's name for it
+PATTERNS = {
+    PATTERN: "gpt-2",
+    GPT2_PATTERN: "gpt-2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",  # as in GPT-2's code
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # GPT-4's
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",  # the same as tiktoken writes it
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s": "llama-bpe",  # the same as tiktoken writes it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen's
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # Qwen's
 }
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
 BATCH_CHARS = 250_000  # encoded in one call, which takes some hundredths of a second and lets other threads run

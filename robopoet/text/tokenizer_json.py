@@ -35,8 +35,8 @@ BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 def to_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a tokenizer.json that gives the same ids."""
     if isinstance(tokenizer, BPETokenizer):
-        names = ["".join(map(CHAR_OF_BYTE.__getitem__, token)) for token in tokenizer.tokens]
-        model = {"type": "BPE", "vocab": {name: id for id, name in enumerate(names)}, "merges": _merges(tokenizer)}
+        vocab = {show(token): id for id, token in enumerate(tokenizer.tokens)}
+        model = {"type": "BPE", "vocab": vocab, "merges": merges(tokenizer)}
         split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         pre_tokenizer, decoder = {"type": "Sequence", "pretokenizers": [split, level]}, level
@@ -59,18 +59,23 @@ def to_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(tokenizer: BPETokenizer) -> list[list[str]]:
+def show(token: bytes) -> str:
+    """A token as GPT-2's files show it: a character for each byte."""
+    return "".join(map(CHAR_OF_BYTE.__getitem__, token))
+
+
+def merges(tokenizer: BPETokenizer) -> list[list[str]]:
     """For each token of several bytes, in order, the two tokens that merge into it."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    merges = []
+    found = []
     for token in tokenizer.tokens:
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:  # encode the token as BPE does, up to the last merge
             at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
-            merges.append(["".join(map(CHAR_OF_BYTE.__getitem__, part)) for part in parts])
-    return merges
+            found.append([show(part) for part in parts])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,9 +148,9 @@ def from_huggingface(raw: bytes | str) -> Tokenizer:
         raise _unlike("its special tokens are not the last")
     if model.type == "WordLevel" and all(len(piece) == 1 for piece in pieces):
         return _build({"kind": "char", "chars": "".join(pieces), "specials": list(names)})
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
     single = [piece for piece in pieces if len(piece) == 1]
-    if model.type != "BPE" or pieces != single + ["".join(merge) for merge in merges if len(merge) == 2]:
+    if model.type != "BPE" or pieces != single + ["".join(pair) for pair in pairs if len(pair) == 2]:
         raise _unlike("its ids are not in the order of its merges")
     pattern = _pattern(saved)
     if unknown := set("".join(pieces)) - BYTE_OF_CHAR.keys():

@@ -154,7 +154,8 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
     }
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.absolute().parent))
     try:
-        safetensors.torch.save_file(_their_weights(model, kind), part / "model.safetensors", {"format": "pt"})
+        weights = {name: w.contiguous() for name, w in kind.theirs(with_biases(model)).items()}
+        safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         for name, value in files.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
@@ -166,28 +167,25 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _their_weights(model: GPT, kind: type[Architecture]) -> Weights:
-    """The model's weights in float32, under the names and in the shapes of an architecture, which has biases."""
+def with_biases(model: GPT) -> Weights:
+    """The model's weights in float32, without lm_head.weight, the tied one; a bias that it lacks is zeros."""
     weights = {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
     for name, p in list(weights.items()):
         if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))
-    return {name: w.contiguous() for name, w in kind.theirs(weights).items()}
+    return weights
 
 
 def model_card(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
-    """The exported folder's README, as Markdown: shape, loss, licences, styles and a sample."""
+    """The exported folder's README, as Markdown."""
+    head = ["---", "pipeline_tag: text-generation", "library_name: transformers", "---", ""]
+    return "\n".join([*head, "# A GPT trained with RoboPoet", "", describe(model, tok, content, passage)])
+
+
+def describe(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
+    """What a model is, as Markdown: shape, loss, licences, styles and a sample."""
     c, styles = model.config, tokenizer.styles(tok)
-    lines = [
-        "---",
-        "pipeline_tag: text-generation",
-        "library_name: transformers",
-        "---",
-        "",
-        "# A GPT trained with RoboPoet",
-        "",
-    ]
-    lines += [f"{model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "]
+    lines = [f"{model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "]
     lines[-1] += f"{c.block_size} tokens of context, vocabulary {c.vocab_size:,}."
     if (loss := content.get("best_val_loss")) is not None:
         lines += ["", f"Validation loss: {loss:.4f} nats per token, after {content.get('iter_num', 0):,} steps."]

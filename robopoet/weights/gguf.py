@@ -1,0 +1,155 @@
+"""Models as GGUF files, for llama.cpp and what is built on it, such as Ollama and LM Studio.
+
+llama.cpp's gpt2 has learned positions, its starcoder2 rotary ones. Both compute the tanh GELU from a table in float16,
+also where the model has the exact one: the demo's log-probabilities differ by up to 0.003, and by 0.01 with llama.cpp's
+default cache, float16. Style tags are control tokens, which a prompt spells by their names.
+"""
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import numpy as np
+
+from model import GPT
+from robopoet.errors import CheckpointError
+from robopoet.text import tokenizer_json
+from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
+from robopoet.weights import huggingface
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Dtype = Literal["float16", "float32"]
+
+NAMES = {  # ours, after transformer -> llama.cpp's
+    ".wte.": "token_embd.",
+    ".wpe.": "position_embd.",
+    ".ln_f.": "output_norm.",
+    ".h.": "blk.",
+    ".ln_1.": ".attn_norm.",
+    ".attn.c_attn.": ".attn_qkv.",
+    ".attn.c_proj.": ".attn_output.",
+    ".ln_2.": ".ffn_norm.",
+    ".mlp.c_fc.": ".ffn_up.",
+    ".mlp.c_proj.": ".ffn_down.",
+}
+QKV = ".attn_q.", ".attn_k.", ".attn_v."
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat is a text to continue
+NEVER = b"\xff"  # is in no UTF-8
+
+
+class Weight(np.ndarray):
+    """An array whose tofile(), by which GGUFWriter writes, fails on a full disk; numpy's may lose the end unnoticed."""
+
+    def tofile(self, f: BinaryIO) -> None:
+        """Write all bytes to `f`; raises OSError."""
+        f.write(self.data)
+
+
+def check(tok: Tokenizer) -> None:
+    """Raise CheckpointError if llama.cpp can't hold the tokenizer, or the package gguf is not installed."""
+    if not isinstance(tok, BPETokenizer):
+        raise CheckpointError("export: llama.cpp can't hold a tokenizer of characters; export to .html or a folder")
+    if len(tok.tokens) == 256:
+        raise CheckpointError("export: llama.cpp can't hold a tokenizer without merges; export to .html or a folder")
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError("export: .gguf needs the package gguf: pip install gguf")
+
+
+def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, path: Path, dtype: Dtype) -> str:
+    """Write a new GGUF file; returns a line that says who loads it, and how long its texts may be.
+
+    content: the checkpoint. passage: a sample for the description. dtype: of the matrices; vectors and positions are
+    float32, as llama.cpp's converter has them. Raises CheckpointError if the file exists or can't be written, if a
+    weight is too large for float16, and as check() does.
+    """
+    check(tok)
+    import gguf
+
+    if path.exists():
+        raise CheckpointError(f"{path}: exists; choose another name, or remove it")
+    c = model.config
+    handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent)
+    os.close(handle)
+    writer = gguf.GGUFWriter(part, "gpt2" if c.positions == "learned" else "starcoder2")
+    try:
+        writer.add_type("model")
+        writer.add_name(_clean(path.stem))
+        writer.add_description(_clean(huggingface.describe(model, tok, content, passage)))
+        writer.add_license(_clean("; ".join(content.get("licences", ()))))
+        writer.add_tags(["text-generation", *map(_clean, styles(tok))])
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
+        writer.add_context_length(c.block_size)
+        writer.add_embedding_length(c.n_embd)
+        writer.add_block_count(c.n_layer)
+        writer.add_feed_forward_length(4 * c.n_embd)
+        writer.add_head_count(c.n_head)
+        writer.add_layer_norm_eps(1e-5)
+        if c.positions == "rotary":
+            writer.add_rope_dimension_count(c.n_embd // c.n_head)
+            writer.add_rope_freq_base(10_000.0)
+        _add_tokenizer(writer, tok)
+        for name, weight in _tensors(model, tok.vocab_size, dtype).items():
+            writer.add_tensor(name, weight)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as e:
+        raise CheckpointError(f"{path}: can't be written: {e.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk it writes in vain once more
+            writer.close()
+        Path(part).unlink(missing_ok=True)
+    beyond = "" if c.positions == "learned" else ", or goes on with --context-shift --keep 1"
+    return f"llama.cpp, Ollama and LM Studio load it; a text ends after {c.block_size} tokens, prompt included{beyond}"
+
+
+def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
+    """The tokens; any but <|endoftext|> is never generated, as in Poet."""
+    from gguf import TokenType
+
+    end = tok.specials.get(END, tok.tokens.index(NEVER))  # llama.cpp ends texts at id 11 unless told otherwise
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PATTERNS[tok.pattern])
+    writer.add_token_list([*map(tokenizer_json.show, tok.tokens), *tok.specials])
+    writer.add_token_types([TokenType.NORMAL] * len(tok.tokens) + [TokenType.CONTROL] * len(tok.specials))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer_json.merges(tok)])
+    writer.add_add_bos_token(False)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_eot_token_id(end)
+    writer.add_array("tokenizer.ggml.suppress_tokens", [id for name, id in tok.specials.items() if name != END])
+    writer.add_chat_template(TEMPLATE)
+
+
+def _tensors(model: GPT, vocab_size: int, dtype: Dtype) -> dict[str, Weight]:
+    """llama.cpp's tensors: name -> (rows, columns) or (n,), of the embeddings only `vocab_size` rows (nanoGPT pads)."""
+    tensors = {}
+    for name, weight in huggingface.with_biases(model).items():
+        name, w = name.removeprefix("transformer"), weight.numpy().view(Weight)
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        if name == "token_embd.weight":
+            w = w[:vocab_size]
+        if w.ndim > 1 and name != "position_embd.weight":
+            with np.errstate(over="ignore"):
+                w = w.astype(dtype)
+        if not np.isfinite(w).all():
+            raise CheckpointError(f"export: {name} has numbers too large for {dtype}; take --export_dtype=float32")
+        if model.config.positions == "rotary" and ".attn_qkv." in name:
+            tensors |= {name.replace(".attn_qkv.", part): rows for part, rows in zip(QKV, np.split(w, 3), strict=True)}
+        else:
+            tensors[name] = w
+    return tensors
+
+
+def _clean(text: str) -> str:
+    """`text` without control characters, which a terminal would obey, and lone surrogates."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
