@@ -20,7 +20,7 @@ import configurator
 from configurator import ConfigError, bounds
 from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
-from robopoet.weights import checkpoint, huggingface
+from robopoet.weights import checkpoint, html, huggingface
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import MAX_PASSAGES, MAX_PROMPT, Dtype, Poet
 from robopoet.writing.replay import replay, save
@@ -41,7 +41,8 @@ class SampleConfig(Settings):
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
     replay: str = ""  # regenerate the passages of such a file, compare them, and exit
-    export: str = ""  # also export the model to this new folder, for Hugging Face's transformers
+    export: str = ""  # also export the model: to a new folder for transformers, or to NAME.html for a browser
+    export_dtype: html.Dtype = "float16"  # of the weights in a .html
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Dtype = "auto"  # of the weights; auto: the fastest
@@ -51,7 +52,7 @@ class SampleConfig(Settings):
         """What is wrong with these values, one per line."""
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        unused = {"interactive": "prompt num_samples verbose check save export".split(), "replay": changed}
+        unused = {"interactive": "prompt num_samples verbose check save export export_dtype".split(), "replay": changed}
         for mode, keys in unused.items():
             given = [key for key in keys if key in changed and key != mode]
             if getattr(self, mode) and given:
@@ -90,6 +91,8 @@ def main(cfg: SampleConfig) -> None:
         check_export(Path(cfg.export))
     prompt = read_prompt(cfg.prompt)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype, cfg.record)
+    if cfg.export.endswith(".html"):
+        html.check(poet.model.config)
     if cfg.save:
         _ = poet.sha256
     if cfg.check:
@@ -112,8 +115,14 @@ def main(cfg: SampleConfig) -> None:
         save(Path(cfg.save), poet, passages)
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        huggingface.export(*loaded, prompt + passages[0].text, Path(cfg.export))
-        print(f"{cfg.export}: AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it")
+        sample, path = prompt + passages[0].text, Path(cfg.export)
+        if cfg.export.endswith(".html"):
+            html.export(*loaded, sample, path, cfg.export_dtype)
+            note = f"{path.stat().st_size / 1e6:,.1f} MB; open it in a browser, offline too"
+        else:
+            huggingface.export(*loaded, sample, path)
+            note = "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it"
+        print(f"{cfg.export}: {note}")
     return None
 
 

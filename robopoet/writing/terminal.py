@@ -51,11 +51,11 @@ def check_save(path: Path) -> None:
         _check_parent("save", path)
 
 
-def check_export(folder: Path) -> None:
-    """Raise CheckpointError if `folder` exists, ConfigError if it can't be created."""
-    if _exists("export", folder):
-        raise CheckpointError(f"export: {folder} exists; choose another folder, or remove it")
-    _check_parent("export", folder)
+def check_export(path: Path) -> None:
+    """Raise CheckpointError if `path` exists, ConfigError if it can't be created."""
+    if _exists("export", path):
+        raise CheckpointError(f"export: {path} exists; choose another name, or remove it")
+    _check_parent("export", path)
 
 
 def _exists(key: str, path: Path) -> bool:
