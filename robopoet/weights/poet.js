@@ -669,7 +669,7 @@ class Poet {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// in a Worker: {about}, then {name, base64} of each tensor, then {write, settings} and {stop}
+// in a Worker: {about}, then {name, base64} of each tensor, {open}; then {run, write, settings} and {stop}
 
 if (typeof WorkerGlobalScope !== "undefined") {
   const weights = {}, next = new MessageChannel(); // a timer would wait 4 ms after each token
@@ -678,8 +678,10 @@ if (typeof WorkerGlobalScope !== "undefined") {
     if (data.about) about = data.about;
     else if (data.name) weights[data.name] = decodeWeights(data.base64, about.dtype);
     else if (data.stop) steps = null;
-    else {
-      poet ??= new Poet(about, weights);
+    else if (data.open) {
+      poet = new Poet(about, weights);
+      postMessage({ isOpen: true });
+    } else {
       run = data.run;
       steps = poet.write(data.write, data.settings);
       next.port2.postMessage(run);
