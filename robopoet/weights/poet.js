@@ -44,7 +44,7 @@ function utf8(text) {
     let code = char.codePointAt(0);
     if (code >= 0xd800 && code < 0xe000) code = 0xfffd;
     const n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3; // bytes that continue the first
-    bytes += String.fromCharCode(n ? (0xf00 >> n) & 0xff | (code >> (6 * n)) : code);
+    bytes += String.fromCharCode(n ? ((0xf00 >> (n + 1)) & 0xff) | (code >> (6 * n)) : code);
     for (let i = n - 1; i >= 0; i--) bytes += String.fromCharCode(0x80 | ((code >> (6 * i)) & 63));
   }
   return bytes;
