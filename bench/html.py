@@ -5,7 +5,7 @@ python -m bench.html out/demo/best.pt --screenshot=bench/results/poet.png
 
 The limit is the slower of two: a token's floating-point operations, at the speed of the engine's own product of a
 matrix in the L1 cache; the bytes of the weights, at the speed at which V8 copies. A token's operations are 2 for each
-weight of a matrix, and 4 n_embd in each layer for each token in view.
+weight of a matrix, and 4 n_embd in each layer for each token in view. Times are CPU seconds: machines are shared.
 """
 
 import os
@@ -28,18 +28,21 @@ RUN = """
 let poet, weights = {};
 function put(name, base64) { weights[name] = decodeWeights(base64, about.dtype); return name; }
 function open() { poet = new Poet(about, weights); return 0; }
-function time(f) { const start = Date.now(); f(); return (Date.now() - start) / 1000; }
 function write(n, temperature) {
-  const settings = { until: "tokens", max_new_tokens: n, temperature };
-  return time(() => { for (const _ of poet.write("\\n", settings)) {} });
+  for (const _ of poet.write("\\n", { until: "tokens", max_new_tokens: n, temperature })) {}
+  return 0;
 }
-function flops(repeats) {
-  const [x, y, b, w] = [64, 64, 64, 4096].map((n) => new Float32Array(n));
-  return 2 * 4096 * repeats / time(() => { for (let i = 0; i < repeats; i++) linear(y, 0, x, w, b, 1); });
+const [x, y, b, w] = [64, 64, 64, 4096].map((n) => new Float32Array(n));
+function multiply(repeats) { // 2 * 4096 operations each
+  for (let i = 0; i < repeats; i++) linear(y, 0, x, w, b, 1);
+  return 0;
 }
-function bandwidth(repeats) {
-  const from = new Float32Array(2 ** 24), to = new Float32Array(2 ** 24);
-  return 2 * from.byteLength * repeats / time(() => { for (let i = 0; i < repeats; i++) to.set(from); });
+let from, to;
+function copy(repeats) { // 2 ** 26 bytes, read and written, each
+  from ??= new Float32Array(2 ** 24).fill(1);
+  to ??= new Float32Array(2 ** 24).fill(1);
+  for (let i = 0; i < repeats; i++) to.set(from);
+  return 0;
 }
 """
 
@@ -112,18 +115,25 @@ def main(cfg: HTMLConfig) -> None:
         v8.call("put", name, base64)
     v8.call("open")
     load_s = time.perf_counter() - start
-    call = lambda *given: [v8.call(*given) for _ in range(cfg.repeats)]  # noqa: E731
-    v8.call("write", cfg.tokens, 0.9)  # until its loops are compiled
-    rates = {
-        key: [cfg.tokens / s for s in call("write", cfg.tokens, t)] for key, t in (("sampled", 0.9), ("greedy", 0))
-    }
+
+    def rates_of(work: float, *call: str | float) -> list[float]:
+        """How much of `work` a call does in a second, in each repeat, once its loops are compiled."""
+        v8.call(*call)
+        rates = []
+        for _ in range(cfg.repeats):
+            begun = time.process_time()
+            v8.call(*call)
+            rates.append(work / (time.process_time() - begun))
+        return rates
+
+    rates = {name: rates_of(cfg.tokens, "write", cfg.tokens, t) for name, t in (("sampled", 0.9), ("greedy", 0))}
     v8.low_memory_notification()
     c, n = model.config, model.num_params()
     beside = resident() - before - 4 * n
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     matrices -= c.block_size * c.n_embd if c.positions == "learned" else 0
     flop = 2 * matrices + 4 * c.n_embd * c.n_layer * min(cfg.tokens / 2, c.block_size)
-    flops, bandwidth = max(call("flops", 100_000)), max(call("bandwidth", 10))
+    flops, bandwidth = max(rates_of(8192e5, "multiply", 100_000)), max(rates_of(20 * 2**26, "copy", 10))
     limit = min(flops / flop, bandwidth / (4 * n))
     result = origin("html", find_machine("cpu", "float32")) | {
         "v8": v8.v8_version,

@@ -395,7 +395,7 @@ def until(browser, condition: str) -> None:
 @pytest.mark.parametrize("style", ["a", SCRIPT])
 def test_the_page_writes_stops_and_writes_on_in_chromium(tmp_path, bpe, browser, style):
     tok = BPETokenizer(bpe.tokens, [f"<|{style}|>", "<|b|>"])  # no end, and a model large enough to be stopped
-    path = make_checkpoint(tmp_path / "best.pt", tok, positions="rotary", n_embd=128, n_layer=4)
+    path = make_checkpoint(tmp_path / "best.pt", tok, positions="rotary", n_layer=24)
     export(path, tmp_path / "poet.html", passage=f"{SCRIPT} A sample.", licences=[f"b: {SCRIPT}"])
     find = lambda selector: browser.find_element("css selector", selector)  # noqa: E731
     browser.get((tmp_path / "poet.html").as_uri())
@@ -443,7 +443,7 @@ def test_the_page_writes_stops_and_writes_on_in_chromium(tmp_path, bpe, browser,
     stopped = words(browser)
     assert find("#status").text == "Stopped." and len(stopped) < 900
     kept = browser.execute_script("return kept")
-    assert stopped[:kept] == before[:kept] and stopped != before[: len(stopped)]
+    assert 7 <= kept < 200 and stopped[:kept] == before[:kept] and stopped != before[: len(stopped)]
     browser.execute_script("document.getElementById('text').focus()")
     webdriver.ActionChains(browser).send_keys(Keys.ARROW_RIGHT * 2).perform()
     assert find("#text .current").text.strip() == stopped[1].strip()
