@@ -241,7 +241,8 @@ class Model {
   start(S) {
     const { C, config: { n_layer, block_size, vocab_size } } = this, M = Math.max(S, CHUNK);
     const perRow = (size) => Array.from({ length: n_layer * S }, () => new Float32Array(size)); // layer by layer
-    Object.assign(this, { S, length: 0, keys: perRow(block_size * C), values: perRow(block_size * C), first: perRow(C) });
+    Object.assign(this, { S, length: 0, first: perRow(C) });
+    Object.assign(this, { keys: perRow(block_size * C), values: perRow(block_size * C) });
     this.logits = new Float32Array(S * vocab_size);
     for (const [name, width] of [["x", C], ["h", C], ["qkv", 3 * C], ["fc", 4 * C]]) {
       this[name] = new Float32Array(M * width);
@@ -384,18 +385,19 @@ function random(seed) {
   return next;
 }
 
-// Turns logits, (V,), into probabilities, unnormalised. top_k, top_p and min_p each drop what is less probable than some
-// floor; one sort finds the floors. scratch: (V,).
+// Turns logits, (V,), into probabilities, unnormalised. top_k, top_p and min_p each drop what is less probable than
+// some floor; one sort finds the floors. scratch: (V,).
 function filter(probs, logits, scratch, { temperature, top_k, top_p, min_p }) {
   const V = probs.length, k = top_k ? Math.min(top_k, V) : V;
-  let largest = -Infinity, floor = 0, total = 0, above = 0;
+  let largest = -Infinity, floor = 0, total = 0, above = 0, n = 0;
   for (let v = 0; v < V; v++) if (logits[v] > largest) largest = logits[v];
-  for (let v = 0; v < V; v++) probs[v] = Math.exp((logits[v] - largest) / temperature);
+  for (let v = 0; v < V; v++) total += probs[v] = Math.exp((logits[v] - largest) / temperature);
   if (k < V || top_p < 1) {
-    scratch.set(probs);
-    scratch.sort();
-    for (let i = V - k; i < V; i++) total += scratch[i];
-    for (let i = V - 1; i >= V - k && above < top_p * total;) {
+    const least = k < V ? 0 : ((1 - top_p) * total) / V; // all that are less probable add up to less than 1 - top_p
+    for (let v = 0; v < V; v++) if (probs[v] >= least) scratch[n++] = probs[v];
+    scratch.subarray(0, n).sort();
+    if (k < V) total = scratch.subarray(n - k, n).reduce((sum, p) => sum + p, 0);
+    for (let i = n - 1; i >= Math.max(n - k, 0) && above < top_p * total;) {
       floor = scratch[i];
       for (; i >= 0 && scratch[i] === floor; i--) above += floor; // equals stay or go together
     }
@@ -408,7 +410,8 @@ function filter(probs, logits, scratch, { temperature, top_k, top_p, min_p }) {
 class Sampler {
   // weights: of the styles, (S,). prompt: ids.
   constructor(settings, V, forbidden, weights, prompt) {
-    Object.assign(this, { settings, forbidden, weights, V, random: random(settings.seed), ngrams: new Map(), tail: [] });
+    Object.assign(this, { settings, V, forbidden, weights, ngrams: new Map(), tail: [] });
+    this.random = random(settings.seed);
     [this.z, this.own, this.probs, this.scratch] = Array.from({ length: 4 }, () => new Float64Array(V));
     this.seen = new Set();
     this.push(prompt);
@@ -518,10 +521,7 @@ function ends(text, unit, start) {
   for (let match; (match = pattern.exec(text));) {
     const end = match.index + match[0].length;
     if (end < start) continue;
-    const paragraph = text.slice(unit === "speech" ? text.slice(0, end).lastIndexOf("\n\n") + 2 : 0, end);
-    if (unit !== "speech" || SPEECH_FIRST.test(text.slice(0, end).includes("\n\n") ? paragraph : text.slice(0, end))) {
-      found.push(end);
-    }
+    if (unit !== "speech" || SPEECH_FIRST.test(text.slice(0, end).split("\n\n").at(-1))) found.push(end);
   }
   return found;
 }
@@ -542,7 +542,8 @@ class Passage {
     if (piece) this.waiting.push([piece, note]);
     for (const part of this.settings.stop.length || this.waits ? piece : [piece]) {
       this.held += part;
-      const found = this.settings.stop.filter((stop) => this.held.endsWith(stop)).map((stop) => this.held.length - stop.length);
+      const found = [];
+      for (const stop of this.settings.stop) if (this.held.endsWith(stop)) found.push(this.held.length - stop.length);
       if (this.waits && SPACE.test(part)) found.push(...this.ends(this.settings.until));
       if (found.length) return this.end(Math.min(...found));
     }
