@@ -21,6 +21,7 @@ from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, CharTokenizer, StreamDecoder
 from robopoet.weights import checkpoint, html
 from robopoet.writing import sampler
+from robopoet.writing.generate import generate
 from robopoet.writing.passage import Passage, Settings
 from sample import Poet, SampleConfig
 
@@ -141,6 +142,23 @@ def test_logits_are_torchs_to_1e5_and_with_float16_those_of_the_rounded_weights(
         torch.testing.assert_close(in_float16.double(), model(ids)[0][0, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [22, 23, 24, 25, 47, 48, 90])
+def test_a_full_ring_of_rotary_positions_gives_the_logits_of_generate(tmp_path, bpe, n):
+    path = make_checkpoint(tmp_path / "best.pt", bpe, positions="rotary", block_size=24)
+    model, _, _ = checkpoint.load_model(path, torch.device("cpu"), torch.float32)
+    ids = torch.randint(bpe.vocab_size, (1, n), generator=torch.Generator().manual_seed(n))
+    seen = []
+
+    def force(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits[0])
+        return ids[:, min(4 + len(seen), n - 1)]
+
+    for _ in generate(model, ids[:, :5], n - 4, force):
+        pass
+    found = call(engine(export(path, tmp_path / "poet.html")), "logits", ids[0].tolist(), 5)
+    torch.testing.assert_close(torch.tensor(found), seen[-1], rtol=0, atol=2e-5)
+
+
 def test_weights_are_decoded_bit_for_bit(v8):
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]  # subnormals, zeros and the largest among them
@@ -181,10 +199,13 @@ ODD = [
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))
 def test_bpe_ids_are_poets_with_every_pattern(v8, bpe, pattern):
-    tok = BPETokenizer(bpe.tokens, SPECIALS, pattern)
+    joined = ["'ſa", "'sa", "'LLa", "a'", "  a", "\n\n ", "12", "1234", "!\n", " \n", "é1"]  # tokens across likely cuts
+    pairs = [part.encode() for part in joined if part.encode() not in bpe.tokens]
+    tok = BPETokenizer([*bpe.tokens, *(dict.fromkeys(p[:i] for p in pairs for i in range(2, len(p) + 1) if
+                       p[:i] not in bpe.tokens))], SPECIALS, pattern)  # fmt: skip
     rng = np.random.default_rng(0)
     chars = [*" \n\r\t'sSſaé1٣東🙂!\u00a0\u0085\u3000_-ltLVEve"]
-    odd = ODD + ["".join(rng.choice(chars, 40)) for _ in range(300)]
+    odd = ODD + [f"x{part}b" for part in joined] + ["".join(rng.choice(chars, 40)) for _ in range(300)]
     found = call(v8, "(saved, texts) => { const tok = new Tokenizer(saved); return texts.map((t) => tok.encode(t)); }",
                     tok.to_json(), odd)  # fmt: skip
     assert found == [tok.encode(text) for text in odd]
