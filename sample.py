@@ -20,7 +20,8 @@ import configurator
 from configurator import ConfigError, bounds
 from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
-from robopoet.weights import checkpoint, gguf, huggingface
+from robopoet.weights import checkpoint, gguf, html, huggingface
+from robopoet.weights.header import ExportDtype
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import MAX_PASSAGES, MAX_PROMPT, Dtype, Poet
 from robopoet.writing.replay import replay, save
@@ -41,8 +42,8 @@ class SampleConfig(Settings):
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
     replay: str = ""  # regenerate the passages of such a file, compare them, and exit
-    export: str = ""  # also export the model: to a new folder for transformers, or to NAME.gguf for llama.cpp
-    export_dtype: gguf.Dtype = "float16"  # of the weights in a .gguf
+    export: str = ""  # also export the model: to NAME.html (browser), NAME.gguf (llama.cpp), or a folder (transformers)
+    export_dtype: ExportDtype = "float16"  # of the weights in a .html or .gguf
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Dtype = "auto"  # of the weights; auto: the fastest
@@ -91,7 +92,9 @@ def main(cfg: SampleConfig) -> None:
         check_export(Path(cfg.export))
     prompt = read_prompt(cfg.prompt)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype, cfg.record)
-    if cfg.export.endswith(".gguf"):
+    if cfg.export.endswith(".html"):
+        html.check(poet.model.config)
+    elif cfg.export.endswith(".gguf"):
         gguf.check(poet.tokenizer)
     if cfg.save:
         _ = poet.sha256
@@ -116,7 +119,10 @@ def main(cfg: SampleConfig) -> None:
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
         sample, path = prompt + passages[0].text, Path(cfg.export)
-        if cfg.export.endswith(".gguf"):
+        if cfg.export.endswith(".html"):
+            html.export(*loaded, sample, path, cfg.export_dtype)
+            note = f"{path.stat().st_size / 1e6:,.1f} MB; open it in a browser, offline too"
+        elif cfg.export.endswith(".gguf"):
             note = gguf.export(*loaded, sample, path, cfg.export_dtype)
         else:
             huggingface.export(*loaded, sample, path)

@@ -22,6 +22,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer
 from robopoet.weights import checkpoint, gguf, huggingface
+from robopoet.weights.header import ExportDtype
 from sample import Poet, SampleConfig
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def train_model(tok: Tokenizer, tags: list[str], **shape) -> GPT:
     return model
 
 
-def export(model: GPT, tok: Tokenizer, path: Path, dtype: gguf.Dtype = "float32") -> Path:
+def export(model: GPT, tok: Tokenizer, path: Path, dtype: ExportDtype = "float32") -> Path:
     content = checkpoint.model_entries(model) | {"licences": list(LICENCES), "best_val_loss": 2.5}
     gguf.export(model, tok, content, "a passage", path, dtype)
     return path
@@ -353,7 +354,7 @@ def test_sample_exports_what_it_sampled_from(tmp_path, bpe, capsys, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "float16.gguf", "float32.gguf"]
 
 
-def refused(message: str, folder: Path, model: GPT, tok: Tokenizer, dtype: gguf.Dtype = "float32") -> None:
+def refused(message: str, folder: Path, model: GPT, tok: Tokenizer, dtype: ExportDtype = "float32") -> None:
     before = sorted(folder.iterdir())
     with pytest.raises(CheckpointError, match=rf"^[^\n]*{message}[^\n]*$"):
         export(model, tok, folder / "poet.gguf", dtype)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -19,11 +19,10 @@ from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
 from robopoet.weights import huggingface
+from robopoet.weights.header import ExportDtype
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-Dtype = Literal["float16", "float32"]
 
 NAMES = {  # ours, after transformer -> llama.cpp's
     ".wte.": "token_embd.",
@@ -60,7 +59,7 @@ def check(tok: Tokenizer) -> None:
         raise CheckpointError("export: .gguf needs the package gguf: pip install gguf")
 
 
-def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, path: Path, dtype: Dtype) -> str:
+def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, path: Path, dtype: ExportDtype) -> str:
     """Write a new GGUF file; returns a line that says who loads it, and how long its texts may be.
 
     content: the checkpoint. passage: a sample for the description. dtype: of the matrices; vectors and positions are
@@ -129,7 +128,7 @@ def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
     writer.add_chat_template(TEMPLATE)
 
 
-def _tensors(model: GPT, vocab_size: int, dtype: Dtype) -> dict[str, Weight]:
+def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weight]:
     """llama.cpp's tensors: name -> (rows, columns) or (n,), of the embeddings only `vocab_size` rows (nanoGPT pads)."""
     tensors = {}
     for name, weight in huggingface.with_biases(model).items():

@@ -16,6 +16,7 @@ NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+ExportDtype = Literal["float16", "float32"]  # of the weights in a file for another program
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

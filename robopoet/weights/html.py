@@ -1,0 +1,120 @@
+"""A model as one HTML file that generates text offline: weights, tokenizer, poet.js and poet.html.
+
+Nothing in it comes from a checkpoint or a prompt but base64 and JSON without a "<", and text that is escaped. Its
+Content-Security-Policy forbids the network and every script but ours, known by their hashes.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError
+from robopoet.text import tokenizer
+from robopoet.weights import checkpoint
+from robopoet.weights.header import ExportDtype
+
+HERE = Path(__file__).parent
+MOST_PARAMETERS = 30_000_000  # of which a page makes some ten tokens a second
+SCRIPT = re.compile(r"<script>(.*?)</script>", re.S)
+STYLE = re.compile(r"<style>(.*?)</style>", re.S)
+
+
+def check(config: GPTConfig) -> None:
+    """Raise CheckpointError for a model that is too large for a page."""
+    with torch.device("meta"), checkpoint.NoInit():
+        n = GPT(config).num_params()
+    if n > MOST_PARAMETERS:
+        raise CheckpointError(
+            f"export: the model has {n:,} parameters, a page can take {MOST_PARAMETERS:,}; "
+            "write a GGUF for llama.cpp: --export=poet.gguf"
+        )
+
+
+def export(
+    model: GPT,
+    tok: tokenizer.Tokenizer,
+    content: dict[str, Any],
+    passage: str,
+    path: Path,
+    dtype: ExportDtype = "float16",
+) -> None:
+    """Write a new HTML file that generates text in a browser.
+
+    content: the checkpoint. passage: a sample that the page shows at first. Raises CheckpointError if the file exists,
+    the model is too large, or a weight is beyond float16.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path}: exists; choose another file, or remove it")
+    check(model.config)
+    about = {
+        "title": title(tok, content),
+        "styles": list(tokenizer.styles(tok)),
+        "licences": list(content.get("licences") or ()),
+        "sample": passage,
+        "parameters": model.num_params(),
+        "dtype": dtype,
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": tok.to_json(),
+    }
+    page = (HERE / "poet.html").read_text(encoding="utf-8")
+    parts = {
+        "policy": policy(page),
+        "title": html.escape(about["title"]),
+        "about": json.dumps(about).replace("<", "\\u003c"),
+        "engine": (HERE / "poet.js").read_text(encoding="utf-8"),
+    }
+    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], part) for part in page.split("{{weights}}"))
+    fd, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent)
+    try:
+        with open(fd, "w", encoding="utf-8", newline="\n") as f:
+            f.write(before)
+            f.writelines(_weights(model, dtype))
+            f.write(after)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def title(tok: tokenizer.Tokenizer, content: dict[str, Any]) -> str:
+    """The page's title: the model's styles, else the name of the dataset that it was trained on."""
+    names = list(tokenizer.styles(tok)) or [Path(content.get("config", {}).get("dataset", "")).name or "RoboPoet"]
+    names = [name.replace("_", " ").title() if name.islower() else name for name in names[:4]]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def policy(page: str) -> str:
+    """The Content-Security-Policy of poet.html: no network, no script or style but its own, no text taken as HTML."""
+    hashes = {}
+    for kind, pattern in (("script", SCRIPT), ("style", STYLE)):
+        found = [hashlib.sha256(text.encode()).digest() for text in pattern.findall(page)]
+        hashes[kind] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in found)
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; worker-src blob:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types engine"
+    )
+
+
+def _weights(model: GPT, dtype: ExportDtype) -> Iterator[str]:
+    """A line for each tensor of the state dict: an element that holds it in base64, row by row, little-endian."""
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":  # the embedding's own
+            continue
+        numbers = weight.to(getattr(torch, dtype))
+        if not numbers.isfinite().all():
+            raise CheckpointError(f"export_dtype: {name} holds numbers beyond float16; use --export_dtype=float32")
+        raw = numbers.contiguous().numpy().astype(numbers.numpy().dtype.newbyteorder("<")).tobytes()
+        yield f'<script type="text/plain" data-name="{name}">{base64.b64encode(raw).decode()}</script>\n'

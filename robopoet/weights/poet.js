@@ -1,0 +1,701 @@
+// RoboPoet in JavaScript: the model, its tokenizer, the sampler and the ends of passages, as in model.py and
+// robopoet/writing/. It runs in a Worker of the page that --export=poet.html writes, or in any JavaScript engine.
+// Weights are float32; sums are JavaScript's own numbers, float64. Shapes as in model.py; S: styles in a blend.
+"use strict";
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bytes: a string of bytes has one character, 0 to 255, for each
+
+const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+// base64 -> Uint8Array
+function decodeBase64(text) {
+  const digit = new Uint8Array(128); // of "=", too, which is 0
+  for (let i = 0; i < 64; i++) digit[DIGITS.charCodeAt(i)] = i;
+  const padding = text.endsWith("==") ? 2 : text.endsWith("=") ? 1 : 0;
+  const bytes = new Uint8Array((text.length / 4) * 3 - padding);
+  for (let i = 0, at = 0; i < text.length; i += 4) {
+    const four = (digit[text.charCodeAt(i)] << 18) | (digit[text.charCodeAt(i + 1)] << 12) |
+      (digit[text.charCodeAt(i + 2)] << 6) | digit[text.charCodeAt(i + 3)];
+    bytes[at++] = four >> 16; // beyond the end of an array nothing is stored
+    bytes[at++] = four >> 8;
+    bytes[at++] = four;
+  }
+  return bytes;
+}
+
+// little-endian float16 or float32 in base64 -> Float32Array
+function decodeWeights(base64, dtype) {
+  const bytes = decodeBase64(base64);
+  if (dtype === "float32") return new Float32Array(bytes.buffer);
+  const halves = new Uint16Array(bytes.buffer), weights = new Float32Array(halves.length);
+  for (let i = 0; i < halves.length; i++) {
+    const exponent = (halves[i] >> 10) & 31, fraction = (halves[i] & 1023) / 1024;
+    const size = exponent ? (1 + fraction) * 2 ** (exponent - 15) : fraction * 2 ** -14; // subnormal
+    weights[i] = halves[i] >> 15 ? -size : size;
+  }
+  return weights;
+}
+
+// text -> string of its UTF-8 bytes; half a surrogate pair becomes U+FFFD
+function utf8(text) {
+  let bytes = "";
+  for (const char of text) {
+    let code = char.codePointAt(0);
+    if (code >= 0xd800 && code < 0xe000) code = 0xfffd;
+    const n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3; // bytes that continue the first
+    bytes += String.fromCharCode(n ? ((0xf00 >> (n + 1)) & 0xff) | (code >> (6 * n)) : code);
+    for (let i = n - 1; i >= 0; i--) bytes += String.fromCharCode(0x80 | ((code >> (6 * i)) & 63));
+  }
+  return bytes;
+}
+
+// Decodes UTF-8 as it arrives; what is none becomes U+FFFD, as often as in Python.
+class Utf8Decoder {
+  constructor() {
+    this.missing = 0; // bytes that the character still needs
+  }
+
+  push(bytes, final = false) {
+    let text = "";
+    for (let i = 0; i < bytes.length; i++) {
+      const byte = bytes.charCodeAt(i);
+      if (this.missing && (byte < this.low || byte > this.high)) {
+        text += "\ufffd";
+        this.missing = 0; // and this byte begins anew
+      }
+      if (this.missing) {
+        this.code = (this.code << 6) | (byte & 63);
+        [this.low, this.high] = [0x80, 0xbf];
+        if (--this.missing === 0) text += String.fromCodePoint(this.code);
+      } else if (byte < 0x80) {
+        text += String.fromCharCode(byte);
+      } else if (byte < 0xc2 || byte > 0xf4) {
+        text += "\ufffd";
+      } else {
+        this.missing = byte < 0xe0 ? 1 : byte < 0xf0 ? 2 : 3;
+        this.code = byte & (0x3f >> this.missing);
+        this.low = byte === 0xe0 ? 0xa0 : byte === 0xf0 ? 0x90 : 0x80; // no longer form than needed,
+        this.high = byte === 0xed ? 0x9f : byte === 0xf4 ? 0x8f : 0xbf; // no surrogates, at most U+10FFFF
+      }
+    }
+    if (final && this.missing) {
+      text += "\ufffd";
+      this.missing = 0;
+    }
+    return text;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tokenizers
+
+const CONTRACTIONS = "'(?:[sSſtTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"; // ſ is an s to (?i:), too
+
+// One of PATTERNS in robopoet/text/tokenizer.py as JavaScript has it. A possessive quantifier becomes a greedy one: in
+// none of them could what follows match a character that it would give back.
+function toRegExp(pattern) {
+  const source = pattern
+    .replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", CONTRACTIONS)
+    .replace("'(?i:[sdmt]|ll|ve|re)", CONTRACTIONS)
+    .replace(/([+*?]|\{1,3\})\+/g, "$1")
+    .replaceAll("\\s", "\\p{White_Space}")
+    .replaceAll("\\S", "\\P{White_Space}");
+  return new RegExp(source, "gu");
+}
+
+class Tokenizer {
+  // saved: as in meta.json. this.bytes: of each id that stands for text.
+  constructor(saved) {
+    this.isBPE = saved.kind === "bpe";
+    this.bytes = this.isBPE ? saved.tokens : [...saved.chars].map(utf8);
+    this.idOf = new Map(this.bytes.map((bytes, id) => [bytes, id]));
+    this.specials = new Map(saved.specials.map((name, i) => [name, this.bytes.length + i]));
+    this.size = this.bytes.length + saved.specials.length;
+    this.pattern = this.isBPE ? toRegExp(saved.pattern) : null;
+  }
+
+  encode(text) {
+    if (this.isBPE) return (text.match(this.pattern) || []).flatMap((piece) => this.merge(utf8(piece)));
+    const unknown = this.specials.get("<|unk|>");
+    return [...text].map((char) => this.idOf.get(utf8(char)) ?? unknown).filter((id) => id !== undefined);
+  }
+
+  // Joins, again and again, the two neighbours that make the token of lowest id.
+  merge(bytes) {
+    if (this.idOf.has(bytes)) return [this.idOf.get(bytes)];
+    const parts = [...bytes], rank = (i) => this.idOf.get(parts[i] + parts[i + 1]) ?? Infinity;
+    const ranks = parts.map((_, i) => (i + 1 < parts.length ? rank(i) : Infinity));
+    for (;;) {
+      let best = 0;
+      for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[best]) best = i;
+      if (ranks[best] === Infinity) return parts.map((part) => this.idOf.get(part));
+      parts.splice(best, 2, parts[best] + parts[best + 1]);
+      ranks.splice(best, 1);
+      ranks[best] = best + 1 < parts.length ? rank(best) : Infinity;
+      if (best) ranks[best - 1] = rank(best - 1);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the model
+
+const CHUNK = 16; // tokens of a prompt that are read together
+
+// y[at:] = x w' + b, or added to y: x (M, K), w (N, K), b (N,), y (M, N). Two rows of x by four of w at a time: eight
+// independent sums keep a scalar processor's adders busy, and each number that is loaded is used two or four times.
+function linear(y, at, x, w, b, M, add = false) {
+  const N = b.length, K = w.length / N;
+  if (!add) for (let m = 0; m < M; m++) y.set(b, at + m * N);
+  else for (let m = 0; m < M; m++) for (let n = 0; n < N; n++) y[at + m * N + n] += b[n];
+  let m = 0;
+  for (; m + 1 < M; m += 2) {
+    const x0 = m * K, x1 = x0 + K, y0 = at + m * N, y1 = y0 + N;
+    let n = 0;
+    for (; n + 3 < N; n += 4) {
+      const w0 = n * K, w1 = w0 + K, w2 = w1 + K, w3 = w2 + K;
+      let a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+      for (let k = 0; k < K; k++) {
+        const p = x[x0 + k], q = x[x1 + k], r = w[w0 + k], s = w[w1 + k], t = w[w2 + k], u = w[w3 + k];
+        a += p * r; b += p * s; c += p * t; d += p * u;
+        e += q * r; f += q * s; g += q * t; h += q * u;
+      }
+      y[y0 + n] += a; y[y0 + n + 1] += b; y[y0 + n + 2] += c; y[y0 + n + 3] += d;
+      y[y1 + n] += e; y[y1 + n + 1] += f; y[y1 + n + 2] += g; y[y1 + n + 3] += h;
+    }
+    for (; n < N; n++) {
+      y[y0 + n] += dot(x, x0, w, n * K, K);
+      y[y1 + n] += dot(x, x1, w, n * K, K);
+    }
+  }
+  if (m === M) return;
+  const x0 = m * K, y0 = at + m * N;
+  let n = 0;
+  for (; n + 3 < N; n += 4) {
+    const w0 = n * K, w1 = w0 + K, w2 = w1 + K, w3 = w2 + K;
+    let a = 0, b = 0, c = 0, d = 0;
+    for (let k = 0; k < K; k++) {
+      const p = x[x0 + k];
+      a += p * w[w0 + k]; b += p * w[w1 + k]; c += p * w[w2 + k]; d += p * w[w3 + k];
+    }
+    y[y0 + n] += a; y[y0 + n + 1] += b; y[y0 + n + 2] += c; y[y0 + n + 3] += d;
+  }
+  for (; n < N; n++) y[y0 + n] += dot(x, x0, w, n * K, K);
+}
+
+function dot(x, at, w, from, K) {
+  let sum = 0;
+  for (let k = 0; k < K; k++) sum += x[at + k] * w[from + k];
+  return sum;
+}
+
+function layerNorm(y, x, w, b, M) {
+  const C = w.length;
+  for (let at = 0; at < M * C; at += C) {
+    let mean = 0, variance = 0;
+    for (let i = 0; i < C; i++) mean += x[at + i] / C;
+    for (let i = 0; i < C; i++) variance += (x[at + i] - mean) ** 2 / C;
+    const scale = 1 / Math.sqrt(variance + 1e-5);
+    for (let i = 0; i < C; i++) y[at + i] = (x[at + i] - mean) * scale * w[i] + b[i];
+  }
+}
+
+// 2 / sqrt(pi) exp(-x^2) (x + 2 x^3 / 3 + 4 x^5 / 15 + ...): Abramowitz and Stegun, 7.1.6; all terms have one sign
+function erf(x) {
+  if (Math.abs(x) > 4) return Math.sign(x); // 2e-8 off
+  let term = x, sum = x;
+  for (let n = 3; Math.abs(term) > 1e-10 * Math.abs(sum); n += 2) sum += term *= (2 * x * x) / n;
+  return 1.1283791670955126 * Math.exp(-x * x) * sum;
+}
+
+function gelu(x, n, isTanh) {
+  for (let i = 0; i < n; i++) {
+    const v = x[i], inner = isTanh ? Math.tanh(0.7978845608028654 * (v + 0.044715 * v ** 3)) : erf(v * Math.SQRT1_2);
+    x[i] = 0.5 * v * (1 + inner);
+  }
+}
+
+class Model {
+  // config: GPTConfig's fields. weights: name -> Float32Array, as in a state dict; missing biases are zeros.
+  constructor(config, weights) {
+    const { n_embd: C, n_layer, n_head, block_size, vocab_size } = config;
+    Object.assign(this, { config, C, headSize: C / n_head, isRotary: config.positions === "rotary" });
+    const layer = (name, width) =>
+      ({ w: weights[`${name}.weight`], b: weights[`${name}.bias`] ?? new Float32Array(width) });
+    this.wte = layer("transformer.wte", vocab_size);
+    this.wpe = weights["transformer.wpe.weight"];
+    this.ln_f = layer("transformer.ln_f", C);
+    this.blocks = Array.from({ length: n_layer }, (_, i) => {
+      const at = (name, width) => layer(`transformer.h.${i}.${name}`, width);
+      return { ln_1: at("ln_1", C), c_attn: at("attn.c_attn", 3 * C), attn_c_proj: at("attn.c_proj", C),
+        ln_2: at("ln_2", C), c_fc: at("mlp.c_fc", 4 * C), mlp_c_proj: at("mlp.c_proj", C) };
+    });
+    this.frequencies = Float32Array.from({ length: this.headSize / 2 },
+      (_, i) => 1 / Math.fround(10_000 ** Math.fround((2 * i) / this.headSize)));
+    this.scores = new Float64Array(block_size);
+    this.sums = new Float64Array(this.headSize);
+  }
+
+  // Empty caches of S rows. The arrays for activations have room for CHUNK tokens, or for one of each row.
+  start(S) {
+    const { C, config: { n_layer, block_size, vocab_size } } = this, M = Math.max(S, CHUNK);
+    const perRow = (size) => Array.from({ length: n_layer * S }, () => new Float32Array(size)); // layer by layer
+    Object.assign(this, { S, length: 0, first: perRow(C) });
+    Object.assign(this, { keys: perRow(block_size * C), values: perRow(block_size * C) });
+    this.logits = new Float32Array(S * vocab_size);
+    for (const [name, width] of [["x", C], ["h", C], ["qkv", 3 * C], ["fc", 4 * C]]) {
+      this[name] = new Float32Array(M * width);
+    }
+    this.ids = new Int32Array(M);
+    this.rows = new Int32Array(M);
+    this.places = new Int32Array(M); // where each token's keys go
+  }
+
+  // Reads a window from its first position on; leaves the logits after it. Yields after each chunk, to be stopped.
+  // window: ids, at most block_size. tags: of each row, ids that replace the first; or empty.
+  *read(window, tags) {
+    this.length = window.length;
+    for (let row = 0; row < this.S; row++) {
+      for (let start = 0; start < window.length; start += CHUNK) {
+        const M = Math.min(CHUNK, window.length - start);
+        for (let m = 0; m < M; m++) {
+          this.ids[m] = start + m === 0 && tags.length ? tags[row] : window[start + m];
+          this.rows[m] = row;
+          this.places[m] = start + m;
+        }
+        this.forward(M, start, 1);
+        if (start === 0) {
+          for (let l = row; l < this.keys.length; l += this.S) this.first[l].set(this.keys[l].subarray(0, this.C));
+        }
+        if (start + M === window.length) this.head(M - 1, 1, row);
+        yield null;
+      }
+    }
+  }
+
+  // Logits after one more token, the same in each row. With rotary positions a full cache is a ring behind the first
+  // token, whose keys are rotated to stay block_size - 1 before this one: see generate.py.
+  step(id) {
+    const n = this.length++, last = this.config.block_size - 1;
+    if (n > last) {
+      this.keys.forEach((keys, l) => {
+        keys.set(this.first[l]);
+        this.rotate(keys, 0, n - last);
+      });
+    }
+    this.ids.fill(id, 0, this.S);
+    this.places.fill(n > last ? 1 + ((n - 1) % last) : n, 0, this.S);
+    for (let row = 0; row < this.S; row++) this.rows[row] = row;
+    this.forward(this.S, n, 0);
+    this.head(0, this.S, 0);
+  }
+
+  // M tokens through all blocks, into x; token m stands at `position + stride * m`.
+  forward(M, position, stride) {
+    const { C, S, x, h, qkv, fc, wte, wpe } = this;
+    for (let m = 0; m < M; m++) {
+      const from = this.ids[m] * C, at = this.places[m] * C;
+      for (let i = 0; i < C; i++) x[m * C + i] = wte.w[from + i] + (wpe ? wpe[at + i] : 0);
+    }
+    this.blocks.forEach((block, layer) => {
+      layerNorm(h, x, block.ln_1.w, block.ln_1.b, M);
+      linear(qkv, 0, h, block.c_attn.w, block.c_attn.b, M);
+      for (let m = 0; m < M; m++) {
+        const q = 3 * m * C, cache = layer * S + this.rows[m], at = this.places[m] * C;
+        const keys = this.keys[cache], values = this.values[cache];
+        if (this.isRotary) {
+          this.rotate(qkv, q, position + stride * m);
+          this.rotate(qkv, q + C, position + stride * m);
+        }
+        for (let i = 0; i < C; i++) {
+          keys[at + i] = qkv[q + C + i];
+          values[at + i] = qkv[q + 2 * C + i];
+        }
+        const filled = Math.min(position + stride * m + 1, this.config.block_size);
+        this.attend(h, m * C, qkv, q, keys, values, filled);
+      }
+      linear(x, 0, h, block.attn_c_proj.w, block.attn_c_proj.b, M, true);
+      layerNorm(h, x, block.ln_2.w, block.ln_2.b, M);
+      linear(fc, 0, h, block.c_fc.w, block.c_fc.b, M);
+      gelu(fc, M * 4 * C, this.config.gelu === "tanh");
+      linear(x, 0, fc, block.mlp_c_proj.w, block.mlp_c_proj.b, M, true);
+    });
+  }
+
+  // y = softmax(q keys' / sqrt(hs)) values, head by head, over the filled places
+  attend(y, at, qkv, q, keys, values, filled) {
+    const { C, headSize, scores, sums } = this, scale = 1 / Math.sqrt(headSize);
+    for (let head = 0; head < C; head += headSize) {
+      let largest = -Infinity, total = 0;
+      for (let t = 0; t < filled; t++) {
+        scores[t] = dot(qkv, q + head, keys, t * C + head, headSize) * scale;
+        if (scores[t] > largest) largest = scores[t];
+      }
+      sums.fill(0);
+      for (let t = 0; t < filled; t++) {
+        const share = Math.exp(scores[t] - largest), from = t * C + head;
+        total += share;
+        for (let i = 0; i < headSize; i++) sums[i] += share * values[from + i];
+      }
+      for (let i = 0; i < headSize; i++) y[at + head + i] = sums[i] / total;
+    }
+  }
+
+  // The pairs (x[i], x[i + hs / 2]) of each head, turned by the angles of a position, rounded as in model.py.
+  rotate(x, at, position) {
+    const half = this.headSize / 2;
+    for (let i = 0; i < half; i++) {
+      const angle = Math.fround(position * this.frequencies[i]), cos = Math.cos(angle), sin = Math.sin(angle);
+      for (let j = at + i; j < at + this.C; j += 2 * half) {
+        const a = x[j], b = x[j + half];
+        x[j] = a * cos - b * sin;
+        x[j + half] = a * sin + b * cos;
+      }
+    }
+  }
+
+  // The logits of M tokens of x, from token `from` on, as rows of the logits from `row` on.
+  head(from, M, row) {
+    if (from) this.x.copyWithin(0, from * this.C, (from + M) * this.C);
+    layerNorm(this.h, this.x, this.ln_f.w, this.ln_f.b, M);
+    linear(this.logits, row * this.config.vocab_size, this.h, this.wte.w, this.wte.b, M);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// sampling
+
+const DEFAULTS = { // Settings in robopoet/writing/passage.py; style: name -> share
+  style: {}, max_new_tokens: 300, until: "auto", stop: [], seed: 1337,
+  repetition_penalty: 1, no_repeat_ngram: 0, temperature: 0.9, top_k: 0, top_p: 0.95, min_p: 0,
+};
+
+// Uniform numbers in [0, 1) with 32 bits: Chris Doty-Humphrey's sfc32. Not numpy's: a seed gives another text here.
+function random(seed) {
+  let a = seed >>> 0, b = Math.floor(seed / 2 ** 32) >>> 0, c = 0x9e3779b9, counter = 1;
+  const next = () => {
+    const t = (a + b + counter++) | 0;
+    a = b ^ (b >>> 9);
+    b = (c + (c << 3)) | 0;
+    c = ((c << 21) | (c >>> 11)) + t | 0;
+    return (t >>> 0) / 2 ** 32;
+  };
+  for (let i = 0; i < 15; i++) next();
+  return next;
+}
+
+// Turns logits, (V,), into probabilities, unnormalised. top_k, top_p and min_p each drop what is less probable than
+// some floor; one sort finds the floors. scratch: (V,).
+function filter(probs, logits, scratch, { temperature, top_k, top_p, min_p }) {
+  const V = probs.length, k = top_k ? Math.min(top_k, V) : V;
+  let largest = -Infinity, floor = 0, total = 0, above = 0, n = 0;
+  for (let v = 0; v < V; v++) if (logits[v] > largest) largest = logits[v];
+  for (let v = 0; v < V; v++) total += probs[v] = Math.exp((logits[v] - largest) / temperature);
+  if (k < V || top_p < 1) {
+    const least = k < V ? 0 : ((1 - top_p) * total) / V; // all that are less probable add up to less than 1 - top_p
+    for (let v = 0; v < V; v++) if (probs[v] >= least) scratch[n++] = probs[v];
+    scratch.subarray(0, n).sort();
+    if (k < V) total = scratch.subarray(n - k, n).reduce((sum, p) => sum + p, 0);
+    for (let i = n - 1; i >= Math.max(n - k, 0) && above < top_p * total;) {
+      floor = scratch[i];
+      for (; i >= 0 && scratch[i] === floor; i--) above += floor; // equals stay or go together
+    }
+  }
+  floor = Math.max(floor, min_p); // the likeliest has 1
+  for (let v = 0; v < V; v++) if (probs[v] < floor) probs[v] = 0;
+  return probs;
+}
+
+class Sampler {
+  // weights: of the styles, (S,). prompt: ids.
+  constructor(settings, V, forbidden, weights, prompt) {
+    Object.assign(this, { settings, V, forbidden, weights, ngrams: new Map(), tail: [] });
+    this.random = random(settings.seed);
+    [this.z, this.own, this.probs, this.scratch] = Array.from({ length: 4 }, () => new Float64Array(V));
+    this.seen = new Set();
+    this.push(prompt);
+  }
+
+  push(ids) {
+    const n = this.settings.no_repeat_ngram;
+    for (const id of ids) {
+      if (this.settings.repetition_penalty !== 1) this.seen.add(id);
+      if (!n) continue;
+      if (this.tail.length === n - 1) {
+        const key = this.tail.join();
+        if (!this.ngrams.has(key)) this.ngrams.set(key, new Set());
+        this.ngrams.get(key).add(id);
+      }
+      this.tail.push(id);
+      if (this.tail.length > n - 1) this.tail.shift();
+    }
+  }
+
+  // Logits (S, V) -> the next id.
+  next(logits) {
+    const { z, V, weights, settings } = this;
+    z.fill(0);
+    for (let row = 0; row < weights.length; row++) {
+      for (const id of this.forbidden) logits[row * V + id] = -Infinity;
+      const mean = weights.length > 1 ? logSumExp(logits, row * V, V) : 0;
+      for (let v = 0; v < V; v++) z[v] += weights[row] * (logits[row * V + v] - mean);
+    }
+    this.own.set(z);
+    this.penalize();
+    let id = 0;
+    if (settings.temperature === 0) {
+      for (let v = 1; v < V; v++) if (z[v] > z[id]) id = v;
+    } else {
+      id = this.draw(filter(this.probs, z, this.scratch, settings));
+    }
+    this.push([id]);
+    return id;
+  }
+
+  penalize() {
+    const { z, settings: { repetition_penalty } } = this;
+    for (const id of this.seen) z[id] = z[id] > 0 ? z[id] / repetition_penalty : z[id] * repetition_penalty;
+    const repeats = this.settings.no_repeat_ngram ? this.ngrams.get(this.tail.join()) : undefined;
+    if (!repeats) return;
+    this.scratch.set(z);
+    for (const id of repeats) z[id] = -Infinity;
+    if (z.every((value) => value === -Infinity)) z.set(this.scratch);
+  }
+
+  draw(probs) {
+    let total = 0, sum = 0, id = 0;
+    for (let v = 0; v < this.V; v++) total += probs[v];
+    const point = this.random() * total;
+    for (let v = 0; v < this.V; v++) {
+      if (!probs[v]) continue;
+      id = v;
+      if ((sum += probs[v]) > point) break;
+    }
+    return id;
+  }
+
+  // How probable the model found `id`, before penalties and filters, and the likeliest others: [id, probability] each.
+  explain(id, n = 5) {
+    const { own, V } = this, total = logSumExp(own, 0, V), best = [];
+    for (let v = 0; v < V; v++) {
+      if (v === id || own[v] === -Infinity || (best.length === n && own[v] <= own[best[n - 1]])) continue;
+      let place = best.length;
+      while (place && own[best[place - 1]] < own[v]) place--;
+      best.splice(place, 0, v);
+      if (best.length > n) best.pop();
+    }
+    return { p: Math.exp(own[id] - total), others: best.map((v) => [v, Math.exp(own[v] - total)]) };
+  }
+}
+
+function logSumExp(x, at, n) {
+  let largest = -Infinity, sum = 0;
+  for (let i = at; i < at + n; i++) if (x[i] > largest) largest = x[i];
+  for (let i = at; i < at + n; i++) sum += Math.exp(x[i] - largest);
+  return largest + Math.log(sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the ends of a passage, as in robopoet/writing/passage.py
+
+const S_ = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]"; // Python's \s
+const V_ = S_.replace("[", "[^"); // and \S
+const SPEAKER = "(?:[A-Z][A-Z .,'’&\\-]+|[A-Z][\\p{L}\\p{N}_ .,'’\\-]*:)";
+const SPEECH = new RegExp(`(?:^|\\n)${SPEAKER}\\n(?=[^\\n]*${V_})`, "u"); // anywhere in a text
+const SPEECH_FIRST = new RegExp(`^${SPEAKER}\\n(?=[^\\n]*${V_})`, "u"); // at its start
+const ENDS = Object.fromEntries(Object.entries({
+  word: `${V_}(?=${S_})`,
+  line: `${V_}(?=[ \\t]*\\n)`,
+  sentence: `[.!?]["')\\]’”]*(?=${S_})`,
+  paragraph: `${V_}(?=[ \\t]*\\n[ \\t]*\\n)`,
+  speech: `${V_}(?=[ \\t]*\\n[ \\t]*\\n)`,
+  scene: `${V_}(?=${S_}*\\n(?:ACT|SCENE) )`,
+}).map(([unit, source]) => [unit, new RegExp(source, "gu")]));
+const SPACE = new RegExp(`^${S_}$`, "u"), VISIBLE = new RegExp(V_, "u");
+const MAX_HELD = 4000, LOOK_BEHIND = 10_000;
+
+function ends(text, unit, start) {
+  const pattern = ENDS[unit], found = [];
+  pattern.lastIndex = Math.max(start - 50, 0);
+  for (let match; (match = pattern.exec(text));) {
+    const end = match.index + match[0].length;
+    if (end < start) continue;
+    if (unit !== "speech" || SPEECH_FIRST.test(text.slice(0, end).split("\n\n").at(-1))) found.push(end);
+  }
+  return found;
+}
+
+class Passage {
+  constructor(tokenizer, settings, prompt) {
+    Object.assign(this, { tokenizer, settings, decoder: new Utf8Decoder(), done: false, count: 0 });
+    Object.assign(this, { before: prompt.slice(-LOOK_BEHIND), held: "", blank: true, drama: SPEECH.test(prompt) });
+    this.waiting = []; // [text, note] of tokens whose text is not fully released
+    this.waits = settings.until !== "auto" && settings.until !== "tokens"; // for the first complete unit
+  }
+
+  // Appends a token with a note on it; returns the text that is released, as [text, note] of each token.
+  push(id, note) {
+    this.count++;
+    if (id === this.tokenizer.specials.get("<|endoftext|>")) return this.end(this.held.length);
+    const piece = this.decoder.push(this.tokenizer.bytes[id] ?? "");
+    if (piece) this.waiting.push([piece, note]);
+    for (const part of this.settings.stop.length || this.waits ? piece : [piece]) {
+      this.held += part;
+      const found = [];
+      for (const stop of this.settings.stop) if (this.held.endsWith(stop)) found.push(this.held.length - stop.length);
+      if (this.waits && SPACE.test(part)) found.push(...this.ends(this.settings.until));
+      if (found.length) return this.end(Math.min(...found));
+    }
+    this.drama ||= piece.includes("\n") && SPEECH.test(this.before + this.held);
+    return this.release(this.releasable());
+  }
+
+  // No more tokens come.
+  finish() {
+    const rest = this.decoder.push("", true);
+    if (rest) this.waiting.push([rest, undefined]);
+    this.held += rest;
+    this.drama ||= SPEECH.test(this.before + this.held);
+    for (const unit of this.settings.until === "tokens" ? [] : [this.autoUnit(), "sentence", "line", "word"]) {
+      const found = this.ends(unit);
+      if (found.length) return this.end(found.at(-1));
+    }
+    return this.end(this.held.length);
+  }
+
+  autoUnit() {
+    return this.drama ? "speech" : "sentence";
+  }
+
+  ends(unit) {
+    const start = this.before.length;
+    const found = ends(this.before + this.held, unit, start).map((end) => end - start);
+    return found.filter((end) => !this.blank || VISIBLE.test(this.held.slice(0, end)));
+  }
+
+  releasable() {
+    const { until, max_new_tokens, stop } = this.settings, length = this.held.length;
+    let n = length;
+    if (until !== "tokens" && this.count > Math.floor(max_new_tokens / 2)) {
+      n = this.ends(this.autoUnit()).at(-1) ?? 0;
+    } else if (this.waits) {
+      n = Math.max(this.held.lastIndexOf("\n"), 0);
+      while (n && SPACE.test(this.held[n - 1])) n--;
+    }
+    let begun = 0;
+    for (const text of stop) {
+      for (let k = 1; k < text.length; k++) if (this.held.endsWith(text.slice(0, k))) begun = Math.max(begun, k);
+    }
+    return Math.min(Math.max(n, length - MAX_HELD), length - begun);
+  }
+
+  release(n) {
+    const released = this.held.slice(0, n), parts = [];
+    for (let left = n; left > 0;) {
+      const [text, note] = this.waiting[0];
+      parts.push([text.slice(0, left), note]);
+      if (text.length > left) this.waiting[0] = [text.slice(left), note];
+      else this.waiting.shift();
+      left -= text.length;
+    }
+    this.held = this.held.slice(n);
+    this.before = (this.before + released).slice(-LOOK_BEHIND);
+    this.blank &&= !VISIBLE.test(released);
+    return parts;
+  }
+
+  end(n) {
+    this.done = true;
+    return this.release(n);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the poet
+
+class Poet {
+  // about: what html.py writes: config, tokenizer, dtype. weights: name -> base64.
+  constructor(about, weights) {
+    this.tokenizer = new Tokenizer(about.tokenizer);
+    this.model = new Model(about.config, weights);
+    this.forbidden = [];
+    for (const [name, id] of this.tokenizer.specials) if (name !== "<|endoftext|>") this.forbidden.push(id);
+    for (let id = this.tokenizer.size; id < about.config.vocab_size; id++) this.forbidden.push(id); // nanoGPT's padding
+  }
+
+  windowStart(n) {
+    const { block_size, positions } = this.model.config, beyond = n - block_size;
+    const step = positions === "rotary" ? 1 : Math.max(Math.floor(block_size / 2), 1);
+    return Math.max(Math.ceil(beyond / step) * step, 0);
+  }
+
+  // Continues a prompt; yields [text, note] of the tokens whose text is released, and null while the prompt is read.
+  *write(prompt, given = {}) {
+    const { model, tokenizer } = this, settings = { ...DEFAULTS, ...given };
+    const blend = Object.entries(settings.style).filter(([, share]) => share > 0);
+    const tags = blend.map(([name]) => tokenizer.specials.get(`<|${name}|>`));
+    const total = blend.reduce((sum, [, share]) => sum + share, 0);
+    const weights = blend.length ? blend.map(([, share]) => share / total) : [1];
+    const ids = tokenizer.encode(prompt || "\n");
+    if (!ids.length) throw new Error("The model knows none of these characters.");
+    const all = tags.length ? [tags[0], ...ids] : ids;
+    const sampler = new Sampler(settings, model.config.vocab_size, this.forbidden, weights, all);
+    const passage = new Passage(tokenizer, settings, prompt);
+    const window = all.slice(this.windowStart(all.length));
+    model.start(weights.length);
+    let isCached = false, id = 0;
+    for (let i = 0; i < settings.max_new_tokens; i++) {
+      if (isCached) model.step(id);
+      else yield* model.read(window, tags);
+      id = sampler.next(model.logits);
+      isCached = true;
+      if (!model.isRotary) {
+        window.push(id);
+        const start = this.windowStart(window.length); // the keys of learned positions can't move
+        window.splice(0, start);
+        isCached = !start;
+      }
+      yield passage.push(id, this.note(sampler.explain(id)));
+      if (passage.done) return;
+    }
+    yield passage.finish();
+  }
+
+  // A token's probability and the likeliest others, with their text.
+  note({ p, others }) {
+    const name = (id) => new Utf8Decoder().push(this.tokenizer.bytes[id] ?? "", true);
+    return { p, others: others.map(([id, q]) => [name(id), q]) };
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// in a Worker: {about}, then {name, base64} of each tensor, {open}; then {run, write, settings} and {stop}
+
+if (typeof WorkerGlobalScope !== "undefined") {
+  const weights = {}, next = new MessageChannel(); // a timer would wait 4 ms after each token
+  let about, poet, steps, run;
+  onmessage = ({ data }) => {
+    if (data.about) about = data.about;
+    else if (data.name) weights[data.name] = decodeWeights(data.base64, about.dtype);
+    else if (data.stop) steps = null;
+    else if (data.open) {
+      poet = new Poet(about, weights);
+      postMessage({ isOpen: true });
+    } else {
+      run = data.run;
+      steps = poet.write(data.write, data.settings);
+      next.port2.postMessage(run);
+    }
+  };
+  next.port1.onmessage = ({ data }) => {
+    if (!steps || data !== run) return; // stopped, or begun anew
+    try {
+      const { value, done } = steps.next();
+      postMessage({ run, parts: value ?? [], isRead: value !== null, done });
+      if (!done) next.port2.postMessage(run);
+    } catch (error) {
+      postMessage({ run, parts: [], done: true, error: error.message });
+    }
+  };
+}
