@@ -14,11 +14,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import configurator
-from bench.common import origin, show, spread, write_result
+from bench.common import markdown, origin, show, spread, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
@@ -147,12 +148,20 @@ def main(cfg: HTMLConfig) -> None:
         "limit_tokens_per_s": limit,
         "memory_beside_weights_mb": beside / 1e6,
     }
-    print(f"sampled {show(spread(rates['sampled']))} tokens/s, greedy {show(spread(rates['greedy']))}")
-    print(f"limit {limit:,.0f}: {flop / 1e6:.1f} MFLOP at {flops / 1e9:.1f} GFLOP/s; {bandwidth / 1e9:.1f} GB/s")
-    print(
-        f"{len(text) / 1e6:.1f} MB loaded in {load_s:.1f} s; {beside / 1e6:.0f} MB beside {4 * n / 1e6:.1f} of weights"
-    )
+    print(table([result]))
     return write_result(result, cfg.out)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown table of these results, a row for each."""
+    rows = []
+    for r in results:
+        greedy, sampled = (show(r["tokens_per_s"][kind]) for kind in ("greedy", "sampled"))
+        limit = f"{r['limit_tokens_per_s']:,.0f}"
+        sizes = [f"{r['file_mb']:.1f}", f"{r['load_s']:.1f}", f"{r['memory_beside_weights_mb']:.0f}"]
+        rows.append([f"{r['parameters']:,}", greedy, sampled, limit, *sizes])
+    header = ["parameters", "greedy, tokens/s", "sampled", "limit", "file, MB", "s to load", "MB beside weights"]
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":

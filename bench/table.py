@@ -18,6 +18,7 @@ from bench import (
     copying,
     demo,
     gpu,
+    html,
     learn,
     memory,
     prepare_speed,
@@ -75,6 +76,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "Sampling speed",
         "Medians over alternating rounds; speed-ups with their range.",
         sample_speed.table,
+    ),
+    "html": (
+        "The page of --export=poet.html",
+        "In V8 on one core, in seconds of its processor; the limit of scalar code: see bench/html.py.",
+        html.table,
     ),
     "prepare_speed": (
         "Preparing text",

@@ -19,6 +19,7 @@ from bench import (
     common,
     copying,
     demo,
+    html,
     plot,
     prepare_speed,
     table,
@@ -221,6 +222,13 @@ def test_copying(run, results, monkeypatch, capsys):
     assert copying.longest_copy("x to be or to be", [" to be or not to be "]) == 3
     with pytest.raises(ConfigError, match="max_copy: is missing"):
         start(monkeypatch, copying, copying.CopyingConfig, *args, positional="checkpoint")
+
+
+def test_html(run, results, monkeypatch, capsys):
+    args = [f"{run}/out/best.pt", "--tokens=5", "--repeats=1"]
+    result, name = start(monkeypatch, html, html.HTMLConfig, *args, positional="checkpoint")
+    assert name.startswith("html_") and ordered(result["tokens_per_s"]["greedy"]) and result["limit_tokens_per_s"] > 1
+    assert f"| {result['parameters']:,} " in capsys.readouterr().out
 
 
 def test_window(run, results, monkeypatch, capsys):
