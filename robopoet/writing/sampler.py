@@ -142,11 +142,7 @@ class Sampler:
         if styles > 1:
             logits = blend(logits, self.weights)
         ids = self.sample(self.penalize(logits))
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        if self.ngrams:
-            for ngrams, id in zip(self.ngrams, ids.tolist(), strict=True):
-                ngrams.push([id])
+        self.note(ids)
         self.logits, self.ids = logits, ids
         return ids.repeat_interleave(styles) if styles > 1 else ids
 
@@ -174,6 +170,14 @@ class Sampler:
                 self.seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, self.prompt, True)
             logits = penalize_repetition(logits, self.seen, s.repetition_penalty)
         return forbid(logits, [ngrams.repeats() for ngrams in self.ngrams]) if self.ngrams else logits
+
+    def note(self, ids: torch.Tensor) -> None:
+        """Remember the ids that were sampled, (B,), for the penalties of the next step."""
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        if self.ngrams:
+            for ngrams, id in zip(self.ngrams, ids.tolist(), strict=True):
+                ngrams.push([id])
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> ids (B,) int64, by temperature, top_k, top_p and min_p."""
