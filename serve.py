@@ -6,12 +6,15 @@ curl localhost:8000/v1/completions -H 'content-type: application/json' \
 """
 
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import configurator
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
+from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits
 from robopoet.writing.poet import Dtype, Poet
 
@@ -45,39 +48,40 @@ def model_name(checkpoint: str) -> str:
     return name.replace(":", "-") or "model"
 
 
-def main(cfg: ServeConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+def make_server(poet: Poet, cfg: ServeConfig) -> Any:
+    """A uvicorn.Server for this model; raises ConfigError where a package is missing."""
     try:
         import uvicorn
 
         from robopoet.serving.api import Api
         from robopoet.serving.connection import Connection
     except ImportError as e:
-        raise ConfigError(f"serve.py needs {e.name}: pip install 'starlette' 'uvicorn' 'httptools'") from None
-    from robopoet.serving.engine import Engine
-
-    # --- model
-    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+        raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn httptools") from None
     engine = Engine(poet, cfg.max_rows, poet.model.config.block_size + cfg.max_tokens)
-
-    # --- server
     api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg)
+    config = uvicorn.Config(
+        api.app,
+        cfg.host,
+        cfg.port,
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=cfg.client_s,
+        timeout_graceful_shutdown=cfg.grace_s,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+    )
+    return uvicorn.Server(config)
+
+
+def main(cfg: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+    _ = poet.sha256  # read once, before the first request
+    server = make_server(poet, cfg)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            api.app,
-            cfg.host,
-            cfg.port,
-            http=Connection,
-            ws="none",
-            timeout_keep_alive=cfg.client_s,
-            timeout_graceful_shutdown=cfg.grace_s,
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-        )
-    )
+    print(f"serving {poet.path} at http://{cfg.host}:{cfg.port}/v1", file=sys.stderr)
     server.run()
     if not server.started:
         raise SystemExit(2)

@@ -1,0 +1,365 @@
+"""The server: its texts against Poet, its log-probabilities against the full forward pass, its bounds against clients."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+from conftest import REPO
+
+from configurator import ConfigError
+from model import GPT, GPTConfig
+from robopoet.serving import engine as engines
+from robopoet.serving.rows import Rows
+from robopoet.text.tokenizer import END, CharTokenizer
+from robopoet.weights import checkpoint
+from robopoet.writing.generate import prepack
+from robopoet.writing.passage import Passage
+from robopoet.writing.poet import Poet
+from serve import ServeConfig, make_server, model_name
+
+PATIENCE_S = 60
+
+
+def make_checkpoint(folder, positions: str):
+    """Random weights large enough that the text varies."""
+    torch.manual_seed(3)
+    tok = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
+    shape = {"block_size": 16, "vocab_size": tok.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**shape, positions=positions))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    path = folder / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
+    return path
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, path, dtype="float64", **keys):
+        self.poet = Poet(str(path), "cpu", dtype)
+        self.server = make_server(self.poet, ServeConfig(checkpoint=str(path), name="tiny", port=0, **keys))
+        self.engine = self.server.config.app.app.router.lifespan_context.__self__.engine
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
+        return self
+
+    def __exit__(self, *raised):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+    def post(self, prompt="o romeo", **keys):
+        return self.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt} | keys)
+
+    def choices(self, prompt="o romeo", **keys):
+        answer = self.post(prompt, **keys)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    def events(self, prompt="o romeo", **keys):
+        with self.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": prompt, **keys}) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+        return [json.loads(line[6:]) for line in lines[:-1]]
+
+    def raw(self, sent: bytes) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port))
+        client.settimeout(PATIENCE_S)
+        client.sendall(sent)
+        return client
+
+    def request(self, **keys) -> bytes:
+        body = json.dumps({"model": "tiny", "prompt": "o romeo"} | keys).encode()
+        return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def wait_until(holds):
+    end = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module", params=["learned", "rotary"])
+def served(request, tmp_path_factory):
+    path = make_checkpoint(tmp_path_factory.mktemp("served"), request.param)
+    with Served(path, client_s=5.0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("bounded"), "rotary")
+
+
+def endless(server):
+    """Let no text end by itself."""
+    server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))
+    return server
+
+
+# --- texts
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "style": "bard"},
+        {"temperature": 0, "style": "bard:3,alice"},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 9, "min_p": 0.01, "seed": 11},
+        {"repetition_penalty": 1.4, "no_repeat_ngram": 2, "seed": 3, "stop": ["q", "zz"]},
+        {"until": "line", "seed": 5, "style": "alice"},
+        {"until": "auto", "seed": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prompt", ["o romeo", "the quick brown fox jumps over the lazy dog", "a", ""])
+def test_texts_are_poets(served, prompt, given):
+    settings = {"until": "tokens", "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 60, "seed": 1} | given
+    expected = [text[len(prompt) :] for text in served.poet.write(prompt, 3, **settings)]
+    found = served.choices(prompt, **{"n": 3, "max_tokens": 60, "seed": 1} | given)
+    assert [choice["text"] for choice in found] == expected
+    assert [choice["index"] for choice in found] == [0, 1, 2]
+
+
+def test_prompts_are_texts_or_ids_and_each_choice_has_its_own_stream(served):
+    ids = served.poet.tokenizer.encode("o romeo")
+    one, two = (served.choices(prompt, seed=9, n=2, max_tokens=30) for prompt in ("o romeo", "alas"))
+    both = served.choices(["o romeo", "alas"], seed=9, n=2, max_tokens=30)
+    assert [c["text"] for c in both] == [c["text"] for c in one + two]
+    assert one[0]["text"] != one[1]["text"]
+    assert served.choices(ids, seed=9, n=2, max_tokens=30) == one
+    assert [c["text"] for c in served.choices([ids, ids], seed=9, max_tokens=30)] == [one[0]["text"]] * 2
+    styled = served.http.post("/v1/completions", json={"model": "tiny:bard", "prompt": "alas", "seed": 9}).json()
+    assert styled["choices"] == served.choices("alas", style="bard", seed=9) != served.choices("alas", seed=9)
+
+
+def test_without_a_seed_one_is_drawn_and_told(served):
+    first, second = (served.post(max_tokens=40).json() for _ in range(2))
+    assert first["choices"] != second["choices"]
+    again = served.post(max_tokens=40, seed=first["seed"]).json()
+    assert again["choices"] == first["choices"] and again["system_fingerprint"] == first["system_fingerprint"]
+
+
+def test_defaults_finish_reasons_and_usage(served):
+    answer = served.post(seed=1).json()
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny"
+    (choice,) = answer["choices"]
+    expected = served.poet.write("o romeo", seed=1, temperature=1.0, top_p=1.0, until="tokens", max_new_tokens=16)
+    assert "o romeo" + choice["text"] == expected[0] and choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 16, "total_tokens": 23}
+    letter = choice["text"][5]
+    (stopped,) = served.choices(seed=1, stop=letter)
+    assert stopped["text"] == choice["text"].split(letter)[0] and stopped["finish_reason"] == "stop"
+    ended = [c for c in served.choices(n=64, max_tokens=300, seed=2) if c["finish_reason"] == "stop"]
+    assert ended and all(END not in c["text"] for c in ended)
+    assert served.choices(max_tokens=0, echo=True)[0]["text"] == "o romeo"
+
+
+def test_a_stream_has_the_same_text_and_log_probabilities(served):
+    keys = {"max_tokens": 40, "seed": 6, "n": 3, "logprobs": 2, "echo": True, "temperature": 0.8}
+    whole = served.post(**keys).json()
+    events = served.events(**keys, stream=True, stream_options={"include_usage": True})
+    *events, last = events
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert len(events) > 40 and all(event["usage"] is None for event in events)
+    for choice in whole["choices"]:
+        parts = [p for event in events for p in event["choices"] if p["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [choice["finish_reason"]]
+        for key, values in choice["logprobs"].items():
+            assert [value for part in parts for value in part["logprobs"][key]] == values
+
+
+@pytest.mark.parametrize("style", ["", "alice", "alice:1,bard:3"])
+def test_log_probabilities_are_the_full_forward_passs(served, style):
+    poet, tok = served.poet, served.poet.tokenizer
+    text = "the queen"
+    (choice,) = served.choices(text, logprobs=5, echo=True, max_tokens=3, style=style, seed=1, temperature=2)
+    told = choice["logprobs"]
+    ids = tok.encode(text) + [
+        {**{c: i for i, c in enumerate(tok.chars)}, **tok.specials}[t] for t in told["tokens"][9:]
+    ]
+    assert len(ids) == len(told["tokens"]) and "".join(told["tokens"]).replace(END, "") == choice["text"]
+    blend = poet.blend_of(style) or {None: 1.0}
+    mixed = 0
+    for tag, share in blend.items():
+        window = ids if tag is None else [tag, *ids]
+        logits = poet.model(torch.tensor([window]), torch.tensor([window]))[0][0, :-1]
+        mixed = mixed + share * logits.log_softmax(-1)
+    expected = mixed.log_softmax(-1)
+    assert (told["token_logprobs"][0] is None) == (style == "")
+    start = 1 if style == "" else 0
+    for row, id, logprob, top in zip(
+        expected, ids[start:], told["token_logprobs"][start:], told["top_logprobs"][start:], strict=True
+    ):
+        assert math.isclose(row[id].item(), logprob, abs_tol=1e-9)
+        assert sorted({*row.topk(5).values.tolist(), row[id].item()}) == pytest.approx(sorted(top.values()), abs=1e-9)
+    assert told["text_offset"] == list(range(len(ids)))
+
+
+def test_a_prompts_log_probabilities_need_its_whole_window(served):
+    assert len(served.choices("a" * 16, echo=True, logprobs=0, max_tokens=1)[0]["logprobs"]["tokens"]) == 17
+    assert len(served.choices("a" * 16, echo=True, logprobs=1, max_tokens=0)[0]["logprobs"]["tokens"]) == 16
+    refused = served.post("a" * 17, echo=True, logprobs=1)
+    assert refused.status_code == 400 and "reads at most 16" in refused.json()["error"]["message"]
+
+
+# --- alone or in a crowd
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_has_the_same_bits_alone_or_in_a_crowd(tmp_path, positions, dtype):
+    probes = [
+        {"prompt": "o romeo", "max_tokens": 60, "seed": 1, "logprobs": 5, "echo": True},
+        {"prompt": "the quick brown fox jumps", "max_tokens": 40, "seed": 2, "logprobs": 1, "top_p": 0.9},
+        {"prompt": "a", "max_tokens": 50, "seed": 3, "logprobs": 0, "style": "bard:2,alice", "temperature": 0.7},
+    ]
+    crowd = [
+        {"prompt": "x" * (1 + 3 * i), "max_tokens": 5 + 7 * i, "temperature": i % 4 / 2, "top_k": i % 5, "min_p": 0.01}
+        for i in range(29)
+    ]
+    with Served(make_checkpoint(tmp_path, positions), dtype, max_rows=33) as server:
+        alone = [server.choices(**probe) for probe in probes]
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            others = [pool.submit(server.choices, **keys) for keys in crowd]
+            for _ in range(3):
+                together = [pool.submit(server.choices, **probe) for probe in probes]
+                assert [future.result() for future in together] == alone
+            for other in others:
+                other.result()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [32, 192, 320])
+def test_a_rows_logits_are_the_same_bits_in_any_company(dtype, width):
+    torch.manual_seed(1)
+    shape = {"block_size": 96, "vocab_size": 501, "n_layer": 2, "n_head": 2, "n_embd": width}
+    model = GPT(GPTConfig(**shape, positions="rotary")).to(getattr(torch, dtype)).eval()
+    prepack(model)
+    texts = [torch.randint(501, (1 + 5 * i,)).tolist() for i in range(13)]
+
+    def logits_of(company: list[int]) -> list[torch.Tensor]:
+        rows, found = Rows(model, 16, 400), []
+        added = [rows.add(texts[i], None)[0] for i in company]
+        for step in range(100):
+            logits = rows.step()
+            found.append(logits[added[0].place])
+            for row in added:
+                rows.push(row, (7 * step + texts[0][0]) % 501)
+            if step == 20 and len(added) > 1:
+                rows.drop(added.pop(1))  # the last one takes its place
+        return found
+
+    alone = logits_of([4])
+    for company in ([4, 0], [4, 1, 2, 3], [4, 12, 11, 10, 9], [4, *range(4), *range(5, 13)]):
+        assert all(torch.equal(a, b) for a, b in zip(alone, logits_of(company), strict=True))
+
+
+@pytest.mark.slow
+def test_a_text_has_the_same_bits_without_avx512():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__, "-k", "same_bits and not without"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# --- what is refused
+
+
+def test_routes_and_wrong_ones(served):
+    ids = [model["id"] for model in served.http.get("/v1/models").json()["data"]]
+    assert ids == ["tiny", "tiny:alice", "tiny:bard"]
+    assert served.http.get("/v1/models/tiny:alice").json()["id"] == "tiny:alice"
+    assert served.http.get("/health").json()["status"] == "ok"
+    wrong = {("GET", "/v1/completions"): 405, ("POST", "/v1/models"): 405, ("GET", "/x"): 404, ("GET", "/"): 404}
+    for (method, place), status in {**wrong, ("GET", "/v1/models/x"): 404}.items():
+        answer = served.http.request(method, place)
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert model_name("out/mine/best.pt") == "mine" and model_name("openai/gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize(
+    "keys, param, said",
+    [
+        ({"foo": 1}, "foo", "unknown field `foo`"),
+        ({"max_new_tokens": 1}, "max_new_tokens", "unknown field"),
+        ({"temperature": -1}, "temperature", "found -1"),
+        ({"temperature": "hot"}, "temperature", "got `str`"),
+        ({"top_p": 0}, "top_p", "found 0"),
+        ({"top_k": -1}, "top_k", "found -1"),
+        ({"n": 0}, "n", "found 0"),
+        ({"n": 10**9}, "n", "found 1,000,000,000"),
+        ({"max_tokens": -1}, "max_tokens", "found -1"),
+        ({"max_tokens": 10**7}, "max_tokens", "at most 4,096"),
+        ({"logprobs": 6}, "logprobs", "at most 5"),
+        ({"seed": -1}, "seed", "found -1"),
+        ({"stop": [""]}, "stop", "must not be empty"),
+        ({"stop": ["a"] * 21}, "stop", "at most 20"),
+        ({"until": "noon"}, "until", "noon"),
+        ({"style": "bob"}, "style", "must be one of the model's: alice, bard"),
+        ({"model": "tiny:bard", "style": "alice"}, "style", "give one"),
+        ({"prompt": None}, "prompt", "must be a text"),
+        ({"prompt": []}, "prompt", "must be a text"),
+        ({"prompt": ["a", 1]}, "prompt", "must be a text"),
+        ({"prompt": [33]}, "prompt", "token ids from 0 to 32"),
+        ({"prompt": [-1]}, "prompt", "token ids from 0 to 32"),
+        ({"prompt": [[]]}, "prompt", "token ids from 0 to 32"),
+        ({"prompt": {"a": 1}}, "prompt", "got `object`"),
+        ({"prompt": "a" * 20_000}, "prompt", "at most 16,384"),
+        ({"prompt": ["a"] * 129}, "prompt", "at most 128"),
+        ({"prompt": ["a", "b"], "n": 65}, "prompt", "at most 128"),
+        ({"suffix": "x"}, "suffix", "does not have it"),
+        ({"best_of": 3}, "best_of", "does not have it"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "does not have it"),
+        ({"presence_penalty": 0.1}, "presence_penalty", "does not have it"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty", "does not have it"),
+        ({"stream_options": {}}, "stream_options", "needs stream"),
+        ({"stream": True, "stream_options": {"x": 1}}, "x", "unknown field"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_key_is_refused_by_name(served, keys, param, said):
+    answer = served.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **keys})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param and said in error["message"] and "\n" not in error["message"]
+
+
+def test_neutral_values_are_taken(served):
+    neutral = {"suffix": None, "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0}
+    nothing = dict.fromkeys("max_tokens n stop seed stream logprobs echo temperature top_p style until".split())
+    assert len(served.choices("a", **neutral | nothing, user="me")) == 1
+    assert len(served.choices("a", n=2, best_of=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"[" * 50_000, b'{"a":' * 50_000, b'{"model": "tiny", "prompt": "\xff"}',
+             b'{"model": "tiny", "prompt": "\\ud800"}', b'{"prompt": "a"}', b'{"model": "gpt-4", "prompt": "a"}']
+)  # fmt: skip
+def test_what_is_no_request_is_refused(served, body):
+    answer = served.http.post("/v1/completions", content=body)
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
+    assert served.choices("a")
