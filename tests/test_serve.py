@@ -1,4 +1,4 @@
-"""The server: its texts against Poet, its log-probabilities against the full forward pass, its bounds against clients."""
+"""The server: its texts against Poet, its log-probabilities against the full forward pass."""
 
 import asyncio
 import concurrent.futures
@@ -500,5 +500,5 @@ def test_config_problems_are_named(path):
 
 def test_a_missing_package_is_named(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ConfigError, match="serve.py needs uvicorn: pip install"):
+    with pytest.raises(ConfigError, match=r"serve\.py needs uvicorn: pip install"):
         make_server(Poet(str(path), "cpu", "float32"), ServeConfig())
