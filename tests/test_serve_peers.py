@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,11 +38,12 @@ class Process:
     """python serve.py."""
 
     def __init__(self, path, *keys):
-        self.port = 20_000 + os.getpid() % 20_000
-        command = [sys.executable, "serve.py", str(path), f"--port={self.port}", "--dtype=float32", "--name=mine"]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "serve.py", str(path), f"--port={port}", "--dtype=float32", "--name=mine"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([*command, *keys], cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{port}"
         for _ in range(600):
             try:
                 httpx.get(f"{self.url}/health")
