@@ -16,12 +16,14 @@ FILES = {  # in reading order: a file or a folder -> what it does
     "model.py": "GPT-2's architecture: forward pass, loss, KV cache",
     "train.py": "the config, the step, the training loop",
     "sample.py": "text from a trained model: its config and `main`",
+    "serve.py": "OpenAI's completions over HTTP: its config and `main`",
     "prepare.py": "books -> token ids: `train.bin`, `val.bin`, `meta.json`",
     "configurator.py": "dataclass <- YAML <- `--key=value`, checked",
     "robopoet/text": "corpora, cleaning, tokenizers, batches",
     "robopoet/training": "behind the loop: optimizers, evaluation, log, resuming",
     "robopoet/weights": "checkpoints: ours, nanoGPT's, Hugging Face's",
     "robopoet/writing": "generation, the sampler, passages, sessions, originality",
+    "robopoet/serving": "many requests in one step of the model, behind an API",
     "robopoet": "fast operations, the machine, CUDA graphs, typed input",
 }
 

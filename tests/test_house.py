@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-SCRIPTS = "train", "sample", "prepare"
+SCRIPTS = "train", "sample", "prepare", "serve"
 FOLDERS = "robopoet", "bench", "tests", "config", "data"
 BOTTOM = "configurator errors untrusted recording ops machine portable"
 
@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "weights": f"{BOTTOM} text model weights",
     "training": f"{BOTTOM} text model weights training writing.generate writing.preview",
     "writing": f"{BOTTOM} text model weights writing",
+    "serving": f"{BOTTOM} text model weights writing serving",
     **dict.fromkeys(SCRIPTS, f"{BOTTOM} text model weights training writing"),
+    "serve": f"{BOTTOM} text weights writing serving",
 }
 
 
@@ -91,7 +93,7 @@ def test_imports_point_downwards_and_make_no_circle():
     assert known >= {*MAY_IMPORT, "writing.generate"}  # a file that the rule names is there
 
 
-def test_the_top_level_holds_five_scripts_and_data_none():
+def test_the_top_level_holds_six_scripts_and_data_none():
     paths = python_files()
     assert {path for path in paths if "/" not in path} == {f"{name}.py" for name in (*SCRIPTS, "model", "configurator")}
     assert not [path for path in paths if path.startswith(("data/", "config/"))]
@@ -161,6 +163,7 @@ def test_a_house_that_keeps_the_rule_passes():
         ("robopoet/writing/poet.py", "from prepare import main", "prepare"),
         ("robopoet/text/__init__.py", "from robopoet.text import corpus", "robopoet.text.corpus"),
         ("prepare.py", "import train", "train"),
+        ("sample.py", "from robopoet.serving import engine", "robopoet.serving"),
     ],
 )
 def test_a_forbidden_import_is_found(path, line, forbidden):

@@ -64,7 +64,8 @@ def without_repeats(logits, ids, n):
     repeats = []
     for row in ids.tolist():
         ngrams = sampler.NGrams(n)
-        ngrams.push(row)
+        for id in row:
+            ngrams.push(id)
         repeats.append(ngrams.repeats())
     return sampler.forbid(logits, repeats)
 

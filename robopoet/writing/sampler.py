@@ -3,7 +3,7 @@
 B: passages, S: styles in a blend (1 without one), V: vocab_size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,13 +37,12 @@ class NGrams:
         followers = self.prompt_followers.get(self.tail, b"") + self.followers.get(self.tail, b"")
         return np.frombuffer(followers, np.int32)
 
-    def push(self, ids: Iterable[int]) -> None:
-        """Append `ids` to the text."""
+    def push(self, id: int) -> None:
+        """Append an id to the text."""
         size = 4 * (self.n - 1)
-        for id in ids:
-            if len(self.tail) == size and id not in self.repeats():
-                self.followers[self.tail] = self.followers.get(self.tail, b"") + np.int32(id).tobytes()
-            self.tail = (self.tail + np.int32(id).tobytes())[-size:] if size else b""
+        if len(self.tail) == size and id not in self.repeats():
+            self.followers[self.tail] = self.followers.get(self.tail, b"") + np.int32(id).tobytes()
+        self.tail = (self.tail + np.int32(id).tobytes())[-size:] if size else b""
 
 
 def forbid(logits: torch.Tensor, ids: Sequence[np.ndarray]) -> torch.Tensor:
@@ -141,7 +140,8 @@ class Sampler:
         self.ngrams: list[NGrams] = []  # of each text; only with no_repeat_ngram
         if settings.no_repeat_ngram:
             shared = NGrams(settings.no_repeat_ngram)
-            shared.push(prompt)
+            for id in prompt:
+                shared.push(id)
             self.ngrams = [NGrams(settings.no_repeat_ngram, shared) for _ in passages]
         self.copied = [copied.fork() for _ in passages] if copied else []  # of each text
         self.stuck = [False] * len(passages)
@@ -153,12 +153,7 @@ class Sampler:
         if styles > 1:
             logits = blend(logits, self.weights)
         ids = self.sample(self.penalize(logits))
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        for ngrams, id in zip(self.ngrams, ids.tolist() if self.ngrams else (), strict=True):
-            ngrams.push([id])
-        for copied, id in zip(self.copied, ids.tolist() if self.copied else (), strict=True):
-            copied.push(id)
+        self.note(ids)
         self.logits, self.ids = logits, ids
         return ids.repeat_interleave(styles) if styles > 1 else ids
 
@@ -194,6 +189,14 @@ class Sampler:
             stuck = masked.amax(-1, keepdim=True) == -torch.inf
             self.stuck, logits = stuck[:, 0].tolist(), torch.where(stuck, logits, masked)
         return logits
+
+    def note(self, ids: torch.Tensor) -> None:
+        """Remember the ids that were sampled, (B,), for the penalties of the next step."""
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        for texts in (self.ngrams, self.copied):
+            for text, id in zip(texts, ids.tolist() if texts else (), strict=True):
+                text.push(id)
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> ids (B,) int64, by temperature, top_k, top_p and min_p."""

@@ -1,0 +1,235 @@
+"""The HTTP side: routes, bodies within bounds, streams, and clients that leave."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from robopoet.serving.engine import Engine
+from robopoet.serving.protocol import Limits, Reply, RequestError, error_body, model_ids, read_request
+
+LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
+
+
+class Api:
+    """A model's API: `app` is the ASGI application.
+
+    name: of the model. page: the HTML that GET / returns, if there is one.
+    """
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, page: bytes = b""):
+        self.engine, self.poet, self.name, self.limits, self.page = engine, engine.poet, name, limits, page
+        self.requests = 0  # that are being answered
+        self.started = int(time.time())
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/health", self.health),
+            *([Route("/", self.index)] if page else []),
+        ]
+        handlers = {RequestError: _refuse, HTTPException: _refuse_http, Exception: _fail}
+        self.app: ASGIApp = Log(Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.stop)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the model, and one id for each style."""
+        return _json({"object": "list", "data": [self._model(id) for id in model_ids(self.poet, self.name)]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/ID."""
+        if (id := request.path_params["id"]) not in model_ids(self.poet, self.name):
+            raise RequestError(f"model: found {id[:100]!r}; GET /v1/models lists them", 404, "model", "model_not_found")
+        return _json(self._model(id))
+
+    def _model(self, id: str) -> dict[str, Any]:
+        return {"id": id, "object": "model", "created": self.started, "owned_by": "robopoet"}
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: whether the engine lives, and how busy it is."""
+        engine, alive = self.engine, self.engine.is_alive()
+        busy = {"requests": self.requests, "rows": len(engine.rows.rows), "max_rows": engine.rows.max_rows}
+        return _json({"status": "ok" if alive else "failed"} | busy, 200 if alive else 503)
+
+    async def index(self, request: Request) -> Response:
+        """GET /: the model as one HTML file."""
+        return Response(self.page, media_type="text/html")
+
+    async def completions(self, request: Request) -> "Response | Completion":
+        """POST /v1/completions."""
+        raw = await self._read(request)
+        if self.requests >= self.limits.max_rows + self.limits.max_waiting:
+            raise RequestError(f"{self.requests} requests are running or waiting; try again later", 429)
+        arguments = raw, self.poet, self.name, self.limits
+        self.requests += 1
+        try:
+            takes_long = len(raw) > LARGE or b"max_copy" in raw  # the first of these sorts the training text
+            reply = await asyncio.to_thread(read_request, *arguments) if takes_long else read_request(*arguments)
+            return Completion(self, reply)
+        except BaseException:
+            self.requests -= 1
+            raise
+
+    async def _read(self, request: Request) -> bytes:
+        """A request's body; refused without reading on once it is too long or too slow."""
+        most, parts, size = self.limits.max_body, [], 0
+        too_long = RequestError(f"request: has over {most:,} bytes", 413)
+        with contextlib.suppress(ValueError):
+            if int(request.headers.get("content-length", 0)) > most:
+                raise too_long
+        try:
+            async with asyncio.timeout(self.limits.client_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_long
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestError(f"request: took over {self.limits.client_s:g} s to arrive", 408) from None
+        return b"".join(parts)
+
+
+class Completion:
+    """A response that generates while it is sent, and stops when its client leaves."""
+
+    def __init__(self, api: Api, reply: Reply):
+        self.api, self.reply, self.is_left = api, reply, False
+        self.news = asyncio.Event()
+        reply.wake = self.news.set
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request, within the time that it has."""
+        self.send, self.abort, self.sent = send, scope.get("extensions", {}).get("abort"), 0
+        watcher = asyncio.create_task(self._watch(receive))
+        self.api.engine.submit(self.reply.choices)
+        try:
+            async with asyncio.timeout(self.api.limits.request_s):
+                await (self._stream() if self.reply.streams else self._whole())
+        except TimeoutError:
+            self.reply.error = RequestError(f"the request took over {self.api.limits.request_s:g} s", 504)
+            await self._end_late()
+        finally:
+            self.api.requests -= 1
+            self.api.engine.cancel(self.reply.choices)
+            watcher.cancel()
+            left = ", left" if self.is_left else f", {self.reply.error}" if self.reply.error else ""
+            usage = self.reply.usage
+            scope["note"] = f"{len(self.reply.choices)} texts, {usage['prompt_tokens']} tokens read, "
+            scope["note"] += f"{usage['completion_tokens']} generated{left}"
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_left = True
+        self.api.engine.cancel(self.reply.choices)
+        self.news.set()
+
+    async def _whole(self) -> None:
+        while not (self.reply.is_done or self.is_left):
+            self.news.clear()
+            await self.news.wait()
+        if self.is_left:
+            return
+        if self.reply.error:
+            await _respond(self._send, error_body(self.reply.error), self.reply.error.status)
+        else:
+            await _respond(self._send, self.reply.whole())
+
+    async def _stream(self) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        if echoed := self.reply.chunks():
+            await self._send({"type": "http.response.body", "body": echoed, "more_body": True})
+        done = False
+        while not (done or self.is_left):
+            if not self.news.is_set():
+                await self.news.wait()
+            self.news.clear()
+            done = self.reply.is_done
+            if body := self.reply.chunks():
+                await self._send({"type": "http.response.body", "body": body, "more_body": not done})
+
+    async def _send(self, message: Message) -> None:
+        """Send, unless the client does not read: then its connection ends."""
+        try:
+            async with asyncio.timeout(self.api.limits.client_s):
+                await self.send(message)
+                self.sent += 1
+        except TimeoutError:
+            self.is_left = True
+            if self.abort:
+                self.abort()
+
+    async def _end_late(self) -> None:
+        """Tell that the time is over."""
+        if not self.sent:
+            await _respond(self._send, error_body(self.reply.error), 504)
+        elif self.reply.streams:
+            await self._send({"type": "http.response.body", "body": self.reply.chunks(), "more_body": False})
+
+
+class Log:
+    """Prints a line on stderr for each request: never what it says."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and print its line when it is answered."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            note = f", {scope['note']}" if "note" in scope else ""
+            path = scope["path"][:60].encode("unicode_escape").decode()
+            line = f"{scope['method']} {path} {status or 'unanswered'} in {time.perf_counter() - start:.3f} s{note}"
+            print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+async def _respond(send: Send, body: bytes, status: int = 200) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _refuse(request: Request, e: RequestError) -> Response:
+    headers = {429: {"retry-after": "1"}, 408: {"connection": "close"}, 413: {"connection": "close"}}.get(e.status)
+    return Response(error_body(e), e.status, headers, "application/json")
+
+
+def _refuse_http(request: Request, e: HTTPException) -> Response:
+    if isinstance(e, ClientDisconnect):
+        return Response(status_code=400)
+    message = f"{request.method} {request.url.path[:100]}: {e.detail.lower()}"
+    return Response(error_body(RequestError(message, e.status_code)), e.status_code, e.headers, "application/json")
+
+
+def _fail(request: Request, e: Exception) -> Response:
+    return Response(error_body(RequestError("the server failed", 500)), 500, media_type="application/json")

@@ -1,0 +1,273 @@
+"""The engine: one thread that owns the model and steps all texts together; a text joins or leaves between two steps."""
+
+import asyncio
+import dataclasses
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from robopoet.serving.rows import Row, Rows, blended, prompt_logprobs
+from robopoet.serving.sampling import Filters, sample
+from robopoet.writing.copies import Copied
+from robopoet.writing.passage import Passage, Settings
+from robopoet.writing.poet import Poet
+from robopoet.writing.sampler import Sampler
+
+# fields of Settings that need no Sampler of a text's own; all others change logits by what the text holds
+SHARED = "style max_new_tokens until stop seed temperature top_k top_p min_p".split()
+FAILED = "the server failed to generate this text"
+
+
+class Scored(NamedTuple):
+    """A token with its log-probability, nats (None: nothing stands before it), and the likeliest ones' beside it."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Gain(NamedTuple):
+    """What a choice gains at a step. finish: "stop", "length", or "" if it goes on. error: of a text that failed.
+
+    is_prompt: whether these tokens are the prompt's.
+    """
+
+    choice: "Choice"
+    text: str = ""
+    tokens: tuple[Scored, ...] = ()
+    finish: str = ""
+    error: str = ""
+    is_prompt: bool = False
+
+
+@dataclass(eq=False)
+class Choice:
+    """A text to generate, and where its gains go.
+
+    prompt: its ids; the same list for all that share it. number: of its random stream. max_tokens: 0 only scores the
+    prompt. top: how many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell
+    the prompt's too. gain: called in the event loop. cancelled: nobody waits for it any more.
+    """
+
+    prompt: list[int]
+    prompt_text: str
+    settings: Settings
+    number: int
+    max_tokens: int
+    top: int | None
+    scores_prompt: bool
+    gain: Callable[[Gain], None]
+    cancelled: bool = False
+    tags: list[int | None] = field(default_factory=lambda: [None])
+    weights: torch.Tensor | None = None  # of the styles, (S,)
+    rows: list[Row] = field(default_factory=list)  # one for each style
+    passage: Passage | None = None
+    sampler: Sampler | None = None
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether its logits depend on the text so far."""
+        plain, given = Settings(), dataclasses.asdict(self.settings)
+        return any(value != getattr(plain, key) for key, value in given.items() if key not in SHARED)
+
+
+class Engine(threading.Thread):
+    """Generates what it is given, max_rows rows at a time; start() it, submit(), and in the end stop().
+
+    furthest: the most tokens of a text, its window included.
+    """
+
+    def __init__(self, poet: Poet, max_rows: int, furthest: int):
+        super().__init__(name="engine", daemon=True)
+        self.poet, self.loop = poet, None
+        self.rows = Rows(poet.model, max_rows, furthest)
+        self.inbox: queue.SimpleQueue[list[Choice] | None] = queue.SimpleQueue()
+        self.waiting: deque[Choice] = deque()
+        self.running: list[Choice] = []
+        self.gains: list[Gain] = []
+        self.filters: Filters | None = None  # of those that run; made again when one joins or leaves
+        self.stopping = False
+
+    def submit(self, choices: list[Choice]) -> None:
+        """Queue these texts; called in the event loop."""
+        self.loop = asyncio.get_running_loop()
+        for choice in choices:
+            blend = self.poet.blend_of(choice.settings.style)
+            choice.tags = list(blend) or [None]
+            choice.weights = torch.tensor(list(blend.values()) or [1.0], device=self.poet.machine.device)
+        self.inbox.put(choices)
+
+    def cancel(self, choices: list[Choice]) -> None:
+        """Free the rows of these texts before the next step."""
+        for choice in choices:
+            choice.cancelled = True
+
+    def stop(self) -> None:
+        """End the thread after the step that runs."""
+        self.stopping = True
+        self.inbox.put(None)
+        self.join()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the thread
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Step until stop() is called. No exception ends it: the texts that it hit are told that they failed."""
+        while not self.stopping:
+            try:
+                self._receive()
+                self._admit()
+                if self.running:
+                    self._step()
+            except Exception:
+                traceback.print_exc()
+                for choice in list(self.running):
+                    self._fail(choice)
+            self._tell()
+
+    def _receive(self) -> None:
+        """Take what was submitted, waiting for it if there is nothing to do, and drop what was cancelled."""
+        idle = not self.running and not self.waiting
+        while idle or not self.inbox.empty():
+            self.waiting += self.inbox.get() or ()
+            idle = False
+        for choice in [choice for choice in self.running if choice.cancelled]:
+            self._leave(choice)
+
+    def _admit(self) -> None:
+        """Read the first waiting prompt, if there are rows for it; texts that share it join at once."""
+        while self.waiting and self.waiting[0].cancelled:
+            self.waiting.popleft()
+        first = None
+        while self.waiting and len(self.waiting[0].tags) <= self.rows.free:
+            choice = self.waiting[0]
+            if first and (choice.prompt is not first.prompt or not first.rows or choice.cancelled):
+                return
+            self.waiting.popleft()
+            try:
+                self._start(choice, first)
+            except Exception:
+                traceback.print_exc()
+                self._fail(choice)
+            first = first or choice
+
+    def _start(self, choice: Choice, twin: Choice | None) -> None:
+        """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""
+        choice.passage = Passage(self.poet.tokenizer, choice.settings, choice.prompt_text, choice.number)
+        weights = choice.weights.tolist()
+        prompt = choice.prompt if choice.tags == [None] else [choice.tags[0], *choice.prompt]
+        copies = self.poet.copies(choice.settings) if choice.settings.max_copy else None
+        copied = Copied(copies, choice.prompt_text) if copies else None
+        choice.sampler = Sampler(choice.settings, self.poet.forbidden, [choice.number], weights, prompt, copied)
+        hidden = []
+        if twin and not choice.scores_prompt:
+            choice.rows = [self.rows.copy(row) for row in twin.rows]
+        else:
+            for tag in choice.tags:
+                row, states = self.rows.add(choice.prompt, tag)
+                choice.rows.append(row)
+                hidden.append(states)
+        self.running.append(choice)
+        self.filters = None
+        if choice.scores_prompt:
+            self.gains.append(Gain(choice, tokens=self._score_prompt(choice, hidden), is_prompt=True))
+        if not choice.max_tokens:
+            self._leave(choice)
+            self.gains.append(Gain(choice, finish="length"))
+
+    def _score_prompt(self, choice: Choice, hidden: list[torch.Tensor]) -> tuple[Scored, ...]:
+        """Each of the prompt's tokens; the first one has no log-probability unless a style's tag stands before it."""
+        ids, scored = choice.prompt, [] if choice.tags != [None] else [Scored(choice.prompt[0])]
+        for logprobs in prompt_logprobs(self.poet.model, hidden, choice.weights):
+            for row, id in zip(logprobs, ids[len(scored) :], strict=False):
+                scored.append(_scored(row, id, choice.top))
+        return tuple(scored)
+
+    def _step(self) -> None:
+        """One token for each text that runs."""
+        logits = self.rows.step()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        by_place = self.running = sorted(self.running, key=lambda choice: choice.rows[0].place)
+        if len(by_place) < len(logits):  # some are blends
+            places = ([row.place for row in choice.rows] for choice in by_place)
+            parts = zip(by_place, places, strict=True)
+            logits = torch.cat([blended(logits[place], choice.weights) for choice, place in parts])
+        told = [i for i, choice in enumerate(by_place) if choice.top is not None]
+        logprobs = logits[told].log_softmax(-1) if told else None  # the model's own, of every token
+        logits.index_fill_(1, self.poet.forbidden, -torch.inf)
+        for i, choice in enumerate(by_place):
+            if choice.penalizes:
+                logits[i] = choice.sampler.penalize(logits[i : i + 1].clone())[0]
+        self.filters = self.filters or Filters.of([choice.settings for choice in by_place], logits)
+        sampled = sample(logits, self.filters, self._uniforms)
+        ids = sampled.tolist()
+        for i, choice in enumerate(by_place):
+            try:
+                if choice.sampler.stuck[0]:
+                    self.gains.append(Gain(choice, choice.passage.get_stuck(), finish="stop"))
+                    self._leave(choice)
+                    continue
+                if choice.penalizes:
+                    choice.sampler.note(sampled[i : i + 1])
+                token = Scored(ids[i]) if choice.top is None else _scored(logprobs[told.index(i)], ids[i], choice.top)
+                self._push(choice, token)
+            except Exception:
+                traceback.print_exc()
+                self._fail(choice)
+
+    def _uniforms(self, rows: list[int]) -> torch.Tensor:
+        """The next number of the streams of the texts at these places."""
+        numbers = [self.running[row].sampler.streams[0].random() for row in rows]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.poet.machine.device)
+
+    def _push(self, choice: Choice, token: Scored) -> None:
+        """Append a token to a text; it leaves if that was its last."""
+        text, finish = choice.passage.push(token.id), ""
+        if choice.passage.done:
+            finish = "stop"
+        elif len(choice.passage.ids) == choice.max_tokens:
+            text, finish = text + choice.passage.finish(), "length"
+        self.gains.append(Gain(choice, text, (token,), finish))
+        if finish:
+            self._leave(choice)
+        else:
+            for row in choice.rows:
+                self.rows.push(row, token.id)
+
+    def _leave(self, choice: Choice) -> None:
+        """Free a choice's rows."""
+        self.filters = None
+        self.running = [other for other in self.running if other is not choice]
+        for row in choice.rows:
+            self.rows.drop(row)
+        choice.rows = []
+
+    def _fail(self, choice: Choice) -> None:
+        self._leave(choice)
+        self.gains.append(Gain(choice, error=FAILED))
+
+    def _tell(self) -> None:
+        """Hand what was gained to the event loop, all in one call."""
+        gains, self.gains = self.gains, []
+        if gains and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(_deliver, gains)
+
+
+def _deliver(gains: list[Gain]) -> None:
+    for gain in gains:
+        gain.choice.gain(gain)
+
+
+def _scored(logprobs: torch.Tensor, id: int, top: int | None) -> Scored:
+    """A token with its log-probability in logprobs, (V,), and those of the `top` likeliest."""
+    likeliest = logprobs.topk(top or 0)
+    return Scored(
+        id, logprobs[id].item(), tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    )

@@ -1,0 +1,339 @@
+"""OpenAI's completions as JSON: requests checked into choices, what they gain into responses, errors."""
+
+import re
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import msgspec
+
+from configurator import VERSION, ConfigError, bounds
+from robopoet import untrusted
+from robopoet.errors import DataError
+from robopoet.serving.engine import Choice, Gain, Scored
+from robopoet.text.tokenizer import StreamDecoder
+from robopoet.writing.passage import Settings, make_settings
+from robopoet.writing.poet import Poet
+
+MOST_TOP = 5  # logprobs: OpenAI's limit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request, and all of them together, may take."""
+
+    # limits
+    max_rows: int = 64  # texts generated together; a blend takes a row for each of its styles
+    max_waiting: int = 256  # requests beyond max_rows; further ones are refused with 429
+    max_body: int = 2**20  # bytes of a request
+    max_prompt: int = 16_384  # tokens of a prompt
+    max_tokens: int = 4_096  # tokens of a text
+    max_choices: int = 128  # texts of a request: its prompts times n
+    request_s: float = 300.0  # seconds from a request's arrival to its end
+    client_s: float = 15.0  # seconds that a client may take to send a request, or to read what is sent
+    grace_s: float = 30.0  # seconds that what runs has to end after SIGTERM
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        found = bounds(self, "max_rows max_choices", 1, 4096) + bounds(self, "max_waiting", 1, 2**20)
+        found += bounds(self, "max_body", 1, 2**30) + bounds(self, "max_prompt max_tokens", 1, 2**20)
+        return found + bounds(self, "request_s client_s grace_s", 0.01, 1e6)
+
+
+class RequestError(ValueError):
+    """A request that is refused: HTTP status, the parameter that is wrong, and OpenAI's code where it has one."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def error_body(e: RequestError) -> bytes:
+    """The error in OpenAI's form."""
+    kind = "invalid_request_error" if e.status < 500 and e.status != 429 else "server_error"
+    kind = "rate_limit_error" if e.status == 429 else kind
+    return msgspec.json.encode({"error": {"message": str(e), "type": kind, "param": e.param, "code": e.code}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# requests
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How a stream ends: with a last chunk that has the usage, if asked for."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+OPENAI = {  # the keys of a request that are no settings of ours
+    "model": str,
+    "prompt": str | list[str | int | list[int]],
+    "max_tokens": int,
+    "n": int,
+    "stop": str | list[str],
+    "stream": bool,
+    "stream_options": StreamOptions,
+    "logprobs": int,
+    "echo": bool,
+    "user": str,
+    "best_of": int,
+    "suffix": str,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "logit_bias": dict[str, float],
+}
+SETTINGS = {key: kind for key, kind in get_type_hints(Settings).items() if key not in ("stop", "max_new_tokens")}
+DEFAULTS = {"until": "tokens", "temperature": 1.0, "top_p": 1.0}  # OpenAI's, not sample.py's
+Body = msgspec.defstruct(
+    "Body",
+    [(key, kind | None, None) for key, kind in (OPENAI | SETTINGS).items()],
+    forbid_unknown_fields=True,
+    kw_only=True,
+)
+
+
+def model_ids(poet: Poet, name: str) -> list[str]:
+    """The ids under which a model is known: its name, and one for each of its styles, such as mine:alice."""
+    return [name, *(f"{name}:{style}" for style in poet.styles)]
+
+
+def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
+    """A request's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
+    try:
+        body = untrusted.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
+        return _check(body, poet, name, limits)
+    except RequestError as e:
+        found = re.search(r"unknown field `(\w+)`|\$\.(\w+)", str(e))
+        if found and e.param is None:
+            e.param = found[1] or found[2]
+        raise
+    except (ConfigError, DataError) as e:
+        param = str(e).partition(":")[0]
+        raise RequestError(str(e), param=param if param in Body.__struct_fields__ else None) from None
+
+
+def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
+    style = body.style or ""
+    if body.model is None:
+        raise RequestError(f"model: is missing; GET /v1/models lists them, the first is {name}", param="model")
+    if body.model not in model_ids(poet, name):
+        message = f"model: found {body.model[:100]!r}, but there are {', '.join(model_ids(poet, name))[:500]}"
+        raise RequestError(message, 404, "model", "model_not_found")
+    if named := body.model.removeprefix(name).removeprefix(":"):
+        if style not in ("", named):
+            raise RequestError(f"style: found {style[:100]!r}, but the model is {body.model}; give one", param="style")
+        style = named
+    _refuse_what_we_lack(body)
+    max_tokens, n = 16 if body.max_tokens is None else body.max_tokens, 1 if body.n is None else body.n
+    within("max_tokens", max_tokens, 0, limits.max_tokens)
+    within("n", n, 1, limits.max_choices)
+    within("logprobs", body.logprobs or 0, 0, MOST_TOP)
+    given = {key: value for key in SETTINGS if (value := getattr(body, key)) is not None}
+    given |= {"style": style, "stop": [body.stop] if isinstance(body.stop, str) else body.stop or []}
+    given |= {"seed": secrets.randbits(52) if body.seed is None else body.seed, "max_new_tokens": max(max_tokens, 1)}
+    settings = make_settings(DEFAULTS | given)
+    poet.blend_of(style)  # raises for a style that the model lacks
+    if settings.max_copy:
+        poet.copies(settings)  # raises if the training text is not there
+    prompts = _prompts(body.prompt)
+    within("prompt: texts times n", len(prompts) * n, 1, limits.max_choices)
+    reply = Reply(body.model, poet, bool(body.stream), settings.seed)
+    reply.tells_usage = bool(body.stream_options and body.stream_options.include_usage)
+    for prompt in prompts:
+        text, ids = _read_prompt(prompt, poet)
+        within("prompt: tokens", len(ids), 1, limits.max_prompt)
+        scores_prompt = bool(body.echo) and body.logprobs is not None and bool(prompt)
+        if scores_prompt and len(ids) + bool(style) > poet.model.config.block_size:
+            most = poet.model.config.block_size - bool(style)
+            message = f"prompt: has {len(ids):,} tokens; with echo and logprobs the model reads at most {most:,}"
+            raise RequestError(message, param="prompt", code="context_length_exceeded")
+        reply.prompt_tokens += len(ids) if prompt else 0
+        for number in range(n):
+            choice = Choice(ids, text, settings, number, max_tokens, body.logprobs, scores_prompt, reply.gain)
+            reply.add(choice, text if body.echo else "")
+    return reply
+
+
+def within(what: str, value: int, low: int, high: int) -> None:
+    """Raise RequestError unless low <= value <= high."""
+    if not low <= value <= high:
+        message = f"{what}: found {value:,}, must be at least {low:,} and at most {high:,}"
+        raise RequestError(message, param=what.partition(":")[0])
+
+
+def _refuse_what_we_lack(body: Any) -> None:
+    """Raise RequestError for keys of OpenAI's that ask for something that this server does not do."""
+    asked = {
+        "suffix": bool(body.suffix),
+        "presence_penalty": bool(body.presence_penalty),
+        "frequency_penalty": bool(body.frequency_penalty),
+        "logit_bias": bool(body.logit_bias),
+        "best_of": body.best_of not in (None, 1, body.n),
+    }
+    for key in (key for key, value in asked.items() if value):
+        raise RequestError(f"{key}: this server does not have it; leave it out", param=key, code="unsupported")
+    if body.stream_options and not body.stream:
+        raise RequestError("stream_options: needs stream", param="stream_options")
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a request: a text, texts, token ids, or lists of token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(part) for part in prompt or ()}
+    if kinds == {int}:
+        return [prompt]
+    if kinds not in ({str}, {list}):
+        raise RequestError("prompt: must be a text, a list of texts, token ids, or a list of those", param="prompt")
+    return prompt
+
+
+def _read_prompt(prompt: str | list[int], poet: Poet) -> tuple[str, list[int]]:
+    """A prompt's text and ids; an empty text is read as a line's end, as in sample.py."""
+    tok = poet.tokenizer
+    if isinstance(prompt, str):
+        if not (ids := tok.encode(prompt or "\n")):
+            message = f"prompt: found {prompt[:100]!r}, must have a character that the model knows"
+            raise RequestError(message, param="prompt")
+        return prompt, ids
+    size = poet.model.config.vocab_size
+    if not prompt or not all(0 <= id < size for id in prompt):
+        raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one", param="prompt")
+    return tok.decode_bytes(prompt).decode(errors="replace"), prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# responses
+
+
+@dataclass
+class Text:
+    """What a choice has gained since it was last sent, and how far it is."""
+
+    index: int
+    decoder: StreamDecoder
+    parts: list[str]
+    asks: bool  # for log-probabilities
+    tokens: list[tuple[Scored, int]] = field(default_factory=list)  # with their offsets in the text
+    offset: int = 0
+    finish: str | None = None
+
+
+class Reply:
+    """A request's texts as they grow, and their JSON.
+
+    error: what went wrong, instead of texts. is_done: whether all texts are whole.
+    """
+
+    def __init__(self, model: str, poet: Poet, streams: bool, seed: int):
+        self.tok, self.streams, self.tells_usage = poet.tokenizer, streams, False
+        self.choices: list[Choice] = []
+        self.texts: dict[Choice, Text] = {}
+        self.error: RequestError | None = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.wake = lambda: None  # called when there is something to send
+        self._changed: dict[Choice, None] = {}
+        self._names = {id: name for name, id in self.tok.specials.items()}
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"robopoet-{VERSION}-{poet.sha256[:12]}-{str(poet.machine.dtype)[6:]}",
+            "seed": seed,  # ours: with it, the same request gives the same texts
+        }
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all texts are whole, or one has failed."""
+        return self.error is not None or all(text.finish for text in self.texts.values())
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The tokens that were read and generated."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+    def add(self, choice: Choice, echo: str) -> None:
+        """Add a text that is to be generated, with the prompt in front if it is echoed."""
+        asks = choice.top is not None
+        self.texts[choice] = Text(len(self.choices), StreamDecoder(self.tok), [echo] if echo else [], asks)
+        if asks and not choice.scores_prompt:
+            self.texts[choice].offset = len(echo)
+        self.choices.append(choice)
+
+    def gain(self, gain: Gain) -> None:
+        """Take what a text gained."""
+        text = self.texts[gain.choice]
+        if gain.error:
+            self.error = RequestError(gain.error, 500)
+        if gain.text:
+            text.parts.append(gain.text)
+        for token in gain.tokens:
+            if text.asks:
+                text.tokens.append((token, text.offset))
+                text.offset += len(text.decoder.push([token.id]))
+        self.completion_tokens += 0 if gain.is_prompt else len(gain.tokens)
+        text.finish = gain.finish or None
+        self._changed[gain.choice] = None
+        self.wake()
+
+    def whole(self) -> bytes:
+        """The response to a request that does not stream."""
+        choices = [self._take(text, text.finish) for text in self.texts.values()]
+        return msgspec.json.encode(self._head | {"choices": choices, "usage": self.usage})
+
+    def chunks(self) -> bytes:
+        """The server-sent events for what was gained since the last call, "" if that is nothing to be seen."""
+        changed, self._changed = self._changed, {}
+        events = []
+        usage = {"usage": None} if self.tells_usage else {}
+        for text in (self.texts[choice] for choice in changed):
+            if text.parts or text.tokens or text.finish:
+                events.append(self._head | {"choices": [self._take(text, text.finish)]} | usage)
+        if self.error:
+            return b"".join(map(_event, map(msgspec.json.encode, events))) + _event(error_body(self.error))
+        if self.is_done and self.tells_usage:
+            events.append(self._head | {"choices": [], "usage": self.usage})
+        done = _event(b"[DONE]") if self.is_done else b""
+        return b"".join(_event(msgspec.json.encode(event)) for event in events) + done
+
+    def _take(self, text: Text, finish: str | None) -> dict[str, Any]:
+        """A choice of the response with what its text has gained."""
+        parts, text.parts, tokens, text.tokens = text.parts, [], text.tokens, []
+        logprobs = self._logprobs(tokens) if text.asks else None
+        return {"text": "".join(parts), "index": text.index, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, tokens: list[tuple[Scored, int]]) -> dict[str, list[Any]]:
+        """OpenAI's legacy form: the sampled token is among the likeliest in any case."""
+        names = [self._name(token.id) for token, _ in tokens]
+        top = [
+            None if token.logprob is None else {self._name(id): p for id, p in (*token.top, token[:2])}
+            for token, _ in tokens
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token, _ in tokens],
+            "top_logprobs": top,
+            "text_offset": [offset for _, offset in tokens],
+        }
+
+    def _name(self, id: int) -> str:
+        """A token's text; bytes that are no whole characters as bytes:\\xe2\\x80, as OpenAI's."""
+        if id >= len(self.tok.tokens):
+            return self._names.get(id, f"<|{id}|>")
+        try:
+            return self.tok.tokens[id].decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tok.tokens[id])
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
