@@ -1,104 +1,21 @@
 """The server: its texts against Poet, its log-probabilities against the full forward pass."""
 
-import asyncio
 import concurrent.futures
-import contextlib
-import dataclasses
-import json
 import math
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
-import httpx
 import pytest
 import torch
 from conftest import REPO
+from served import Served, make_checkpoint
 
-from bench.storm import storm
-from configurator import ConfigError
 from model import GPT, GPTConfig
-from robopoet.serving import engine as engines
 from robopoet.serving.rows import Rows
-from robopoet.text.tokenizer import END, CharTokenizer
-from robopoet.weights import checkpoint
+from robopoet.text.tokenizer import END
 from robopoet.writing.generate import prepack
-from robopoet.writing.passage import Passage
-from robopoet.writing.poet import Poet
-from serve import ServeConfig, make_server, model_name
-
-PATIENCE_S = 60
-
-
-def make_checkpoint(folder, positions: str):
-    """Random weights large enough that the text varies."""
-    torch.manual_seed(3)
-    tok = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
-    shape = {"block_size": 16, "vocab_size": tok.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig(**shape, positions=positions))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5)
-    path = folder / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
-    return path
-
-
-class Served:
-    """A server in a thread of this process."""
-
-    def __init__(self, path, dtype="float64", **keys):
-        self.poet = Poet(str(path), "cpu", dtype)
-        self.server = make_server(self.poet, ServeConfig(checkpoint=str(path), name="tiny", port=0, **keys))
-        self.engine = self.server.config.app.app.router.lifespan_context.__self__.engine
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
-        return self
-
-    def __exit__(self, *raised):
-        self.http.close()
-        self.server.should_exit = True
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive()
-
-    def post(self, prompt="o romeo", **keys):
-        return self.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt} | keys)
-
-    def choices(self, prompt="o romeo", **keys):
-        answer = self.post(prompt, **keys)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"]
-
-    def events(self, prompt="o romeo", **keys):
-        with self.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": prompt, **keys}) as answer:
-            lines = [line for line in answer.iter_lines() if line]
-        assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
-        return [json.loads(line[6:]) for line in lines[:-1]]
-
-    def raw(self, sent: bytes) -> socket.socket:
-        client = socket.create_connection(("127.0.0.1", self.port))
-        client.settimeout(PATIENCE_S)
-        client.sendall(sent)
-        return client
-
-    def request(self, **keys) -> bytes:
-        body = json.dumps({"model": "tiny", "prompt": "o romeo"} | keys).encode()
-        return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
-
-
-def wait_until(holds):
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
+from serve import model_name
 
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
@@ -106,17 +23,6 @@ def served(request, tmp_path_factory):
     path = make_checkpoint(tmp_path_factory.mktemp("served"), request.param)
     with Served(path, client_s=5.0) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("bounded"), "rotary")
-
-
-def endless(server):
-    """Let no text end by itself."""
-    server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))
-    return server
 
 
 # --- texts
@@ -296,7 +202,9 @@ def test_routes_and_wrong_ones(served):
     assert ids == ["tiny", "tiny:alice", "tiny:bard"]
     assert served.http.get("/v1/models/tiny:alice").json()["id"] == "tiny:alice"
     assert served.http.get("/health").json()["status"] == "ok"
-    wrong = {("GET", "/v1/completions"): 405, ("POST", "/v1/models"): 405, ("GET", "/x"): 404, ("GET", "/"): 404}
+    wrong = {("GET", "/v1/completions"): 405, ("POST", "/v1/models"): 405, ("GET", "/x"): 404, ("POST", "/"): 405}
+    page = served.http.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "<title>Alice and Bard</title>" in page.text
     for (method, place), status in {**wrong, ("GET", "/v1/models/x"): 404}.items():
         answer = served.http.request(method, place)
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -365,140 +273,3 @@ def test_what_is_no_request_is_refused(served, body):
     answer = served.http.post("/v1/completions", content=body)
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
     assert served.choices("a")
-
-
-# --- what clients do to a server
-
-
-def test_a_storm_is_answered_rightly_or_refused(served):
-    found = asyncio.run(storm(served.port, "tiny", ["o romeo", "alas poor yorick " * 3, "a"], 200, 25))
-    assert found["wrong"] == [] and sum(found["well"].values()) == 200 and len(found["well"]) == 4
-    wait_until(lambda: served.http.get("/health").json() | {"max_rows": 0} == {
-        "status": "ok", "requests": 0, "rows": 0, "max_rows": 0})  # fmt: skip
-
-
-def test_a_client_that_leaves_frees_its_row_and_the_others_go_on(path):
-    with Served(path, max_tokens=10**6) as server:
-        endless(server)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            other = pool.submit(server.choices, seed=1, max_tokens=2000)
-            client = server.raw(server.request(max_tokens=10**6, stream=True))
-            silent = server.raw(server.request(max_tokens=10**6))
-            assert client.recv(100).startswith(b"HTTP/1.1 200")
-            wait_until(lambda: len(server.engine.rows.rows) >= 2)
-            client.close()
-            silent.close()
-            assert len(other.result()[0]["text"]) == 2000
-        wait_until(lambda: not server.engine.rows.rows and not server.engine.running)
-        assert server.choices(seed=1, max_tokens=20)
-
-
-def test_a_cancelled_text_is_gone_after_one_step(path):
-    poet = Poet(str(path), "cpu", "float64")
-    engine = engines.Engine(poet, 4, 1000)
-    gained = []
-    settings = dataclasses.replace(Passage(poet.tokenizer, engines.Settings()).settings, until="tokens")
-    engine.loop = type("Loop", (), {"is_closed": lambda self: True})()
-    choices = [engines.Choice([1, 2, 3], "a", settings, i, 300, None, False, gained.append) for i in range(2)]
-    for choice in choices:
-        choice.weights = torch.tensor([1.0])
-    engine.inbox.put(choices)
-    with torch.inference_mode():
-        for _ in range(3):
-            engine._receive(), engine._admit(), engine._step()
-        assert len(engine.rows.rows) == 2
-        engine.cancel(choices[:1])
-        engine._receive()
-        assert len(engine.rows.rows) == 1 and engine.running == choices[1:]
-
-
-def test_an_error_in_one_text_or_step_stops_no_other(served, monkeypatch, capfd):
-    push = Passage.push
-
-    def failing(self, id, logprob=None):
-        if self.prompt == "boom":
-            raise RuntimeError("boom")
-        return push(self, id, logprob)
-
-    alone = served.choices("alas", seed=9, max_tokens=60)
-    monkeypatch.setattr(Passage, "push", failing)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        good = [pool.submit(served.choices, "alas", seed=9, max_tokens=60) for _ in range(4)]
-        bad = [pool.submit(served.post, "boom") for _ in range(4)]
-        assert all(future.result() == alone for future in good)
-        assert {future.result().status_code for future in bad} == {500}
-    assert bad[0].result().json()["error"]["type"] == "server_error"
-    with served.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "boom", "stream": True}) as e:
-        assert "server_error" in e.read().decode()
-    step = Rows.step
-    monkeypatch.setattr(Rows, "step", lambda self: 1 / 0)
-    assert served.post("alas").status_code == 500
-    monkeypatch.setattr(Rows, "step", step)
-    assert served.choices("alas", seed=9, max_tokens=60) == alone
-    assert "boom" in capfd.readouterr().err
-
-
-def test_bounds_refuse_in_form(path):
-    with Served(path, max_rows=1, max_waiting=1, max_body=2000, request_s=1.0, max_tokens=10**6) as server:
-        endless(server)
-        assert server.post("a" * 3000).status_code == 413
-        chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
-        client = server.raw(chunked + b"3e8\r\n" + b"a" * 1000 + b"\r\n")
-        with contextlib.suppress(ConnectionError):
-            for _ in range(3):
-                client.sendall(b"3e8\r\n" + b"a" * 1000 + b"\r\n")
-        assert client.recv(100).startswith(b"HTTP/1.1 413")
-        clients = [server.raw(server.request(max_tokens=10**6)) for _ in range(2)]
-        wait_until(lambda: server.http.get("/health").json()["requests"] == 2)
-        busy = server.post()
-        assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
-        assert busy.json()["error"]["type"] == "rate_limit_error"
-        assert [client.recv(100)[:12] for client in clients] == [b"HTTP/1.1 504"] * 2  # each had a second
-        with server.http.stream(
-            "POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 10**6}
-        ) as late:
-            assert "took over 1 s" in late.read().decode().splitlines()[-2]
-        wait_until(lambda: not server.engine.rows.rows)
-
-
-def test_clients_that_dawdle_are_cut_and_hold_no_row(path):
-    with Served(path, client_s=0.3, max_tokens=10**6) as server:
-        endless(server)
-        silent, slow = server.raw(b""), server.raw(b"POST /v1/completions HTTP/1.1\r\nhost")
-        body = server.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
-        assert silent.recv(100) == slow.recv(100) == b""
-        assert body.recv(100).startswith(b"HTTP/1.1 408")
-        large = server.raw(b"GET / HTTP/1.1\r\n")
-        with contextlib.suppress(ConnectionError):
-            for _ in range(20):
-                large.sendall(b"x: " + b"y" * 10_000 + b"\r\n")
-        with contextlib.suppress(ConnectionError):
-            assert b"the headers have over" in large.recv(1000)
-        reader = socket.socket()
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        reader.connect(("127.0.0.1", server.port))
-        reader.sendall(server.request(max_tokens=10**6, stream=True, logprobs=5))
-        wait_until(lambda: len(server.engine.rows.rows) == 1)
-        wait_until(lambda: not server.engine.rows.rows)  # it reads nothing
-        assert server.raw(b"\x00\x01\r\n\r\n").recv(100).startswith(b"HTTP/1.1 400")
-        assert server.choices(max_tokens=5)
-
-
-def test_the_log_has_a_line_for_each_request_and_no_prompt(served, capfd):
-    served.post("my secret", max_tokens=3, seed=1)
-    served.http.get("/v1/models")
-    wait_until(lambda: True)
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 2 and "POST /v1/completions 200 in" in lines[0] and "9 tokens read, 3 generated" in lines[0]
-    assert not any("secret" in line for line in lines)
-
-
-def test_config_problems_are_named(path):
-    assert ServeConfig(name="a:b", port=-1, max_rows=0, client_s=-1).problems() != []
-    assert ServeConfig().problems() == []
-
-
-def test_a_missing_package_is_named(path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ConfigError, match=r"serve\.py needs uvicorn: pip install"):
-        make_server(Poet(str(path), "cpu", "float32"), ServeConfig())

@@ -153,5 +153,6 @@ def test_sigterm_finishes_what_runs_up_to_a_limit(model_pt):
     with httpx.stream(
         "POST", f"{process.url}/v1/completions", json=keys | {"max_tokens": 10**6, "n": 64}, timeout=60
     ) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert "Cancel 1 running task" in process.end()

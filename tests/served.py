@@ -1,0 +1,85 @@
+"""A server in a thread of the tests' process, and its small model."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import torch
+
+from model import GPT, GPTConfig
+from robopoet.text.tokenizer import END, CharTokenizer
+from robopoet.weights import checkpoint
+from robopoet.writing.poet import Poet
+from serve import ServeConfig, make_server
+
+PATIENCE_S = 60
+
+
+def make_checkpoint(folder, positions: str):
+    """Random weights large enough that the text varies."""
+    torch.manual_seed(3)
+    tok = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
+    shape = {"block_size": 16, "vocab_size": tok.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**shape, positions=positions))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    path = folder / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
+    return path
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, path, dtype="float64", **keys):
+        self.poet = Poet(str(path), "cpu", dtype)
+        self.server = make_server(self.poet, ServeConfig(checkpoint=str(path), name="tiny", port=0, **keys))
+        self.engine = self.server.config.app.app.router.lifespan_context.__self__.engine
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
+        return self
+
+    def __exit__(self, *raised):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+    def post(self, prompt="o romeo", **keys):
+        return self.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt} | keys)
+
+    def choices(self, prompt="o romeo", **keys):
+        answer = self.post(prompt, **keys)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    def events(self, prompt="o romeo", **keys):
+        with self.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": prompt, **keys}) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+        return [json.loads(line[6:]) for line in lines[:-1]]
+
+    def raw(self, sent: bytes) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port))
+        client.settimeout(PATIENCE_S)
+        client.sendall(sent)
+        return client
+
+    def request(self, **keys) -> bytes:
+        body = json.dumps({"model": "tiny", "prompt": "o romeo"} | keys).encode()
+        return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def wait_until(holds):
+    end = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)

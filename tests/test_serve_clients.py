@@ -1,0 +1,173 @@
+"""What clients do to a server: leave, dawdle, flood it, and send what is no request."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import socket
+import sys
+
+import pytest
+import torch
+from served import Served, make_checkpoint, wait_until
+
+from bench.storm import storm
+from configurator import ConfigError
+from robopoet.serving import engine as engines
+from robopoet.serving.rows import Rows
+from robopoet.writing.passage import Passage
+from robopoet.writing.poet import Poet
+from serve import ServeConfig, make_server
+
+
+@pytest.fixture(scope="module", params=["learned", "rotary"])
+def served(request, tmp_path_factory):
+    path = make_checkpoint(tmp_path_factory.mktemp("served"), request.param)
+    with Served(path, client_s=5.0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("bounded"), "rotary")
+
+
+def endless(server):
+    """Let no text end by itself."""
+    server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))
+    return server
+
+
+def test_a_storm_is_answered_rightly_or_refused(served):
+    found = asyncio.run(storm(served.port, "tiny", ["o romeo", "alas poor yorick " * 3, "a"], 200, 25))
+    assert found["wrong"] == [] and sum(found["well"].values()) == 200 and len(found["well"]) == 4
+    wait_until(lambda: served.http.get("/health").json() | {"max_rows": 0} == {
+        "status": "ok", "requests": 0, "rows": 0, "max_rows": 0})  # fmt: skip
+
+
+def test_a_client_that_leaves_frees_its_row_and_the_others_go_on(path):
+    with Served(path, max_tokens=10**6) as server:
+        endless(server)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            other = pool.submit(server.choices, seed=1, max_tokens=2000)
+            client = server.raw(server.request(max_tokens=10**6, stream=True))
+            silent = server.raw(server.request(max_tokens=10**6))
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: len(server.engine.rows.rows) >= 2)
+            client.close()
+            silent.close()
+            assert len(other.result()[0]["text"]) == 2000
+        wait_until(lambda: not server.engine.rows.rows and not server.engine.running)
+        assert server.choices(seed=1, max_tokens=20)
+
+
+def test_a_cancelled_text_is_gone_after_one_step(path):
+    poet = Poet(str(path), "cpu", "float64")
+    engine = engines.Engine(poet, 4, 1000)
+    gained = []
+    settings = dataclasses.replace(Passage(poet.tokenizer, engines.Settings()).settings, until="tokens")
+    engine.loop = type("Loop", (), {"is_closed": lambda self: True})()
+    choices = [engines.Choice([1, 2, 3], "a", settings, i, 300, None, False, gained.append) for i in range(2)]
+    for choice in choices:
+        choice.weights = torch.tensor([1.0])
+    engine.inbox.put(choices)
+    with torch.inference_mode():
+        for _ in range(3):
+            engine._receive(), engine._admit(), engine._step()
+        assert len(engine.rows.rows) == 2
+        engine.cancel(choices[:1])
+        engine._receive()
+        assert len(engine.rows.rows) == 1 and engine.running == choices[1:]
+
+
+def test_an_error_in_one_text_or_step_stops_no_other(served, monkeypatch, capfd):
+    push = Passage.push
+
+    def failing(self, id, logprob=None):
+        if self.prompt == "boom":
+            raise RuntimeError("boom")
+        return push(self, id, logprob)
+
+    alone = served.choices("alas", seed=9, max_tokens=60)
+    monkeypatch.setattr(Passage, "push", failing)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        good = [pool.submit(served.choices, "alas", seed=9, max_tokens=60) for _ in range(4)]
+        bad = [pool.submit(served.post, "boom") for _ in range(4)]
+        assert all(future.result() == alone for future in good)
+        assert {future.result().status_code for future in bad} == {500}
+    assert bad[0].result().json()["error"]["type"] == "server_error"
+    with served.http.stream("POST", "/v1/completions", json={"model": "tiny", "prompt": "boom", "stream": True}) as e:
+        assert "server_error" in e.read().decode()
+    step = Rows.step
+    monkeypatch.setattr(Rows, "step", lambda self: 1 / 0)
+    assert served.post("alas").status_code == 500
+    monkeypatch.setattr(Rows, "step", step)
+    assert served.choices("alas", seed=9, max_tokens=60) == alone
+    assert "boom" in capfd.readouterr().err
+
+
+def test_bounds_refuse_in_form(path):
+    with Served(path, max_rows=1, max_waiting=1, max_body=2000, request_s=1.0, max_tokens=10**6) as server:
+        endless(server)
+        assert server.post("a" * 3000).status_code == 413
+        chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        client = server.raw(chunked + b"3e8\r\n" + b"a" * 1000 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(3):
+                client.sendall(b"3e8\r\n" + b"a" * 1000 + b"\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 413")
+        clients = [server.raw(server.request(max_tokens=10**6)) for _ in range(2)]
+        wait_until(lambda: server.http.get("/health").json()["requests"] == 2)
+        busy = server.post()
+        assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
+        assert busy.json()["error"]["type"] == "rate_limit_error"
+        assert [client.recv(100)[:12] for client in clients] == [b"HTTP/1.1 504"] * 2  # each had a second
+        with server.http.stream(
+            "POST", "/v1/completions", json={"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 10**6}
+        ) as late:
+            assert "took over 1 s" in late.read().decode().splitlines()[-2]
+        wait_until(lambda: not server.engine.rows.rows)
+
+
+def test_clients_that_dawdle_are_cut_and_hold_no_row(path):
+    with Served(path, client_s=0.3, max_tokens=10**6) as server:
+        endless(server)
+        silent, slow = server.raw(b""), server.raw(b"POST /v1/completions HTTP/1.1\r\nhost")
+        body = server.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        assert silent.recv(100) == slow.recv(100) == b""
+        assert body.recv(100).startswith(b"HTTP/1.1 408")
+        large = server.raw(b"GET / HTTP/1.1\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                large.sendall(b"x: " + b"y" * 10_000 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b"the headers have over" in large.recv(1000)
+        reader = socket.socket()
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        reader.connect(("127.0.0.1", server.port))
+        reader.sendall(server.request(max_tokens=10**6, stream=True, logprobs=5))
+        wait_until(lambda: len(server.engine.rows.rows) == 1)
+        wait_until(lambda: not server.engine.rows.rows)  # it reads nothing
+        assert server.raw(b"\x00\x01\r\n\r\n").recv(100).startswith(b"HTTP/1.1 400")
+        assert server.choices(max_tokens=5)
+
+
+def test_the_log_has_a_line_for_each_request_and_no_prompt(served, capfd):
+    served.post("my secret", max_tokens=3, seed=1)
+    served.http.get("/v1/models")
+    lines = []
+    wait_until(lambda: lines.extend(capfd.readouterr().err.splitlines()) or len(lines) == 2)
+    line = next(line for line in lines if "POST" in line)
+    assert "POST /v1/completions 200 in" in line and "9 tokens read, 3 generated" in line
+    assert not any("secret" in line for line in lines)
+
+
+def test_config_problems_are_named(path):
+    assert ServeConfig(name="a:b", port=-1, max_rows=0, client_s=-1).problems() != []
+    assert ServeConfig().problems() == []
+
+
+def test_a_missing_package_is_named(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"serve\.py needs uvicorn: pip install"):
+        make_server(Poet(str(path), "cpu", "float32"), ServeConfig())
