@@ -163,7 +163,7 @@ def test_a_house_that_keeps_the_rule_passes():
         ("robopoet/writing/poet.py", "from prepare import main", "prepare"),
         ("robopoet/text/__init__.py", "from robopoet.text import corpus", "robopoet.text.corpus"),
         ("prepare.py", "import train", "train"),
-        ("sample.py", "from robopoet.serving import engine", "robopoet.serving"),
+        ("prepare.py", "from robopoet.serving import engine", "robopoet.serving"),
     ],
 )
 def test_a_forbidden_import_is_found(path, line, forbidden):
