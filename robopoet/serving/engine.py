@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import queue
 import threading
 import traceback
@@ -70,7 +71,7 @@ class Choice:
     passage: Passage | None = None
     sampler: Sampler | None = None
 
-    @property
+    @functools.cached_property
     def penalizes(self) -> bool:
         """Whether its logits depend on the text so far."""
         plain, given = Settings(), dataclasses.asdict(self.settings)

@@ -2,7 +2,7 @@
 
 A row's logits are the same bits however many rows share the step and whichever place it has among them. On a CPU that
 holds because every shape that could change a product's rounding is rounded up: rows to a multiple of 4, keys and values
-to a multiple of 64; "Serving" in bench/LOG.md has the measurements. A prompt is read alone, so its shapes are its own.
+to a multiple of 64. A prompt is read alone, so its shapes are its own.
 """
 
 import dataclasses
