@@ -200,20 +200,19 @@ def main(cfg: ServeBenchConfig) -> None:
             stormed["end_mb"] = resident_mb(pid, "VmRSS")
     result = origin("serve", machine) | {"model": Path(cfg.checkpoint).parent.name, "threads": cfg.threads}
     result |= {"max_tokens": cfg.max_tokens, "cases": cases, "memory_mb": memory_mb, "storm": stormed}
-    print(table(result))
+    print(table([result]))
     print(json.dumps(stormed))
     write_result(result, cfg.out)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The Markdown table of a result."""
+def table(results: list[dict[str, Any]]) -> str:
+    """The Markdown table of these results: a row for each number of clients and server."""
     rows = []
-    for case in result["cases"]:
-        for name in result["memory_mb"]:
-            found = case[name]
-            times = [f"{found[key]['median']:,.1f} / {found[key]['p99']:,.1f}" for key in ("first_ms", "between_ms")]
-            share = f"{found['tokens_per_s'] / case['poet_tokens_per_s']:.2f}"
-            rows.append([str(case["clients"]), name, f"{found['tokens_per_s']:,.0f}", share, *times])
+    for case, name in ((case, name) for r in results for case in r["cases"] for name in r["memory_mb"]):
+        found = case[name]
+        times = [f"{found[key]['median']:,.1f} / {found[key]['p99']:,.1f}" for key in ("first_ms", "between_ms")]
+        share = f"{found['tokens_per_s'] / case['poet_tokens_per_s']:.2f}"
+        rows.append([str(case["clients"]), name, f"{found['tokens_per_s']:,.0f}", share, *times])
     header = ["clients", "server", "tokens/s", "of Poet's batch", "first token, ms (median / 99%)"]
     return markdown([*header, "between tokens, ms (median / 99%)"], rows)
 

@@ -25,6 +25,7 @@ from bench import (
     ranks,
     sample_speed,
     scaling,
+    serve,
     summary,
     torture,
     train_speed,
@@ -76,6 +77,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "Sampling speed",
         "Medians over alternating rounds; speed-ups with their range.",
         sample_speed.table,
+    ),
+    "serve": (
+        "Serving",
+        "serve.py and llama.cpp's server (the wheel of xllamacpp, built without AVX-512; float16 weights) in turns; "
+        "Poet's batch is that of as many passages as clients, in the same run.",
+        serve.table,
     ),
     "html": (
         "The page of --export=poet.html",
