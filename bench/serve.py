@@ -38,7 +38,8 @@ path, threads, rows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 params = xllamacpp.CommonParams()
 params.model.path, params.cpuparams.n_threads, params.n_parallel, params.n_ctx = path, threads, rows, 256 * rows
 params.verbosity = -1
-print(xllamacpp.Server(params).listening_address, flush=True)
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
 time.sleep(1e6)
 """
 
