@@ -19,7 +19,7 @@ import yaml
 
 import configurator
 from bench.common import last_line, markdown, origin, read_records, write_result
-from configurator import ConfigError, bounds
+from configurator import ConfigError, bounds, warn
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text import corpus
@@ -55,10 +55,15 @@ def main(cfg: BooksConfig) -> None:
                 path = Path(folder) / f"{doc.style}.txt"
                 path.write_bytes(doc.text.encode()[: cfg.bytes or None])
                 for setting in cfg.settings:
-                    books.append({"book": doc.style, "bytes": path.stat().st_size} | run(cfg, path, setting))
-                    print(books[-1], flush=True)
+                    try:
+                        books.append({"book": doc.style, "bytes": path.stat().st_size} | run(cfg, path, setting))
+                        print(books[-1], flush=True)
+                    except ConfigError as e:
+                        if len(cfg.settings) == 1:
+                            raise
+                        warn(f"{doc.style} with {setting}: {e}")  # the others count
     if not books:
-        raise ConfigError(f"only: found {', '.join(cfg.only)}, which is no style of {cfg.corpus}")
+        raise ConfigError(f"only: found {', '.join(cfg.only)}; no text of {cfg.corpus} has that style, or none trained")
     kind, show = ("books", table) if cfg.settings == ("",) else ("settings", settings_table)
     result = origin(kind, machine) | {"minutes": cfg.minutes, "tokenizer": cfg.tokenizer, "books": books}
     print(show([result]))

@@ -128,7 +128,7 @@ def test_books(run, results, monkeypatch, tmp_path):
     shown = re.sub(" +", " ", books.settings_table([result]))
     assert f"**{min(book['bpb'], other['bpb']):.3f}** |" in shown and "| night, 3,000 |" in shown
     assert "| night | 3,000 | 2 " in re.sub(" +", " ", books.table([result]))
-    with pytest.raises(ConfigError, match=r"only: found noon, which is no style of"):
+    with pytest.raises(ConfigError, match=r"only: found noon; no text of"):
         start(monkeypatch, books, books.BooksConfig, str(tmp_path), "--only=noon", positional="corpus")
     with pytest.raises(ConfigError, match=r"train\.py failed: .*max_itres"):
         start(monkeypatch, books, books.BooksConfig, *args, "--settings=--max_itres=1", positional="corpus")

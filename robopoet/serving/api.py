@@ -19,6 +19,7 @@ from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits, Reply, RequestError, error_body, model_ids, read_request
 
 LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
+EVENT_S = 0.02  # between two events of a stream: sending each token by itself would take longer than generating it
 
 
 class Api:
@@ -163,6 +164,7 @@ class Completion:
             done = self.reply.is_done
             if body := self.reply.chunks():
                 await self._send({"type": "http.response.body", "body": body, "more_body": not done})
+                await asyncio.sleep(0 if done else EVENT_S)
 
     async def _send(self, message: Message) -> None:
         """Send, unless the client does not read: then its connection ends."""
