@@ -91,7 +91,7 @@ def test_a_stream_has_the_same_text_and_log_probabilities(served):
     events = served.events(**keys, stream=True, stream_options={"include_usage": True})
     *events, last = events
     assert last["choices"] == [] and last["usage"] == whole["usage"]
-    assert len(events) > 9 and all(event["usage"] is None for event in events)
+    assert len(events) > 3 and all(event["usage"] is None for event in events)
     for choice in whole["choices"]:
         parts = [p for event in events for p in event["choices"] if p["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
