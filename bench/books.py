@@ -5,11 +5,13 @@ python -m bench.books data/unseen --minutes=2 --tokenizer=bpe   # without the ba
 python -m bench.books bench/by_hand.yaml                        # beside ten settings by hand
 """
 
+import math
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,15 +122,19 @@ def settings_table(results: list[dict[str, Any]]) -> str:
     tables = []
     for r in results:
         bpb = {(book["setting"], book["book"]): book["bpb"] for book in r["books"]}
+        settings = {setting: setting.split() for setting, _ in bpb}
+        shared = [word for word in next(iter(settings.values())) if all(word in words for words in settings.values())]
         sizes = {book["book"]: book["bytes"] for book in r["books"]}
         lowest = {name: min(loss for (_, book), loss in bpb.items() if book == name) for name in sizes}
         rows = []
-        for setting in dict.fromkeys(setting for setting, _ in bpb):
-            losses = [(bpb[setting, name], lowest[name]) for name in sizes]
-            cells = [f"**{loss:.3f}**" if loss == low else f"{loss:.3f}" for loss, low in losses]
-            rows.append([f"`{setting}`" if setting else "nothing else", *cells])
-        header = [f"{r['minutes']:g} minutes, tokenizer {r['tokenizer']}"]
-        tables.append(markdown(header + [f"{name}, {size:,}" for name, size in sizes.items()], rows))
+        for setting, words in settings.items():
+            cells = [(bpb.get((setting, name), math.nan), lowest[name]) for name in sizes]
+            shown = [f"**{loss:.3f}**" if loss == low else f"{loss:.3f}" for loss, low in cells]
+            own = " ".join(word for word in words if word not in shared)
+            rows.append([f"`{own}`" if own else "nothing else", *shown])
+        about = [f"{name}: {size:,} bytes" for name, size in sizes.items()]
+        about += [f"minutes: {r['minutes']:g}, tokenizer: {r['tokenizer']}", *(f"`{word}`" for word in shared)]
+        tables.append(textwrap.fill("; ".join(about), 100) + "\n\n" + markdown(["", *sizes], rows))
     return "\n\n".join(tables)
 
 

@@ -126,7 +126,11 @@ def test_books(run, results, monkeypatch, tmp_path):
     assert (book["init_from"], book["n_layer"], book["n_embd"]) == ("scratch", 1, 8) and 0 < book["bpb"] < 9
     assert other["n_embd"] == 4 and other["vocab_size"] == 265 != book["vocab_size"]
     shown = re.sub(" +", " ", books.settings_table([result]))
-    assert f"**{min(book['bpb'], other['bpb']):.3f}** |" in shown and "| night, 3,000 |" in shown
+    assert (
+        f"**{min(book['bpb'], other['bpb']):.3f}** |" in shown
+        and "night: 3,000 bytes" in shown
+        and "`--n_layer=1`" in shown
+    )
     assert "| night | 3,000 | 2 " in re.sub(" +", " ", books.table([result]))
     with pytest.raises(ConfigError, match=r"only: found noon; no text of"):
         start(monkeypatch, books, books.BooksConfig, str(tmp_path), "--only=noon", positional="corpus")

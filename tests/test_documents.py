@@ -18,7 +18,7 @@ DOCUMENTS = ("README.md", "bench/RESULTS.md", "bench/PASSAGES.md")
 def test_a_document_fits_its_page_and_its_links_lead_somewhere(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > 100] == []
-    assert name != "README.md" or len(lines) <= 190
+    assert name != "README.md" or len(lines) <= 210
     links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(lines))
     assert links
     for link in links:

@@ -5,6 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ class Api:
     def __init__(self, engine: Engine, name: str, limits: Limits, page: bytes = b""):
         self.engine, self.poet, self.name, self.limits, self.page = engine, engine.poet, name, limits, page
         self.requests = 0  # that are being answered
-        self.started = int(time.time())
+        self.started = int(datetime.now(UTC).timestamp())
         routes = [
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),

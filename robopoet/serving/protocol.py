@@ -2,9 +2,9 @@
 
 import re
 import secrets
-import time
 import uuid
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, get_type_hints
 
 import msgspec
@@ -240,7 +240,7 @@ class Reply:
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": int(datetime.now(UTC).timestamp()),
             "model": model,
             "system_fingerprint": f"robopoet-{VERSION}-{poet.sha256[:12]}-{str(poet.machine.dtype)[6:]}",
             "seed": seed,  # ours: with it, the same request gives the same texts
