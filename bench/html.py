@@ -160,7 +160,7 @@ def table(results: list[dict[str, Any]]) -> str:
         limit = f"{r['limit_tokens_per_s']:,.0f}"
         sizes = [f"{r['file_mb']:.1f}", f"{r['load_s']:.1f}", f"{r['memory_beside_weights_mb']:.0f}"]
         rows.append([f"{r['parameters']:,}", greedy, sampled, limit, *sizes])
-    header = ["parameters", "greedy, tokens/s", "sampled", "limit", "file, MB", "s to load", "MB beside weights"]
+    header = ["parameters", "greedy, tokens/s", "sampled", "limit", "file, MB", "s to load", "MB more"]
     return markdown(header, rows)
 
 

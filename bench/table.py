@@ -86,7 +86,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "html": (
         "The page of --export=poet.html",
-        "In V8 on one core, in seconds of its processor; the limit of scalar code: see bench/html.py.",
+        "In V8 on one core, in seconds of its processor; the limit of scalar code: see bench/html.py. MB more: memory "
+        "beside the weights.",
         html.table,
     ),
     "prepare_speed": (
@@ -103,7 +104,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "copying": (
         "Copying",
-        "The longest run of words of the training text in passages with --max_copy and without, in turns; speed-ups as "
+        "The longest run of words of the training text in passages without --max_copy and with it, in turns; speed as "
         "medians with their range.",
         copying.table,
     ),
