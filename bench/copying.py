@@ -83,7 +83,7 @@ def table(results: list[dict[str, Any]]) -> str:
         free, limited = r["longest"]
         cells = [f"{r['passages']}, {r['together']} together", str(r["max_copy"]), str(free), str(limited)]
         rows.append([r["run"], *cells, str(r["stuck"]), show(r["ratio"], ".2f")])
-    header = ["run", "passages", "max_copy", "copied without", "with", "cut short", "times as fast"]
+    header = ["run", "passages", "max_copy", "copied without", "with", "stuck", "times as fast"]
     return markdown(header, rows)
 
 
