@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def test_texts_are_poets(served, prompt, given):
     found = served.choices(prompt, **{"n": 3, "max_tokens": 60, "seed": 1} | given)
     assert [choice["text"] for choice in found] == expected
     assert [choice["index"] for choice in found] == [0, 1, 2]
+
+
+def test_max_copy_is_poets_too(served, monkeypatch):
+    """By a training text in which each single letter follows any two words; the rest is Copies' own."""
+    letters = frozenset(bytes([letter]) for letter in range(ord("a"), ord("z") + 1))
+    monkeypatch.setitem(served.poet.__dict__, "originality", SimpleNamespace(followers=lambda words: letters))
+    monkeypatch.setattr(served.poet, "_copies", {})
+    prompt, keys = "to be or ", {"n": 3, "seed": 4}
+    settings = {"until": "tokens", "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 40, "seed": 4}
+    found = [choice["text"] for choice in served.choices(prompt, **keys, max_tokens=40, max_copy=3)]
+    assert found == [text[len(prompt) :] for text in served.poet.write(prompt, 3, **settings, max_copy=3)]
+    assert found != [choice["text"] for choice in served.choices(prompt, **keys, max_tokens=40)]
+    forbidden = served.poet.tokenizer.encode("\n !") + list(served.poet.tokenizer.specials.values())
+    monkeypatch.setattr(served.poet, "forbidden", torch.tensor(forbidden))
+    (stuck,) = served.choices(prompt, max_tokens=40, max_copy=3)
+    assert (stuck["text"], stuck["finish_reason"]) == ("", "stop")
 
 
 def test_prompts_are_texts_or_ids_and_each_choice_has_its_own_stream(served):
@@ -216,6 +233,8 @@ def test_routes_and_wrong_ones(served):
     [
         ({"foo": 1}, "foo", "unknown field `foo`"),
         ({"max_new_tokens": 1}, "max_new_tokens", "unknown field"),
+        ({"max_copy": 2}, "max_copy", "found 2"),
+        ({"max_copy": 8}, None, "does not say which text it was trained on"),
         ({"temperature": -1}, "temperature", "found -1"),
         ({"temperature": "hot"}, "temperature", "got `str`"),
         ({"top_p": 0}, "top_p", "found 0"),
