@@ -58,8 +58,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     "train_speed": ("Training speed", "Medians over alternating laps; speed-ups with their range.", train_speed.table),
     "memory": (
         "Memory",
-        "Peak memory of train.py's steps at GPT-2's sizes, and time with --recompute beside time without: a process on "
-        "a CPU, whose memory holds PyTorch itself too (0.4 GB).",
+        "Peak memory of train.py's steps at GPT-2's sizes, without --recompute and with it: of a process on a CPU, "
+        "PyTorch itself (0.4 GB) included.",
         memory.table,
     ),
     "scaling": (
