@@ -214,8 +214,8 @@ def table(results: list[dict[str, Any]]) -> str:
         times = [f"{found[key]['median']:,.1f} / {found[key]['p99']:,.1f}" for key in ("first_ms", "between_ms")]
         share = f"{found['tokens_per_s'] / case['poet_tokens_per_s']:.2f}"
         rows.append([str(case["clients"]), name, f"{found['tokens_per_s']:,.0f}", share, *times])
-    header = ["clients", "server", "tokens/s", "of Poet's batch", "first token, ms (median / 99%)"]
-    return markdown([*header, "between tokens, ms (median / 99%)"], rows)
+    header = ["clients", "server", "tokens/s", "of Poet's batch", "ms to the first text", "between texts"]
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":
