@@ -360,7 +360,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
     previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
-    preview = Preview(folder, meta, machine, cfg.sample_tokens)
+    preview = Preview(folder, meta, tok, machine, cfg.sample_tokens)
     rows = functools.partial(rows_of, cfg=cfg, machine=machine)
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):

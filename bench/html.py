@@ -20,6 +20,7 @@ import torch
 
 import configurator
 from bench.common import markdown, origin, show, spread, write_result
+from bench.peer import resident_mb
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
@@ -61,11 +62,6 @@ class HTMLConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
         return bounds(self, "tokens", 1) + bounds(self, "repeats", 1)
-
-
-def resident() -> int:
-    """The bytes of memory that this process uses."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def take_screenshot(page: Path, picture: Path) -> None:
@@ -110,7 +106,7 @@ def main(cfg: HTMLConfig) -> None:
     lines = re.findall(r'data-name="(.*?)">(.*?)</script>', text)
     v8 = MiniRacer()
     v8.eval("0")  # V8 itself takes some 40 MB, in a browser too
-    before, start = resident(), time.perf_counter()
+    before, start = resident_mb("self", "VmRSS"), time.perf_counter()
     v8.eval(f"{engine}\nconst about = {about};{RUN}")
     for name, base64 in lines:
         v8.call("put", name, base64)
@@ -130,7 +126,7 @@ def main(cfg: HTMLConfig) -> None:
     rates = {name: rates_of(cfg.tokens, "write", cfg.tokens, t) for name, t in (("sampled", 0.9), ("greedy", 0))}
     v8.low_memory_notification()
     c, n = model.config, model.num_params()
-    beside = resident() - before - 4 * n
+    beside_mb = (resident_mb("self", "VmRSS") - before) * 2**20 / 1e6 - 4 * n / 1e6
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     matrices -= c.block_size * c.n_embd if c.positions == "learned" else 0
     flop = 2 * matrices + 4 * c.n_embd * c.n_layer * min(cfg.tokens / 2, c.block_size)
@@ -146,7 +142,7 @@ def main(cfg: HTMLConfig) -> None:
         "flops": flops,
         "bytes_per_s": bandwidth,
         "limit_tokens_per_s": limit,
-        "memory_beside_weights_mb": beside / 1e6,
+        "memory_beside_weights_mb": beside_mb,
     }
     print(table([result]))
     return write_result(result, cfg.out)

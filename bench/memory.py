@@ -3,7 +3,6 @@
 python -m bench.memory config/gpt2.yaml --device=cpu --gradient_accumulation_steps=1
 """
 
-import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import configurator
 import train
-from bench.common import last_line, markdown, origin, read_records, train_command, write_result
-from bench.train_speed import SpeedConfig, write_random_corpus
-from configurator import ConfigError, bounds
+from bench.common import markdown, origin, read_records, train_command, write_result
+from bench.peer import resident_mb
+from bench.train_speed import SpeedConfig, at_step, write_random_corpus
+from configurator import bounds
 from robopoet.machine import find_machine
 
 SHAPES = {"124M": (12, 12, 768), "350M": (24, 16, 1024)}  # GPT-2's small and medium: layers, heads, width
@@ -57,17 +57,13 @@ def measure(cfg: MemoryConfig, recompute: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         keys = {"max_iters": cfg.steps + 1, "warmup_iters": 1, "log_interval": 1}
         command = train_command(cfg, out_dir=out, recompute=recompute, **keys)
-        printed = ""
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout or ():
-                printed += line
-                if line.startswith("step ") and int(line.split()[1]) == cfg.steps:
-                    process.kill()  # before it evaluates and saves
-                    steps = [record for record in read_records(Path(out)) if record.kind == "train"]
-                    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-                    fastest = max(record.tok_per_sec for record in steps[1:])
-                    return {"peak_mem_mb": steps[-1].peak_mem_mb, "dt_ms": 1000 * tokens / fastest}
-    raise ConfigError(f"train.py came to no step {cfg.steps}: {last_line(printed)}")
+        with at_step(command, cfg.steps) as process:  # before it evaluates and saves
+            resident = resident_mb(process.pid, "VmHWM")
+            steps = [record for record in read_records(Path(out)) if record.kind == "train"]
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    fastest = max(record.tok_per_sec for record in steps[1:])
+    on_cpu = find_machine(cfg.device, cfg.dtype).device.type == "cpu"  # there the record counts what was inherited
+    return {"peak_mem_mb": resident if on_cpu else steps[-1].peak_mem_mb, "dt_ms": 1000 * tokens / fastest}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -6,11 +6,13 @@ python -m bench.train_speed config/robopoet_adamw.yaml --device=cpu --peer=PATH_
 python -m bench.train_speed config/gpt2.yaml --vocab_size=50257 --gradient_accumulation_steps=1
 """
 
+import contextlib
 import statistics
 import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,19 +144,31 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
     (folder / "meta.json").write_bytes(encode_meta(meta))
 
 
+@contextlib.contextmanager
+def at_step(command: list[str], step: int) -> Iterator[subprocess.Popen]:
+    """Run train.py until it prints a status line of `step` or a later one; yields its process, and then kills it.
+
+    Raises ConfigError if it ends before.
+    """
+    printed = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            printed += line
+            if line.startswith("step ") and int(line.split()[1]) >= step:
+                try:
+                    yield process
+                finally:
+                    process.kill()
+                return
+    raise ConfigError(f"train.py came to no {'first step' if step == 1 else f'step {step}'}: {last_line(printed)}")
+
+
 def time_to_first_step(cfg: SpeedConfig, folder: Path) -> float:
     """Seconds from the launch of train.py to its first status line, imports and compilation included."""
     with tempfile.TemporaryDirectory() as out:
-        command = train_command(cfg, dataset=folder, out_dir=out)
-        printed, start = "", time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout or ():
-                printed += line
-                if line.startswith("step "):
-                    elapsed_s = time.perf_counter() - start
-                    process.kill()
-                    return elapsed_s
-    raise ConfigError(f"train.py came to no first step: {last_line(printed)}")
+        start = time.perf_counter()
+        with at_step(train_command(cfg, dataset=folder, out_dir=out), 1):
+            return time.perf_counter() - start
 
 
 def lap(

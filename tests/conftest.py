@@ -133,18 +133,25 @@ def small_config(small: dict) -> TrainConfig:
     return TrainConfig(**small)
 
 
+LETTERS = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
+
+
+def save_random(path: Path, tok: Tokenizer = LETTERS, seed: int = 3, scale: float = 5, **shape) -> Path:
+    """A checkpoint of random weights, `scale` times as large as a new model's, so that its text varies."""
+    torch.manual_seed(seed)
+    keys = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32} | shape
+    model = GPT(GPTConfig(**keys, vocab_size=tok.vocab_size))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
+    return path
+
+
 @pytest.fixture(scope="session")
 def random_pt(tmp_path_factory) -> Path:
     """A checkpoint of random weights that generates characters, in two styles."""
-    torch.manual_seed(3)
-    tokenizer = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
-    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5)
-    path = tmp_path_factory.mktemp("model") / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tokenizer.to_json()})
-    return path
+    return save_random(tmp_path_factory.mktemp("model") / "best.pt")
 
 
 @pytest.fixture(scope="session")

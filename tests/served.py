@@ -1,4 +1,4 @@
-"""A server in a thread of the tests' process, and its small model."""
+"""A server in a thread of the tests' process."""
 
 import json
 import socket
@@ -6,29 +6,11 @@ import threading
 import time
 
 import httpx
-import torch
 
-from model import GPT, GPTConfig
-from robopoet.text.tokenizer import END, CharTokenizer
-from robopoet.weights import checkpoint
 from robopoet.writing.poet import Poet
 from serve import ServeConfig, make_server
 
 PATIENCE_S = 60
-
-
-def make_checkpoint(folder, positions: str):
-    """Random weights large enough that the text varies."""
-    torch.manual_seed(3)
-    tok = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
-    shape = {"block_size": 16, "vocab_size": tok.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig(**shape, positions=positions))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(5)
-    path = folder / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
-    return path
 
 
 class Served:

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO
-from served import Served, make_checkpoint
+from conftest import REPO, save_random
+from served import Served
 
 from model import GPT, GPTConfig
 from robopoet.serving.rows import Rows
@@ -21,7 +21,7 @@ from serve import model_name
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
 def served(request, tmp_path_factory):
-    path = make_checkpoint(tmp_path_factory.mktemp("served"), request.param)
+    path = save_random(tmp_path_factory.mktemp("served") / "best.pt", positions=request.param)
     with Served(path, client_s=5.0) as server:
         yield server
 
@@ -166,7 +166,7 @@ def test_a_text_has_the_same_bits_alone_or_in_a_crowd(tmp_path, positions, dtype
         {"prompt": "x" * (1 + 3 * i), "max_tokens": 5 + 7 * i, "temperature": i % 4 / 2, "top_k": i % 5, "min_p": 0.01}
         for i in range(29)
     ]
-    with Served(make_checkpoint(tmp_path, positions), dtype, max_rows=33) as server:
+    with Served(save_random(tmp_path / "best.pt", positions=positions), dtype, max_rows=33) as server:
         alone = [server.choices(**probe) for probe in probes]
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
             others = [pool.submit(server.choices, **keys) for keys in crowd]

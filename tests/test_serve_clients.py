@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from served import Served, make_checkpoint, wait_until
+from conftest import save_random
+from served import Served, wait_until
 
 from bench.storm import storm
 from configurator import ConfigError
@@ -22,14 +23,14 @@ from serve import ServeConfig, make_server
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
 def served(request, tmp_path_factory):
-    path = make_checkpoint(tmp_path_factory.mktemp("served"), request.param)
+    path = save_random(tmp_path_factory.mktemp("served") / "best.pt", positions=request.param)
     with Served(path, client_s=5.0) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("bounded"), "rotary")
+    return save_random(tmp_path_factory.mktemp("bounded") / "best.pt", positions="rotary")
 
 
 def endless(server):
@@ -155,9 +156,14 @@ def test_clients_that_dawdle_are_cut_and_hold_no_row(path):
 def test_the_log_has_a_line_for_each_request_and_no_prompt(served, capfd):
     served.post("my secret", max_tokens=3, seed=1)
     served.http.get("/v1/models")
-    lines = []
-    wait_until(lambda: lines.extend(capfd.readouterr().err.splitlines()) or len(lines) == 2)
-    line = next(line for line in lines if "POST" in line)
+    lines = []  # a line of an earlier test may come late
+
+    def ours() -> list[str]:
+        lines.extend(capfd.readouterr().err.splitlines())
+        return [line for line in lines if "9 tokens read" in line or "GET /v1/models" in line]
+
+    wait_until(lambda: len(ours()) == 2)
+    line = next(line for line in ours() if "POST" in line)
     assert "POST /v1/completions 200 in" in line and "9 tokens read, 3 generated" in line
     assert not any("secret" in line for line in lines)
 

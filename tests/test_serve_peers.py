@@ -11,9 +11,8 @@ import time
 import httpx
 import pytest
 import torch
-from conftest import REPO, TEXT
+from conftest import REPO, TEXT, save_random
 
-from model import GPT, GPTConfig
 from robopoet.text.tokenizer import BPETokenizer
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.poet import Poet
@@ -23,15 +22,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
 def model_pt(request, tmp_path_factory, bpe: BPETokenizer):
-    torch.manual_seed(2)
-    shape = {"block_size": 64, "vocab_size": bpe.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig(**shape, positions=request.param))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4)
     path = tmp_path_factory.mktemp("peers") / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": bpe.to_json()})
-    return path
+    return save_random(path, bpe, seed=2, scale=4, block_size=64, positions=request.param)
 
 
 class Process:

@@ -1,8 +1,6 @@
 """The engine: one thread that owns the model and steps all texts together; a text joins or leaves between two steps."""
 
 import asyncio
-import dataclasses
-import functools
 import queue
 import threading
 import traceback
@@ -15,13 +13,10 @@ import torch
 
 from robopoet.serving.rows import Row, Rows, blended, prompt_logprobs
 from robopoet.serving.sampling import Filters, sample
-from robopoet.writing.copies import Copied
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.sampler import Sampler
 
-# fields of Settings that need no Sampler of a text's own; all others change logits by what the text holds
-SHARED = "style max_new_tokens until stop seed temperature top_k top_p min_p".split()
 FAILED = "the server failed to generate this text"
 
 
@@ -70,12 +65,6 @@ class Choice:
     rows: list[Row] = field(default_factory=list)  # one for each style
     passage: Passage | None = None
     sampler: Sampler | None = None
-
-    @functools.cached_property
-    def penalizes(self) -> bool:
-        """Whether its logits depend on the text so far."""
-        plain, given = Settings(), dataclasses.asdict(self.settings)
-        return any(value != getattr(plain, key) for key, value in given.items() if key not in SHARED)
 
 
 class Engine(threading.Thread):
@@ -164,8 +153,7 @@ class Engine(threading.Thread):
         choice.passage = Passage(self.poet.tokenizer, choice.settings, choice.prompt_text, choice.number)
         weights = choice.weights.tolist()
         prompt = choice.prompt if choice.tags == [None] else [choice.tags[0], *choice.prompt]
-        copies = self.poet.copies(choice.settings) if choice.settings.max_copy else None
-        copied = Copied(copies, choice.prompt_text) if copies else None
+        copied = self.poet.copied(choice.settings, choice.prompt_text)
         choice.sampler = Sampler(choice.settings, self.poet.forbidden, [choice.number], weights, prompt, copied)
         hidden = []
         if twin and not choice.scores_prompt:
@@ -204,7 +192,7 @@ class Engine(threading.Thread):
         logprobs = logits[told].log_softmax(-1) if told else None  # the model's own, of every token
         logits.index_fill_(1, self.poet.forbidden, -torch.inf)
         for i, choice in enumerate(by_place):
-            if choice.penalizes:
+            if choice.sampler.penalizes:
                 logits[i] = choice.sampler.penalize(logits[i : i + 1].clone())[0]
         self.filters = self.filters or Filters.of([choice.settings for choice in by_place], logits)
         sampled = sample(logits, self.filters, self._uniforms)
@@ -215,7 +203,7 @@ class Engine(threading.Thread):
                     self.gains.append(Gain(choice, choice.passage.get_stuck(), finish="stop"))
                     self._leave(choice)
                     continue
-                if choice.penalizes:
+                if choice.sampler.penalizes:
                     choice.sampler.note(sampled[i : i + 1])
                 token = Scored(ids[i]) if choice.top is None else _scored(logprobs[told.index(i)], ids[i], choice.top)
                 self._push(choice, token)

@@ -136,8 +136,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
     given |= {"seed": secrets.randbits(52) if body.seed is None else body.seed, "max_new_tokens": max(max_tokens, 1)}
     settings = make_settings(DEFAULTS | given)
     poet.blend_of(style)  # raises for a style that the model lacks
-    if settings.max_copy:
-        poet.copies(settings)  # raises if the training text is not there
+    poet.copied(settings, "")  # raises if max_copy needs a training text that is not there
     prompts = _prompts(body.prompt)
     within("prompt: texts times n", len(prompts) * n, 1, limits.max_choices)
     reply = Reply(body.model, poet, bool(body.stream), settings.seed)

@@ -14,7 +14,7 @@ import torch
 
 from model import GPT, KVCache, rotary_table
 from robopoet.ops import add_linear, gelu_linear, linear, single_query_attention
-from robopoet.writing.generate import block_weights, window_start
+from robopoet.writing.generate import block_weights, rotate, window_start
 from robopoet.writing.sampler import blend
 
 ROWS, PLACES = 4, 64  # a step's rows and the places it attends to are multiples of these
@@ -158,7 +158,7 @@ class Rows:
             ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
             qkv = linear(torch.layer_norm(x, (c.n_embd,), *ln_1), *c_attn).view(M, 3, c.n_head, 1, hs)
             if rotary:
-                q, k = _rotate(qkv[:, :2], cos, sin).unbind(1)
+                q, k = rotate(qkv[:, :2], cos, sin).unbind(1)
             else:
                 q, k = qkv[:, 0], qkv[:, 1]
             keys.view(-1, hs).index_copy_(0, lines, k.reshape(-1, hs))
@@ -174,12 +174,7 @@ class Rows:
         if len(rows):
             places, angles = (torch.from_numpy(a).to(self.device) for a in (rows, slid[rows]))
             cos, sin = self.cos[angles][:, 0], self.sin[angles][:, 0]  # (k, 1, 1, hs)
-            self.cache.keys[:, places, :, :1] = _rotate(self.cache.first[:, places], cos, sin)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """model.rotary at a position for each row: x (..., hs)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+            self.cache.keys[:, places, :, :1] = rotate(self.cache.first[:, places], cos, sin)
 
 
 def blended(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -7,18 +7,16 @@ default cache, float16. Style tags are control tokens, which a prompt spells by 
 
 import contextlib
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from model import GPT
+from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
-from robopoet.weights import huggingface
+from robopoet.weights import checkpoint, huggingface
 from robopoet.weights.header import ExportDtype
 
 if TYPE_CHECKING:
@@ -69,45 +67,44 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
     check(tok)
     import gguf
 
-    if path.exists():
-        raise CheckpointError(f"{path}: exists; choose another name, or remove it")
     c = model.config
-    handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent)
-    os.close(handle)
-    writer = gguf.GGUFWriter(part, "gpt2" if c.positions == "learned" else "starcoder2")
-    try:
-        writer.add_type("model")
-        writer.add_name(_clean(path.stem))
-        writer.add_description(_clean(huggingface.describe(model, tok, content, passage)))
-        writer.add_license(_clean("; ".join(content.get("licences", ()))))
-        writer.add_tags(["text-generation", *map(_clean, styles(tok))])
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
-        writer.add_context_length(c.block_size)
-        writer.add_embedding_length(c.n_embd)
-        writer.add_block_count(c.n_layer)
-        writer.add_feed_forward_length(4 * c.n_embd)
-        writer.add_head_count(c.n_head)
-        writer.add_layer_norm_eps(1e-5)
-        if c.positions == "rotary":
-            writer.add_rope_dimension_count(c.n_embd // c.n_head)
-            writer.add_rope_freq_base(10_000.0)
-        _add_tokenizer(writer, tok)
-        for name, weight in _tensors(model, tok.vocab_size, dtype).items():
-            writer.add_tensor(name, weight)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except OSError as e:
-        raise CheckpointError(f"{path}: can't be written: {e.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):  # on a full disk it writes in vain once more
+    with checkpoint.new_file(path) as part:
+        writer = gguf.GGUFWriter(part, "gpt2" if c.positions == "learned" else "starcoder2")
+        try:
+            writer.add_type("model")
+            writer.add_name(_clean(path.stem))
+            writer.add_description(_clean(huggingface.describe(model, tok, content, passage)))
+            writer.add_license(_clean("; ".join(content.get("licences", ()))))
+            writer.add_tags(["text-generation", *map(_clean, styles(tok))])
+            _add_config(writer, c, dtype)
+            _add_tokenizer(writer, tok)
+            for name, weight in _tensors(model, tok.vocab_size, dtype).items():
+                writer.add_tensor(name, weight)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
             writer.close()
-        Path(part).unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk it writes in vain once more
+                writer.close()
     beyond = "" if c.positions == "learned" else ", or goes on with --context-shift --keep 1"
     return f"llama.cpp, Ollama and LM Studio load it; a text ends after {c.block_size} tokens, prompt included{beyond}"
+
+
+def _add_config(writer: "GGUFWriter", c: GPTConfig, dtype: ExportDtype) -> None:
+    """The model's shape."""
+    from gguf import LlamaFileType
+
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if dtype == "float16" else LlamaFileType.ALL_F32)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    if c.positions == "rotary":
+        writer.add_rope_dimension_count(c.n_embd // c.n_head)
+        writer.add_rope_freq_base(10_000.0)
 
 
 def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:

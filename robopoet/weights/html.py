@@ -11,7 +11,6 @@ import html
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,6 @@ def export(
     content: the checkpoint. passage: a sample that the page shows at first. Raises CheckpointError if the file exists,
     the model is too large, or a weight is beyond float16.
     """
-    if path.exists():
-        raise CheckpointError(f"{path}: exists; choose another file, or remove it")
     check(model.config)
     about = {
         "title": title(tok, content),
@@ -75,18 +72,12 @@ def export(
         "engine": (HERE / "poet.js").read_text(encoding="utf-8"),
     }
     before, after = (re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], part) for part in page.split("{{weights}}"))
-    fd, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent)
-    try:
-        with open(fd, "w", encoding="utf-8", newline="\n") as f:
-            f.write(before)
-            f.writelines(_weights(model, dtype))
-            f.write(after)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with checkpoint.new_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
+        f.write(before)
+        f.writelines(_weights(model, dtype))
+        f.write(after)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def title(tok: tokenizer.Tokenizer, content: dict[str, Any]) -> str:

@@ -13,12 +13,14 @@ class FirstWords:
 
     def __init__(self):
         self.found: dict[bytes, list[int]] = {}
-        self.ordered: list[bytes] = []
+
+    @functools.cached_property
+    def ordered(self) -> list[bytes]:
+        """The words, sorted; asked for once all tokens are added."""
+        return sorted(self.found)
 
     def add(self, word: bytes, id: int) -> None:
         """Add a token."""
-        if word not in self.found:
-            bisect.insort(self.ordered, word)
         self.found.setdefault(word, []).append(id)
 
     def ids(self, word: bytes, cut: bool) -> list[int]:

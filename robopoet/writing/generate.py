@@ -15,7 +15,7 @@ from robopoet.recording import Graphed
 Sample = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 STRETCH = 256  # positions whose rotations are computed together
-Rotation = tuple[torch.Tensor, torch.Tensor]  # of q, k and v at one position, (3, 1, 1, hs) each: see _rotate
+Rotation = tuple[torch.Tensor, torch.Tensor]  # of q, k and v at one position, (3, 1, 1, hs) each: see rotate
 
 
 def window_start(n: int, config: GPTConfig) -> int:
@@ -106,7 +106,7 @@ def decode(model: GPT, ids: torch.Tensor, cache: KVCache, blocks: list[BlockWeig
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
         qkv = linear(_layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, -1)
         if rotation is not None:
-            qkv = _rotate(qkv, *rotation)
+            qkv = rotate(qkv, *rotation)
         q, k, v = qkv.unbind(1)  # (B, nh, 1, hs)
         keys[:, :, place], values[:, :, place] = k, v
         y = scaled_dot_product_attention(q, keys[:, :, filled], values[:, :, filled], mask)
@@ -126,20 +126,20 @@ def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[sl
     rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys.dtype)
     slid, ring = (n - last).clamp(min=0) if is_tensor else max(n - last, 0), 1 + (n - 1) % last
     if is_tensor or slid:
-        cache.keys[:, :, :, :1] = _rotate(cache.first, *(part[1] for part in rotation_of(slid)))
+        cache.keys[:, :, :, :1] = rotate(cache.first, *(part[1] for part in rotation_of(slid)))
     if is_tensor:
         return torch.where(n <= last, n, ring), rotation_of(n)
     place = ring if slid else n
     return slice(place, place + 1), rotation_of(n)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """model.rotary at one position, in three calls: x (..., hs)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _rotation(head_size: int, dtype: torch.dtype, n: int | torch.Tensor) -> Rotation:
-    """Position n's cosines and sines for _rotate; n is an int or, on CUDA, int64 (1,)."""
+    """Position n's cosines and sines for rotate; n is an int or, on CUDA, int64 (1,)."""
     if isinstance(n, int):
         return _rotations(head_size, dtype, n // STRETCH)[n % STRETCH]
     return _expand(rotary_table(n, head_size).to(dtype))[0]

@@ -64,12 +64,17 @@ class Poet:
             raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
         return Originality(find_dataset(self.dataset), self.text_sha256)
 
-    def copies(self, settings: Settings) -> Copies:
-        """What a passage with these settings must not copy."""
+    def copied(self, settings: Settings, prompt: str) -> Copied | None:
+        """What a passage that continues `prompt` would copy; None without max_copy.
+
+        Raises DataError when the training text is not available.
+        """
+        if not settings.max_copy:
+            return None
         key = settings.max_copy, bool(settings.stop)
         if key not in self._copies:
             self._copies[key] = Copies(self.originality, self.tokenizer, *key)
-        return self._copies[key]
+        return Copied(self._copies[key], prompt)
 
     # -----------------------------------------------------------------------------------------------------------------
     # generating
@@ -119,7 +124,7 @@ class Poet:
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
-        copied = Copied(self.copies(settings), passages[0].prompt) if settings.max_copy else None
+        copied = self.copied(settings, passages[0].prompt)
         sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0], copied)
         batch = Batch(passages, sampler, logprobs)
         steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)

@@ -9,8 +9,8 @@ import torch
 from model import GPT
 from robopoet.errors import DataError
 from robopoet.machine import Machine
-from robopoet.text import tokenizer
 from robopoet.text.batches import Meta
+from robopoet.text.tokenizer import Tokenizer
 from robopoet.writing.generate import generate
 from robopoet.writing.originality import Originality
 
@@ -20,9 +20,8 @@ LARGEST = 10_000_000  # bytes of a training text that is searched for copies: so
 class Preview:
     """Samples of `n_tokens` tokens from a model that learns the dataset in `folder`."""
 
-    def __init__(self, folder: Path, meta: Meta, machine: Machine, n_tokens: int):
-        self.folder, self.meta, self.machine, self.n_tokens = folder, meta, machine, n_tokens
-        self.tok = tokenizer.from_json(meta.tokenizer)
+    def __init__(self, folder: Path, meta: Meta, tok: Tokenizer, machine: Machine, n_tokens: int):
+        self.folder, self.meta, self.tok, self.machine, self.n_tokens = folder, meta, tok, machine, n_tokens
 
     def __call__(self, model: GPT) -> dict[str, str | int]:
         """A sample's text and the words of its longest copy, unless the text is too large to search.

@@ -175,6 +175,11 @@ class Sampler:
         numbers = np.array([self.streams[row].random() for row in rows])
         return torch.from_numpy(numbers).to(self.forbidden.device)
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether penalize() changes anything: whether the next token depends on more than the logits."""
+        return self.settings.repetition_penalty != 1 or bool(self.ngrams or self.copied)
+
     def penalize(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> the same after repetition_penalty, no_repeat_ngram and max_copy."""
         s = self.settings
