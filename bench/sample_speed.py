@@ -182,7 +182,7 @@ def seconds_of(*command: str) -> float:
 
 def main(cfg: SampleSpeedConfig) -> None:
     """Time all in turns, check that they agree, print a table and write the result."""
-    machine = find_machine(cfg.device, cfg.dtype)
+    machine = find_machine(cfg.device, cfg.dtype, trains=False)
     model = read_model(cfg)
     before_mb = resident_mb("self", "VmRSS")
     poet = our_poet(cfg, model, cfg.device, cfg.dtype)

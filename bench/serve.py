@@ -171,7 +171,7 @@ def figures(heard: Heard, seconds: float) -> dict[str, Any]:
 
 def main(cfg: ServeBenchConfig) -> None:
     """Let servers take turns for each number of clients, storm ours, print a table and write the result."""
-    machine = find_machine("cpu", cfg.dtype)
+    machine = find_machine("cpu", cfg.dtype, trains=False)
     keys = {"model": "bench", "prompt": cfg.prompt, "max_tokens": cfg.max_tokens, "temperature": 1.0, "top_p": 1.0}
     keys |= {"stream": True, "stream_options": {"include_usage": True}}
     llamas = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}  # off, as they are in ours

@@ -48,6 +48,23 @@ def test_auto_takes_cuda_then_mps_then_cpu(alone):
     assert find_machine("auto", "float32").device.type == "mps"
 
 
+@pytest.mark.parametrize(("slowed", "trained"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_auto_trains_in_the_dtype_that_multiplies_faster_and_writes_in_bfloat16(alone, slowed, trained):
+    def product(a, b):
+        laps.append(a.dtype)
+        clock[0] += 2 if a.dtype is getattr(torch, slowed) else 1
+
+    laps, clock = [], [0.0]
+    alone.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    alone.setattr(robopoet.machine, "linear", product)
+    alone.setattr(robopoet.machine.time, "perf_counter", lambda: clock[0])
+    assert find_machine("cpu", "auto").dtype is getattr(torch, trained)
+    assert set(laps) == {torch.float32, torch.bfloat16}
+    assert find_machine("cpu", "auto", trains=False).dtype is torch.bfloat16
+    alone.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert find_machine("cpu", "auto").dtype is find_machine("cpu", "auto", trains=False).dtype is torch.float32
+
+
 def test_torchruns_environment_must_be_numbers(alone):
     alone.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK"):

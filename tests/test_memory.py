@@ -69,4 +69,4 @@ def test_too_little_memory_is_told_with_the_keys_to_change(small, monkeypatch, k
 )
 def test_each_gpu_gets_the_dtype_that_is_fast_on_it(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert machine._fastest_dtype(SimpleNamespace(type="cuda")) == dtype
+    assert machine._fastest_dtype(SimpleNamespace(type="cuda"), True) == dtype

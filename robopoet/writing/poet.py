@@ -38,7 +38,7 @@ class Poet:
     ):
         if dtype not in get_args(Dtype):
             raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
-        self.machine = find_machine(device, dtype)
+        self.machine = find_machine(device, dtype, trains=False)
         self.path, self.record = Path(checkpoint_path), record
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found; {_advice()}")
