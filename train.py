@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=2 train.py config/robopoet.yaml
 python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/demo/best.pt
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,6 +27,7 @@ from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, Meta, Split, TrainWindows, find_dataset, open_split, read_meta
+from robopoet.training.average import Average
 from robopoet.training.budget import Trial, describe_choice, fit_minutes, from_base
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
@@ -33,7 +35,7 @@ from robopoet.training.memory import less_memory, recompute_blocks
 from robopoet.training.optimizer import configure_optimizers, step_all, unscale
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
-from robopoet.training.schedule import fit_schedule, micro_batches, rows_of
+from robopoet.training.schedule import fit_schedule, lr_scale, micro_batches, rows_of
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.trouble import Trouble
@@ -87,6 +89,7 @@ class TrainConfig:
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
     warmup_iters: int = 20  # steps of linear warmup; if not given, it fits a short run
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
+    ema: float = 0.0  # what a step keeps of the weights' average, which is evaluated and is best.pt (0: no average)
     min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
     # evaluation and logs
     eval_interval: int = 0  # steps between evaluations, each of which saves (0: a half epoch, or a tenth of the run)
@@ -129,7 +132,7 @@ class TrainConfig:
         found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens", 0)
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes", 0)
         found += bounds(self, "grad_clip weight_decay min_lr", 0)
-        found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2", 0, 0.9999)
+        found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
         found += bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
         if self.learning_rate:
@@ -145,24 +148,6 @@ class TrainConfig:
         if self.eval_only and self.init_from == "scratch":
             found.append("init_from: found scratch, but eval_only needs a checkpoint: --init_from=out/demo/best.pt")
         return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# schedule
-
-
-def lr_scale(step: int, cfg: TrainConfig) -> float:
-    """What learning rates are multiplied by at `step`: linear warmup to 1, then half a cosine down to min_lr."""
-    floor = cfg.min_lr / cfg.peak_lr
-    last = cfg.lr_decay_iters or cfg.max_iters
-    if step < cfg.warmup_iters:
-        return (step + 1) / (cfg.warmup_iters + 1)
-    if not cfg.decay_lr:
-        return 1.0
-    if step >= last:
-        return floor
-    progress = (step - cfg.warmup_iters) / (last - cfg.warmup_iters)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +187,7 @@ class State:
     trouble: Trouble
     sync_next: Callable[[bool], None] = lambda wanted: None
     sample: SampledSoftmax | None = None
+    average: Average | None = None
     graphed_update: Graphed | None = None
 
 
@@ -234,6 +220,8 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | N
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if cfg.sampled_softmax:
         state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine.device)
+    if cfg.ema:
+        state.average = Average(model, cfg.ema)
     if recorded:
         state.graphed_update = Graphed(functools.partial(update, state))
     return state
@@ -254,8 +242,12 @@ def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Te
     machine.seed(step_seed(cfg.seed, step, machine.rank))
     number, scale = torch.full((), step, device=machine.device), lr_scale(step, cfg)
     if state.graphed_update:  # a Python number would be recorded with the value it has now
-        return state.graphed_update(inputs, targets, number, torch.full((), scale, device=machine.device))
-    return update(state, inputs, targets, number, scale)
+        result = state.graphed_update(inputs, targets, number, torch.full((), scale, device=machine.device))
+    else:
+        result = update(state, inputs, targets, number, scale)
+    if state.average:
+        state.average.update(step)
+    return result
 
 
 def update(
@@ -337,14 +329,14 @@ def train(cfg: TrainConfig, start: Start) -> None:
     model = make_model(cfg, start, meta.vocab_size)
     config = dataclasses.asdict(cfg)
     run = Run(Path(cfg.out_dir), config, meta, machine)
-    run.check_space(model, start.resumes)
+    run.check_space(model, start.resumes, cfg.ema > 0)
     n_params = model.num_params()
     state = build_state(cfg, machine, model, split)
 
     # --- resume, or start a new run
     progress = Progress(run_id=secrets.token_hex(4))
     if start.resumes:
-        progress = restore(start, state.optimizers, state.scaler)
+        progress = restore(start, state.optimizers, state.scaler, state.average)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None)
     run.keep_config(cfg)
@@ -379,12 +371,13 @@ def train(cfg: TrainConfig, start: Start) -> None:
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
             is_best = False
             if evaluates:
-                result = evaluate(model, val, token_bytes, plan, machine)
-                sample = preview(model) if previews else {}
+                with state.average.applied() if state.average else contextlib.nullcontext():
+                    result = evaluate(model, val, token_bytes, plan, machine)
+                    sample = preview(model) if previews else {}
                 is_best = progress.note(result["loss"])
                 log.evaluation(progress, result | sample)
             if evaluates or requests.end or requests.save:
-                unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best)
+                unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best, state.average)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
 

@@ -54,7 +54,7 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
 @pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
 def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, positions, dtype):
     keys = small | {"optimizer": optimizer, "positions": positions, "dtype": dtype, "dropout": 0.2}
-    keys |= {"gradient_accumulation_steps": 2}
+    keys |= {"gradient_accumulation_steps": 2, "ema": 0.9}
     keys |= {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 10, "eval_iters": 2}  # 16 rows x 40: over an epoch
     assert windows_of(keys).per_epoch < 40 * 16
     whole = run(keys, out_dir=str(tmp_path / "whole"))
@@ -63,8 +63,10 @@ def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, positi
     assert losses(parts) == losses(whole)
     ends = [checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts")]
     assert ends[0]["iter_num"] == ends[1]["iter_num"] == 40
-    for name, p in ends[0]["model"].items():
-        assert torch.equal(p, ends[1]["model"][name])
+    assert ends[0]["average"].keys() < ends[0]["model"].keys()  # without the tied matrix
+    for part in ("model", "average"):
+        for name, p in ends[0][part].items():
+            assert torch.equal(p, ends[1][part][name])
     for a, b in zip(*(end["optimizer_states"] for end in ends), strict=True):
         for index, moments in a["state"].items():
             assert all(

@@ -19,6 +19,7 @@ from robopoet.machine import Machine, why_no_compile
 from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, TrainWindows, open_split, read_meta
 from robopoet.training.evaluate import evaluate
+from robopoet.training.schedule import lr_scale
 from train import State, TrainConfig
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -62,7 +63,7 @@ def weights(model: GPT) -> torch.Tensor:
 
 def test_learning_rate_at_its_corners():
     cfg = TrainConfig(learning_rate=2e-3, min_lr=2e-4, warmup_iters=4, max_iters=24)
-    shares = [train.lr_scale(step, cfg) for step in range(30)]
+    shares = [lr_scale(step, cfg) for step in range(30)]
     assert shares[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])  # warmup starts above 0 and reaches 1 after it
     assert shares[4] == 1.0
     assert shares[14] == pytest.approx((1 + 0.1) / 2)  # half way down the cosine
@@ -70,10 +71,10 @@ def test_learning_rate_at_its_corners():
     assert shares[4:25] == sorted(shares[4:25], reverse=True)
     for step in range(4, 24):
         assert shares[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 20)))
-    assert train.lr_scale(0, dataclasses.replace(cfg, warmup_iters=0)) == 1.0
-    assert train.lr_scale(29, dataclasses.replace(cfg, decay_lr=False)) == 1.0
-    assert train.lr_scale(12, dataclasses.replace(cfg, lr_decay_iters=12)) == pytest.approx(0.1)
-    assert train.lr_scale(0, dataclasses.replace(cfg, warmup_iters=24)) == pytest.approx(1 / 25)
+    assert lr_scale(0, dataclasses.replace(cfg, warmup_iters=0)) == 1.0
+    assert lr_scale(29, dataclasses.replace(cfg, decay_lr=False)) == 1.0
+    assert lr_scale(12, dataclasses.replace(cfg, lr_decay_iters=12)) == pytest.approx(0.1)
+    assert lr_scale(0, dataclasses.replace(cfg, warmup_iters=24)) == pytest.approx(1 / 25)
 
 
 def test_each_group_follows_the_schedule_from_its_own_peak(small):
@@ -273,4 +274,4 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
 def test_each_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given():
     assert [TrainConfig(optimizer=kind).peak_lr for kind in ("muon", "adamw")] == [1e-2, 1e-3]
     assert [TrainConfig(optimizer=kind, learning_rate=5e-4).peak_lr for kind in ("muon", "adamw")] == [5e-4, 5e-4]
-    assert train.lr_scale(99, TrainConfig(optimizer="adamw", min_lr=5e-4, max_iters=10)) == pytest.approx(0.5)
+    assert lr_scale(99, TrainConfig(optimizer="adamw", min_lr=5e-4, max_iters=10)) == pytest.approx(0.5)

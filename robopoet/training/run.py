@@ -19,6 +19,7 @@ from configurator import ConfigError, warn
 from model import GPT
 from robopoet.machine import Machine
 from robopoet.text.batches import Meta
+from robopoet.training.average import Average
 from robopoet.training.sharding import full_tensor
 from robopoet.weights import checkpoint
 
@@ -90,20 +91,25 @@ class Run:
         scaler: torch.amp.GradScaler,
         progress: Progress,
         is_best: bool,
+        average: Average | None = None,
     ) -> str:
         """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if this is the best model so far.
 
-        All ranks call it, to gather what is sharded; the main one writes. Returns "" if it was
-        written; else an error message, and the previous checkpoint is kept.
+        average: of the weights, which best.pt then holds. All ranks call it, to gather what is sharded; the main one
+        writes. Returns "" if it was written; else an error message, and the previous checkpoint is kept.
         """
-        best = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
-        best["model"] = tree_map_only(torch.Tensor, self._gather, best["model"])
-        best["model"]["lm_head.weight"] = best["model"]["transformer.wte.weight"]  # tied, and written once
-        states = [tree_map_only(torch.Tensor, self._gather, optimizer.state_dict()) for optimizer in optimizers]
+        latest = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        latest |= {"average": average.weights if average else {}, "optimizer_states": states}
+        latest = tree_map_only(torch.Tensor, self._gather, latest)
         if not self.machine.is_main:
             return ""
+        best = {key: value for key, value in latest.items() if key not in ("average", "optimizer_states")}
+        best["model"] = best["model"] | latest["average"]
+        for content in (best, latest):  # tied, and written once
+            content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]
         # nanoGPT reads "optimizer", AdamW's
-        latest = best | {"optimizer_states": states, "optimizer": states[0], "scaler": scaler.state_dict()}
+        latest |= {"optimizer": latest["optimizer_states"][0], "scaler": scaler.state_dict()}
         try:
             if is_best:
                 checkpoint.save(self.out / "best.pt", best)
@@ -130,12 +136,15 @@ class Run:
             return tensor
         return gathered.cpu() if self.machine.is_main else None
 
-    def check_space(self, model: GPT, resumes: bool) -> None:
-        """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written."""
+    def check_space(self, model: GPT, resumes: bool, averages: bool) -> None:
+        """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written.
+
+        averages: whether the run keeps an average of its weights.
+        """
         if not self.machine.is_main:
             return
         weights = 4 * model.num_params()
-        needed = weights + 3 * (3 * weights)  # two moments beside the weights
+        needed = weights + 3 * (3 + averages) * weights  # two moments beside the weights
         replaced = self.out if resumes else self.out / "previous"
         there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
         free = shutil.disk_usage(self.out).free

@@ -1,4 +1,4 @@
-"""How long a run lasts, how it warms up, how often it evaluates, and how ranks share a step's rows."""
+"""How long a run lasts, its learning rates, how often it evaluates, and how ranks share a step's rows."""
 
 import math
 from typing import TypeVar
@@ -29,6 +29,20 @@ def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
 def evaluation_interval(steps: int, steps_per_epoch: float) -> int:
     """Steps between evaluations, so that they come at least every half epoch and ten times a run."""
     return max(min(steps // EVALUATIONS, int(steps_per_epoch / 2), LONGEST_INTERVAL), 1)
+
+
+def lr_scale(step: int, cfg: Config) -> float:
+    """What learning rates are multiplied by at `step`: linear warmup to 1, then half a cosine down to min_lr."""
+    floor = cfg.min_lr / cfg.peak_lr
+    last = cfg.lr_decay_iters or cfg.max_iters
+    if step < cfg.warmup_iters:
+        return (step + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr:
+        return 1.0
+    if step >= last:
+        return floor
+    progress = (step - cfg.warmup_iters) / (last - cfg.warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def micro_batches(cfg: Config, machine: Machine) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.text.batches import Meta
+from robopoet.training.average import Average
 from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
 from robopoet.untrusted import convert
@@ -125,8 +126,10 @@ def check_fit(start: Start, dataset: str, optimizer: str, meta: Meta) -> None:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
 
 
-def restore(start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> Progress:
-    """Give the optimizers and the scaler their saved states; returns how far the run had come."""
+def restore(
+    start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, average: Average | None
+) -> Progress:
+    """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come."""
     try:
         for optimizer, saved in zip(optimizers, start.content["optimizer_states"], strict=True):
             settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
@@ -135,10 +138,12 @@ def restore(start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch
             optimizer.load_state_dict({**saved, "state": states})
             for group, configured in zip(optimizer.param_groups, settings, strict=True):
                 group.update(configured)  # rates and decay come from the config, which may have changed
+        if average and start.content.get("average"):  # a run may begin to average when it is resumed
+            average.load(start.content["average"])
         if start.content["scaler"]:  # empty unless that run was in float16
             scaler.load_state_dict(start.content["scaler"])
         newer = {"run_id": "", "first_val_loss": math.inf, "best_iter": 0}  # fields that older checkpoints lack
         progress = newer | start.content
         return Progress(**{field.name: progress[field.name] for field in dataclasses.fields(Progress)})
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise CheckpointError(f"{start.path}: holds no run to resume ({e}); use --init_from={start.path}") from None
