@@ -20,14 +20,17 @@ from typing import Any
 import yaml
 
 import configurator
-from bench.common import last_line, markdown, origin, read_records, write_result
+from bench.coders import Texts, bits_per_byte
+from bench.common import evaluate_checkpoint, last_line, markdown, origin, read_records, write_result
 from configurator import ConfigError, bounds, warn
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
-from robopoet.text import corpus
-from robopoet.text.batches import read_meta
+from robopoet.text import corpus, tokenizer
+from robopoet.text.batches import SPLITS, read_meta
+from robopoet.weights import checkpoint
 from train import TrainConfig
 
+CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # of the test split
 CHOSEN = ("init_from", "n_layer", "n_embd", "dropout", "max_iters")
 
 
@@ -87,7 +90,16 @@ def run(cfg: BooksConfig, path: Path, setting: str) -> dict[str, Any]:
     best = min((r for r in read_records(out) if r.kind == "eval"), key=lambda r: r.bpb)
     chosen = {key: kept.get(key, getattr(TrainConfig, key)) for key in CHOSEN}
     found = {"setting": setting, "vocab_size": read_meta(data).vocab_size, "seconds": seconds}
-    return found | {"bpb": best.bpb, "best": best.iter} | chosen
+    return found | {"bpb": best.bpb, "best": best.iter, "test": tested(out / "best.pt", data)} | chosen
+
+
+def tested(path: Path, data: Path) -> dict[str, float]:
+    """The bits per byte of the test split in `data`: the model's at `path`, and those of coders that know its text."""
+    saved, machine, meta = checkpoint.load(path), find_machine("cpu", "auto"), read_meta(data)
+    evaluated = evaluate_checkpoint(saved, path, checkpoint.build_model(saved, path), "test", machine)
+    texts = (Texts(data, name, meta, tokenizer.from_json(meta.tokenizer)) for name in SPLITS)
+    found = bits_per_byte(*texts, evaluated, meta.vocab_size)
+    return {coder["coder"].split(",")[0]: coder["bpb"] for coder in found}
 
 
 def call(script: str, *args: Any) -> None:
@@ -110,10 +122,11 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{book['best']:,} of {book['max_iters']:,}",
                 f"{book['seconds']:.0f}",
             ]
-            rows.append(
-                [book["book"], f"{book['bytes']:,}", f"{r['minutes']:g}", base, shape, *figures, f"{book['bpb']:.3f}"]
-            )
-    header = ["book", "bytes", "minutes", "from", "shape", "ids", "best step", "seconds", "bits/byte"]
+            figures.append(f"{book['bpb']:.3f}")
+            figures += [f"{bpb:.3f}" if (bpb := book.get("test", {}).get(coder)) else "" for coder in CODERS]
+            rows.append([book["book"], f"{book['bytes']:,}", f"{r['minutes']:g}", base, shape, *figures])
+    header = ["book", "bytes", "minutes", "from", "shape", "ids", "best step", "seconds", "val bits/byte"]
+    header += ["test", *CODERS[1:]]
     return markdown(header, rows)
 
 

@@ -1,11 +1,19 @@
 """Classical coders that know the train split, to compare a language model's bits per byte with."""
 
 import lzma
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyppmd
 import zstandard
+
+from robopoet.text import tokenizer
+from robopoet.text.batches import Meta
+from robopoet.text.tokenizer import Tokenizer
+from robopoet.writing.originality import read_texts
 
 Coder = Callable[[bytes], float]  # text -> the bits that it needs after the known text
 
@@ -92,3 +100,56 @@ class KneserNey:
     def bits(self, known: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """The bits of each of `ids` given the ids before it; `known` precedes the first: (n,) float64."""
         return -np.log2(self.probabilities(np.concatenate([known[len(known) - self.order + 1 :], ids])))
+
+
+class Texts:
+    """A split: `ids` (n,) int64, all its `text`, and by style `text_of`, `targets`, and `size`, the targets' bytes.
+
+    targets: the positions that a model's loss counts: all but each document's first. They include <|endoftext|>, which
+    has no bytes. Raises DataError when the bins can't be used.
+    """
+
+    def __init__(self, folder: Path, name: str, meta: Meta, tok: Tokenizer):
+        documents = meta.splits[name].documents
+        texts = read_texts(folder, name)
+        self.ids = np.fromfile(folder / f"{name}.bin", "<u2").astype(np.int64)
+        self.styles = list(dict.fromkeys(doc.style for doc in documents))
+        lengths = tokenizer.token_bytes(tok)[self.ids]
+        self.text = "".join(texts)
+        self.text_of, self.spans, self.targets, self.size = {}, {}, {}, {}
+        for style in self.styles:
+            of_style = [i for i, doc in enumerate(documents) if doc.style == style]
+            self.text_of[style] = "".join(texts[i] for i in of_style)
+            self.spans[style] = [(documents[i].start, documents[i].stop) for i in of_style]
+            self.targets[style] = np.concatenate([np.arange(start + 1, stop) for start, stop in self.spans[style]])
+            self.size[style] = int(lengths[self.targets[style]].sum())
+
+
+def bits_per_byte(
+    known: Texts, val: Texts, test: Texts, evaluated: dict[str, Any], vocab_size: int
+) -> list[dict[str, Any]]:
+    """The bits per byte that each coder needs for the test split: for all of it at once, and for each style.
+
+    evaluated: the model's loss on it. The orders of PPMd and of the n-grams are the best ones on the val split.
+    """
+    bits = {style: loss / math.log(2) * len(test.targets[style]) for style, loss in evaluated["loss_by_style"].items()}
+    by_style = {style: bits[style] / test.size[style] for style in bits}
+    found = [{"coder": "RoboPoet", "bpb": evaluated["bpb"], "bpb_by_style": by_style}]
+
+    n_grams = [KneserNey(known.ids, vocab_size, order) for order in (3, 4, 5)]
+    best = min(n_grams, key=lambda model: model.bits(known.ids, val.ids).sum())
+    each = best.bits(known.ids, test.ids)
+    bits = {style: each[targets].sum() for style, targets in test.targets.items()}
+    by_style = {style: bits[style] / test.size[style] for style in bits}
+    bpb = sum(bits.values()) / sum(test.size.values())
+    found.append({"coder": f"Kneser-Ney, {best.order} tokens", "bpb": bpb, "bpb_by_style": by_style})
+
+    text = known.text.encode()
+    ppmds = {order: ppmd(text, order) for order in (4, 6, 8, 10, 12)}
+    order = min(ppmds, key=lambda order: ppmds[order](val.text.encode()))
+    named = {f"PPMd, order {order}": ppmds[order], "xz -9e": xz(text), "zstd -22": zstd(text)}
+    for name, coder in named.items():
+        each = {style: coder(part.encode()) / len(part.encode()) for style, part in test.text_of.items()}
+        bpb = coder(test.text.encode()) / len(test.text.encode())
+        found.append({"coder": name, "bpb": bpb, "bpb_by_style": each})
+    return found

@@ -16,16 +16,15 @@ import torch
 
 import configurator
 import train
-from bench import coders
+from bench.coders import Texts, bits_per_byte
 from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
-from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, Meta, find_dataset, open_split, read_meta
+from robopoet.text.batches import SPLITS, EvalPlan, find_dataset, open_split, read_meta
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.training.evaluate import compare_tags
 from robopoet.weights import checkpoint
-from robopoet.writing.originality import Originality, read_texts
+from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Settings
 from sample import Poet
 
@@ -169,63 +168,6 @@ def human_passages(ids: np.ndarray, spans: list[tuple[int, int]], tok: Tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bits per byte
-
-
-class Texts:
-    """A split: `ids` (n,) int64, all its `text`, and by style `text_of`, `targets`, and `size`, the targets' bytes.
-
-    targets: the positions that a model's loss counts: all but each document's first. They include <|endoftext|>, which
-    has no bytes. Raises DataError when the bins can't be used.
-    """
-
-    def __init__(self, folder: Path, name: str, meta: Meta, tok: Tokenizer):
-        documents = meta.splits[name].documents
-        texts = read_texts(folder, name)
-        self.ids = np.fromfile(folder / f"{name}.bin", "<u2").astype(np.int64)
-        self.styles = list(dict.fromkeys(doc.style for doc in documents))
-        lengths = tokenizer.token_bytes(tok)[self.ids]
-        self.text = "".join(texts)
-        self.text_of, self.spans, self.targets, self.size = {}, {}, {}, {}
-        for style in self.styles:
-            of_style = [i for i, doc in enumerate(documents) if doc.style == style]
-            self.text_of[style] = "".join(texts[i] for i in of_style)
-            self.spans[style] = [(documents[i].start, documents[i].stop) for i in of_style]
-            self.targets[style] = np.concatenate([np.arange(start + 1, stop) for start, stop in self.spans[style]])
-            self.size[style] = int(lengths[self.targets[style]].sum())
-
-
-def bits_per_byte(
-    known: Texts, val: Texts, test: Texts, evaluated: dict[str, Any], vocab_size: int
-) -> list[dict[str, Any]]:
-    """The bits per byte that each coder needs for the test split: for all of it at once, and for each style.
-
-    evaluated: the model's loss on it. The orders of PPMd and of the n-grams are the best ones on the val split.
-    """
-    bits = {style: loss / math.log(2) * len(test.targets[style]) for style, loss in evaluated["loss_by_style"].items()}
-    by_style = {style: bits[style] / test.size[style] for style in bits}
-    found = [{"coder": "RoboPoet", "bpb": evaluated["bpb"], "bpb_by_style": by_style}]
-
-    n_grams = [coders.KneserNey(known.ids, vocab_size, order) for order in (3, 4, 5)]
-    best = min(n_grams, key=lambda model: model.bits(known.ids, val.ids).sum())
-    each = best.bits(known.ids, test.ids)
-    bits = {style: each[targets].sum() for style, targets in test.targets.items()}
-    by_style = {style: bits[style] / test.size[style] for style in bits}
-    bpb = sum(bits.values()) / sum(test.size.values())
-    found.append({"coder": f"Kneser-Ney, {best.order} tokens", "bpb": bpb, "bpb_by_style": by_style})
-
-    text = known.text.encode()
-    ppmds = {order: coders.ppmd(text, order) for order in (4, 6, 8, 10, 12)}
-    order = min(ppmds, key=lambda order: ppmds[order](val.text.encode()))
-    named = {f"PPMd, order {order}": ppmds[order], "xz -9e": coders.xz(text), "zstd -22": coders.zstd(text)}
-    for name, coder in named.items():
-        each = {style: coder(part.encode()) / len(part.encode()) for style, part in test.text_of.items()}
-        bpb = coder(test.text.encode()) / len(test.text.encode())
-        found.append({"coder": name, "bpb": bpb, "bpb_by_style": each})
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def judge(
@@ -262,7 +204,7 @@ def main(cfg: WritingConfig) -> None:
     folder = find_dataset(saved["config"]["dataset"])
     originality = Originality(folder, saved["text_sha256"])
     meta = read_meta(folder)
-    known, val, test = (Texts(folder, name, meta, poet.tokenizer) for name in ("train", "val", "test"))
+    known, val, test = (Texts(folder, name, meta, poet.tokenizer) for name in SPLITS)
 
     # --- bits per byte
     model = checkpoint.build_model(saved, path).to(poet.machine.device)
