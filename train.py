@@ -78,6 +78,7 @@ class TrainConfig:
     learning_rate: float = 0.0  # AdamW's peak (0: 1e-2 beside Muon, 1e-3 alone)
     muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
+    muon_weight_decay: float = -1.0  # of those that Muon trains (-1: weight_decay)
     beta1: float = 0.8  # AdamW's first moment
     beta2: float = 0.99  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
@@ -133,8 +134,8 @@ class TrainConfig:
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes", 0)
         found += bounds(self, "grad_clip weight_decay min_lr", 0)
         found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
-        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
-        found += bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
+        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "muon_weight_decay", -1)
+        found += bounds(self, "seed", 0, 2**63 - 1) + bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
         if self.learning_rate:
             found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
         heads = self.n_head * (2 if self.positions == "rotary" else 1)  # rotary positions rotate pairs

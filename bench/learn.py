@@ -21,6 +21,7 @@ import configurator
 import train
 from bench.common import (
     config_name,
+    evaluate_checkpoint,
     last_line,
     origin,
     read_records,
@@ -53,6 +54,7 @@ class LearnConfig(train.TrainConfig):
     peer_rate: tuple[str, ...] = ()  # learning rates to try at its first seed; the best one is kept
     peer_seeds: int = 0  # runs of nanoGPT, if it is too slow for as many as ours (0: as many)
     peer_evals: int = 10  # evaluations of each of its runs, evenly spaced
+    keep: str = ""  # a folder for the folders of our runs (they are removed unless given)
     out: str = ""  # name of the result (learn_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -60,14 +62,21 @@ class LearnConfig(train.TrainConfig):
         return super().problems() + bounds(self, "seeds peer_evals", 1) + bounds(self, "peer_seeds", 0, self.seeds)
 
 
-def run_ours(cfg: LearnConfig, seed: int) -> Curve:
+def run_ours(cfg: LearnConfig, seed: int, out: Path) -> Curve:
     """Train with train.py in a process of its own and return its curve."""
-    with tempfile.TemporaryDirectory() as out:
-        command = train_command(cfg, out_dir=out, seed=seed)
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
-        return read_curve(Path(out))
+    done = subprocess.run(
+        train_command(cfg, out_dir=out, seed=seed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
+    return read_curve(out)
+
+
+def bpb_of_test(best: Path, machine: Machine) -> float:
+    """The bits per byte that the model in `best` needs for its test split."""
+    saved = checkpoint.load(best)
+    model = checkpoint.build_model(saved, best).to(machine.device)
+    return evaluate_checkpoint(saved, best, model, "test", machine)["bpb"]
 
 
 def read_curve(out: Path) -> Curve:
@@ -134,22 +143,32 @@ def main(cfg: LearnConfig) -> None:
     """Train both, seed by seed in turns, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     folder = find_dataset(cfg.dataset)
+    has_test = read_meta(folder).splits["test"].tokens > cfg.block_size  # nanoGPT's corpus has none
     ours: list[Curve] = []
     theirs: list[Curve] = []
+    tests: list[float] = []
     tried: dict[str, float] = {}
     rate = None
-    for seed in range(cfg.seeds):
-        if cfg.peer and seed == 0 and cfg.peer_rate:
-            runs = {r: run_peer(cfg, machine, folder, 0, r) for r in map(float, cfg.peer_rate)}
-            tried = {f"{r:g}": best(curve)["loss"] for r, curve in runs.items()}
-            rate = min(runs, key=lambda r: best(runs[r])["loss"])
-            theirs.append(runs[rate])
-        elif cfg.peer and seed < (cfg.peer_seeds or cfg.seeds):
-            theirs.append(run_peer(cfg, machine, folder, seed, rate))
-        ours.append(run_ours(cfg, cfg.seed + seed))
-        print(f"seed {seed}: ours {best(ours[-1])}, nanoGPT {[best(curve) for curve in theirs]}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = Path(cfg.keep or scratch)
+        for seed in range(cfg.seeds):
+            if cfg.peer and seed == 0 and cfg.peer_rate:
+                runs = {r: run_peer(cfg, machine, folder, 0, r) for r in map(float, cfg.peer_rate)}
+                tried = {f"{r:g}": best(curve)["loss"] for r, curve in runs.items()}
+                rate = min(runs, key=lambda r: best(runs[r])["loss"])
+                theirs.append(runs[rate])
+            elif cfg.peer and seed < (cfg.peer_seeds or cfg.seeds):
+                theirs.append(run_peer(cfg, machine, folder, seed, rate))
+            out = kept / f"seed{cfg.seed + seed}"
+            ours.append(run_ours(cfg, cfg.seed + seed, out))
+            if has_test:
+                tests.append(bpb_of_test(out / "best.pt", machine))
+            print(
+                f"seed {seed}: ours {best(ours[-1])}, test {tests[-1:]}, nanoGPT {[best(curve) for curve in theirs]}",
+                flush=True,
+            )
     result = origin("learn", machine) | {"config": config_name(), "corpus": folder.name}
-    result |= {"ours": summary(ours), "peer": None}
+    result |= {"ours": summary(ours) | ({"test_bpb": spread(tests)} if tests else {}), "peer": None}
     if theirs:
         result["peer"] = summary(theirs) | {"args": cfg.peer_args, "rates": tried, "rate": rate}
         goals = [best(theirs[i % len(theirs)]) for i in range(len(ours))]
@@ -179,6 +198,11 @@ def table(results: list[dict[str, Any]]) -> str:
             ["seeds", *(f"{len(side['curves'])}" for side in sides)],
             ["lowest val loss", *(show(side["loss"], ".3f") for side in sides)],
             ["in bits/byte", *(f"{side['bpb']['median']:.3f}" for side in sides)],
+            *(
+                [["the same of the test split", f"{r['ours']['test_bpb']['median']:.3f}"]]
+                if "test_bpb" in r["ours"]
+                else []
+            ),
             ["seconds of training", *(f"{side['seconds']['median']:,.0f}" for side in sides)],
             *reached(r),
         ]

@@ -92,13 +92,17 @@ def test_what_learn_makes_of_the_curves(run, results, peer, monkeypatch):
     theirs = {(0, 0.1): curve(5.0, 4.5), (0, 0.2): curve(4.0, 3.0, 3.5), (1, 0.2): curve(4.0, 2.0)}
     ours = {1337: curve(4.0, 2.0), 1338: curve(3.0, 2.0, 1.0), 1339: curve(5.0, 4.0)}
     monkeypatch.setattr(learn, "run_peer", lambda cfg, machine, folder, seed, rate: theirs[seed, rate])
-    monkeypatch.setattr(learn, "run_ours", lambda cfg, seed: ours[seed])
+    monkeypatch.setattr(learn, "run_ours", lambda cfg, seed, out: ours[seed])
+    monkeypatch.setattr(learn, "bpb_of_test", lambda best, machine: 2.0 if "1338" in str(best) else 1.0)
     args = [f"{run}/tiny.yaml", *TINY, "--seeds=3", f"--peer={peer}", "--peer_args=--max_iters=20", "--peer_seeds=2"]
     args += ["--peer_rate=0.1", "--peer_rate=0.2"]
     result, name = start(monkeypatch, learn, learn.LearnConfig, *args)
     assert name.startswith("learn_tiny_") and result["corpus"] == "data"
     assert result["peer"]["rates"] == {"0.1": 4.5, "0.2": 3.0} and result["peer"]["rate"] == 0.2
     assert result["goal"] == {"loss": [3.0, 2.0, 3.0], "peer_seconds": [20, 20, 20], "seconds": [15, 20, None]}
+    assert result["ours"]["test_bpb"] == common.spread([1.0, 2.0, 1.0]) and "test split | 1.000" in learn.table(
+        [result]
+    )
     assert result["ours"]["loss"] == common.spread([2.0, 1.0, 4.0]) and result["ours"]["curves"] == [*ours.values()]
     assert result["peer"]["bpb"] == common.spread([1.5, 1.0]) and "1 of 3 never" in learn.table([result])
     result["goal"]["seconds"][2] = 10.0

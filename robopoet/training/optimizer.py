@@ -122,7 +122,8 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
         matrices = [p for p in model.parameters() if id(p) in hidden]
         dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
         ranks = {"rank": machine.rank, "ranks": machine.world_size}
-        optimizers.append(Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype, **ranks))
+        decay = cfg.weight_decay if cfg.muon_weight_decay < 0 else cfg.muon_weight_decay
+        optimizers.append(Muon(matrices, cfg.muon_learning_rate, decay, dtype, **ranks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
