@@ -94,6 +94,20 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert (cfg.optimizer, cfg.learning_rate) == ("adamw", 3e-4)
 
 
+def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):
+    choose, _ = imagine
+    cfg, _ = choose(5, 20_480)  # ten steps an epoch
+    kept = (1 - cfg.peak_lr * cfg.weight_decay) ** 10
+    assert kept == pytest.approx(1 / 2.72, rel=0.1) and cfg.muon_weight_decay == 0.1
+    cfg, _ = choose(5, 100_000_000)
+    assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, 0.1)
+    cfg, _ = choose(5, 20_480, "--weight_decay=0.7")
+    assert cfg.weight_decay == cfg.muon_weight_decay == 0.7
+    for argv, start in ((["--optimizer=adamw"], NEW), ([], Start({"model_extra": {}}, None, False))):
+        cfg, _ = choose(5, 20_480, *argv, start=start)
+        assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, -1)
+
+
 def test_too_few_minutes_and_several_ranks_are_refused(imagine):
     choose, _ = imagine
     with pytest.raises(ConfigError, match=r"^minutes: 0.01 are too few, a step takes \d+\.\d s here"):

@@ -1,4 +1,4 @@
-"""What `--minutes` chooses: where a run starts, its shape, its steps and its dropout, for this text on this machine.
+"""What `--minutes` chooses: where a run starts, its shape, steps, dropout and decay, for this text on this machine.
 
 The rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
 """
@@ -25,6 +25,7 @@ LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 
 CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT = 1.5  # that a run reads, at least, for each weight of the blocks
 EPOCHS, EPOCHS_FROM_WEIGHTS = 8, 3  # passes after which a text teaches nothing more
+FORGETS = 1.0  # passes within which the embeddings' weight decay forgets
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 LEAST_STEPS, TRIAL_S = 10, 2.0  # of a run, and seconds of a measurement
@@ -67,6 +68,8 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
         cfg = _climb(cfg, most, end, lambda tried: seconds(revise(tried, compile=uncompiled)))
     step_s, batch_s = seconds(cfg)
     cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
+    if start.content is None and cfg.optimizer == "muon":
+        cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, **_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
     return revise(_choose(cfg, dropout=0.0 if passes <= 2 else 0.1 if passes <= 4 else 0.2), minutes=0.0, epochs=0.0)
 
@@ -74,7 +77,15 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
 def describe_choice(cfg: Config, minutes: float) -> list[str]:
     """The keys that were chosen, as YAML."""
     keys = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
-    keys += ("max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
+    keys += (
+        "weight_decay",
+        "muon_weight_decay",
+        "max_iters",
+        "warmup_iters",
+        "eval_interval",
+        "eval_iters",
+        "patience",
+    )
     chosen = {key: getattr(cfg, key) for key in keys if key not in cfg.given}
     return [f"# chosen for {minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
 
@@ -89,6 +100,15 @@ def _rates(start: Start) -> dict[str, Any]:
     if "model_extra" in start.content:
         return {"learning_rate": 3e-3, "muon_learning_rate": 0.01}
     return {"optimizer": "adamw", "learning_rate": 3e-4}
+
+
+def _decay(cfg: Config, tokens: int) -> dict[str, float]:
+    """The weight decay with which what one pass taught is gone after about FORGETS more, or cfg's if that is more.
+
+    A weight decays by learning rate times weight decay in a step: Wang and Aitchison 2024, arXiv:2405.13698.
+    """
+    steps = FORGETS * tokens / cfg.tokens_per_step
+    return {"weight_decay": max(float(f"{1 / (cfg.peak_lr * steps):.2g}"), cfg.weight_decay)}
 
 
 def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) -> list[float]:
