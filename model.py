@@ -180,7 +180,8 @@ class GPT(nn.Module):
         int64, -1 to ignore. Returns logits (B, T, V) and the cross-entropy in nats per token (reduction "mean": scalar;
         "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
         loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
-        sample: ids that are compared instead of the whole vocabulary; targets are then places among them.
+        sample: ids that are compared instead of the whole vocabulary; targets are then places among them. For a mean,
+        targets may be probabilities, (B, T, V) float32.
         """
         c, T, rotation = self.config, idx.shape[1], None
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -201,7 +202,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)
         else:
             logits = linear(x, self.lm_head.weight.index_select(0, sample[0]), bias=sample[1].to(x.dtype))
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), ignore_index=-1, reduction=reduction)
         return logits.detach(), loss.view_as(targets) if reduction == "none" else loss
 
     def crop_block_size(self, block_size: int) -> None:

@@ -32,12 +32,13 @@ from robopoet.training.budget import Trial, describe_choice, fit_minutes, from_b
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
 from robopoet.training.memory import less_memory, recompute_blocks
-from robopoet.training.optimizer import configure_optimizers, step_all, unscale
+from robopoet.training.optimizer import configure_optimizers, set_rates, step_all, unscale
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
 from robopoet.training.schedule import fit_schedule, lr_scale, micro_batches, rows_of
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
+from robopoet.training.teachers import Teachers
 from robopoet.training.trouble import Trouble
 from robopoet.weights import checkpoint
 from robopoet.writing.preview import Preview
@@ -47,10 +48,7 @@ RESUMABLE = 75  # exit code (EX_TEMPFAIL) after a signal: saved, --init_from=aut
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The keys of train.py; those that nanoGPT has too are called as there.
-
-    given: the keys set on the command line or in YAML.
-    """
+    """The keys of train.py, called as in nanoGPT where it has them. given: those set on the command line or in YAML."""
 
     given: ClassVar[frozenset[str]] = frozenset()
 
@@ -82,6 +80,8 @@ class TrainConfig:
     beta1: float = 0.8  # AdamW's first moment
     beta2: float = 0.99  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
+    teacher: str = ""  # checkpoints, such as a.pt,b.pt, whose mean prediction is learned beside the text
+    teacher_share: float = 0.5  # of their prediction in the loss
     sampled_softmax: int = 0  # ids that a micro-batch's loss compares: its own and a sample of the others (0: all)
     # schedule
     max_iters: int = 600  # optimizer steps in all
@@ -130,10 +130,9 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
-        found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens", 0)
-        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes", 0)
-        found += bounds(self, "grad_clip weight_decay min_lr", 0)
-        found += bounds(self, "tag_prob", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
+        found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens grad_clip", 0)
+        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes min_lr weight_decay", 0)
+        found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "muon_weight_decay", -1)
         found += bounds(self, "seed", 0, 2**63 - 1) + bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
         if self.learning_rate:
@@ -188,11 +187,14 @@ class State:
     trouble: Trouble
     sync_next: Callable[[bool], None] = lambda wanted: None
     sample: SampledSoftmax | None = None
+    teachers: Teachers | None = None
     average: Average | None = None
     graphed_update: Graphed | None = None
 
 
-def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None) -> State:
+def build_state(
+    cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None, meta: Meta | None = None
+) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
     if cfg.recompute:
         recompute_blocks(model)
@@ -221,6 +223,8 @@ def build_state(cfg: TrainConfig, machine: Machine, model: GPT, split: Split | N
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if cfg.sampled_softmax:
         state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine.device)
+    if cfg.teacher:
+        state.teachers = Teachers(cfg, meta, machine)
     if cfg.ema:
         state.average = Average(model, cfg.ema)
     if recorded:
@@ -261,15 +265,14 @@ def update(
     """
     cfg, machine, scaler = state.cfg, state.machine, state.scaler
     state.forward.train()
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+    set_rates(state.optimizers, scale)
     count, rows = micro_batches(cfg, machine)
     total = torch.zeros((), device=machine.device)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
         state.sync_next(micro == count - 1)
         y, sample = state.sample(y) if state.sample else (y, None)
         with machine.autocast():
+            y = state.teachers(x, y, sample) if state.teachers else y
             _, loss = state.forward(x, y, sample=sample)
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
@@ -284,7 +287,7 @@ def trial(start: Start, folder: Path, meta: Meta, machine: Machine, cfg: TrainCo
     """A step, and a batch of an evaluation, of a model that is then thrown away, for `minutes` to time."""
     val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split)
+    state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split, meta)
     sizes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     plan = EvalPlan(cfg.block_size, cfg.batch_size, limit=1)
     return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, plan, machine)
@@ -331,8 +334,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     config = dataclasses.asdict(cfg)
     run = Run(Path(cfg.out_dir), config, meta, machine)
     run.check_space(model, start.resumes, cfg.ema > 0)
-    n_params = model.num_params()
-    state = build_state(cfg, machine, model, split)
+    state = build_state(cfg, machine, model, split, meta)
 
     # --- resume, or start a new run
     progress = Progress(run_id=secrets.token_hex(4))
@@ -343,8 +345,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     run.keep_config(cfg)
     sinks = open_sinks(config, progress.run_id) if machine.is_main else []
     log = Log(run.out, progress, machine, sinks, "sample_tokens" in cfg.given)
-    chosen = describe_choice(cfg, minutes) if minutes else []
-    for line in (f"{machine}, parameters: {n_params:,}", *chosen, *moved, *describe_resuming(cfg, start, progress)):
+    about = f"{machine}, parameters: {model.num_params():,}"
+    for line in (about, *describe_choice(cfg, minutes), *moved, *describe_resuming(cfg, start, progress)):
         log.print(line)
     start.release()
 

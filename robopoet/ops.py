@@ -189,8 +189,13 @@ class RowwiseCrossEntropy(torch.autograd.Function):
 def cross_entropy(
     input: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
-    """F.cross_entropy, computed in float32 or better: input (N, V) logits, target (N,) int64 -> scalar, or (N,)."""
+    """F.cross_entropy, computed in float32 or better: input (N, V) logits, target (N,) int64 -> scalar, or (N,).
+
+    For a mean, target may be probabilities, (N, V) float32.
+    """
     dtype = torch.promote_types(input.dtype, torch.float32)
+    if target.is_floating_point():
+        return F.cross_entropy(input.to(dtype), target)
     if reduction == "none":  # 64 MB of float32 at a time: copies of all logits would take several times their size
         rows = max(2**24 // input.shape[1], 1)
         parts = zip(input.split(rows), target.split(rows), strict=True)

@@ -96,8 +96,10 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):
     choose, _ = imagine
-    cfg, _ = choose(5, 20_480)  # ten steps an epoch
-    kept = (1 - cfg.peak_lr * cfg.weight_decay) ** 10
+    cfg, _ = choose(5, 20_480)
+    steps = 20_480 / cfg.tokens_per_step
+    assert steps == 40
+    kept = (1 - cfg.peak_lr * cfg.weight_decay) ** steps
     assert kept == pytest.approx(1 / 2.72, rel=0.1) and cfg.muon_weight_decay == 0.1
     cfg, _ = choose(5, 100_000_000)
     assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, 0.1)

@@ -24,7 +24,9 @@ Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training,
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
 CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT = 1.5  # that a run reads, at least, for each weight of the blocks
-EPOCHS, EPOCHS_FROM_WEIGHTS = 8, 3  # passes after which a text teaches nothing more
+EPOCHS, EPOCHS_FROM_WEIGHTS = 16, 3  # passes after which a text teaches nothing more
+STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
+DROPOUT = ((2, 0.0), (4, 0.1), (9, 0.2), (math.inf, 0.3))  # up to so many passes
 FORGETS = 1.0  # passes within which the embeddings' weight decay forgets
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
@@ -59,7 +61,10 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     else:
         cfg, epochs = _choose(cfg, **_rates(start)), EPOCHS_FROM_WEIGHTS
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
-    cfg = _choose(cfg, batch_size=8 if on_cpu else 32, patience=6)
+    rows = 8 if on_cpu else 32
+    if start.content is None:
+        rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
+    cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
@@ -71,11 +76,13 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, **_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
-    return revise(_choose(cfg, dropout=0.0 if passes <= 2 else 0.1 if passes <= 4 else 0.2), minutes=0.0, epochs=0.0)
+    return revise(_choose(cfg, dropout=next(p for most, p in DROPOUT if passes <= most)), minutes=0.0, epochs=0.0)
 
 
 def describe_choice(cfg: Config, minutes: float) -> list[str]:
-    """The keys that were chosen, as YAML."""
+    """The keys that were chosen for a run of so many minutes, as YAML; nothing for 0 minutes."""
+    if not minutes:
+        return []
     keys = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
     keys += (
         "weight_decay",

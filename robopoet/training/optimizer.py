@@ -130,6 +130,13 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
     return optimizers
 
 
+def set_rates(optimizers: list[torch.optim.Optimizer], scale: float | torch.Tensor) -> None:
+    """Set each group's learning rate to its peak times `scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
 def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
     """Divide gradients by the loss scale; if those of one optimizer overflowed, all will skip the step."""
     for optimizer in optimizers:

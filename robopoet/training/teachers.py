@@ -1,0 +1,46 @@
+"""Models that teach a run: it learns their predictions beside the text's own tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import ConfigError
+from model import Sample
+from robopoet.machine import Machine
+from robopoet.text.batches import Meta
+from robopoet.weights import checkpoint
+
+
+class Teachers:
+    """The checkpoints that cfg.teacher names (Hinton et al. 2015, arXiv:1503.02531); cfg: a TrainConfig.
+
+    Raises ConfigError if one has another tokenizer than the dataset or a shorter context, CheckpointError if it can't
+    be read.
+    """
+
+    def __init__(self, cfg: Any, meta: Meta, machine: Machine):
+        self.share, self.models = cfg.teacher_share, []
+        for name in cfg.teacher.split(","):
+            path = Path(name.strip())
+            content = checkpoint.load(path)
+            if checkpoint.tokenizer_of(content, path).to_json() != meta.tokenizer.to_json():
+                raise ConfigError(f"teacher: {path} has another tokenizer than {cfg.dataset}")
+            model = checkpoint.build_model(content, path).requires_grad_(False).to(machine.device).eval()
+            if (context := model.config.block_size) < cfg.block_size:
+                raise ConfigError(
+                    f"teacher: {path} has a block_size of {context}, the run {cfg.block_size}; lower that"
+                )
+            self.models.append(model)
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, sample: Sample | None) -> torch.Tensor:
+        """The probabilities to learn: the models' mean for `share`, the text's own token for the rest.
+
+        inputs, targets: (B, T) int64; with a sample, targets are places in it. Returns (B, T, V or the sample's size)
+        float32.
+        """
+        found = [model(inputs, targets, sample=sample)[0].float().softmax(-1) for model in self.models]
+        probs = torch.stack(found).mean(0).mul_(self.share)
+        own = targets[..., None]
+        return probs.scatter_add_(2, own, probs.new_full(own.shape, 1 - self.share))

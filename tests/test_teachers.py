@@ -1,0 +1,85 @@
+"""Learning from teachers: the loss against a naive one, resuming, and teachers that don't fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_book
+
+import prepare
+import train
+from configurator import ConfigError
+from robopoet.errors import CheckpointError
+from robopoet.machine import Machine
+from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.weights import checkpoint
+from train import TrainConfig
+
+CPU = Machine(torch.device("cpu"), torch.float32)
+
+
+def run(keys: dict, **changes) -> Path:
+    """Train with those keys; returns the run's folder."""
+    cfg = TrainConfig(**keys | changes)
+    assert cfg.problems() == []
+    train.main(cfg)
+    return Path(cfg.out_dir)
+
+
+@pytest.fixture
+def teachers(small, tmp_path) -> str:
+    """Two runs of different seeds, as the key `teacher` names them."""
+    outs = [run(small, out_dir=str(tmp_path / f"teacher{seed}"), max_iters=20, seed=seed) for seed in (1, 2)]
+    return ",".join(str(out / "best.pt") for out in outs)
+
+
+@pytest.mark.parametrize("sampled", [0, 30])
+def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(small, teachers, sampled):
+    cfg = TrainConfig(**small | {"teacher": teachers, "teacher_share": 0.3, "sampled_softmax": sampled})
+    folder = Path(cfg.dataset)
+    meta = read_meta(folder)
+    split = open_split(folder, "train", meta, cfg.block_size, CPU.device)
+    windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
+    model = train.new_model(cfg, meta.vocab_size)
+    weights = [checkpoint.build_model(checkpoint.load(Path(path)), Path(path)).double() for path in teachers.split(",")]
+    student = train.new_model(cfg, meta.vocab_size).double()
+    state = train.build_state(cfg, CPU, model, split, meta)
+    drawn = []
+    if sampled:
+        state.sample, draw = lambda y: drawn.append(draw(y)) or drawn[-1], state.sample
+    loss, _ = train.train_step(state, windows, 0)
+
+    x, y = windows.batch(0, cfg.rows_per_step, CPU.device)
+    ids, shifts = drawn[0][1] if sampled else (torch.arange(meta.vocab_size), torch.zeros(meta.vocab_size))
+    places = {id: place for place, id in enumerate(ids.tolist())}
+    every = torch.zeros_like(y)  # targets, so that logits of all positions are returned
+    logits, *taught = ((model(x, every)[0][..., ids] + shifts).softmax(-1) for model in (student, *weights))
+    total = 0.0
+    for row in range(x.shape[0]):
+        for place in range(x.shape[1]):
+            log_probs = logits[row, place].log()
+            soft = sum(probs[row, place] for probs in taught) / 2
+            total -= 0.7 * log_probs[places[y[row, place].item()]] + 0.3 * (soft * log_probs).sum()
+    assert loss.item() == pytest.approx(total.item() / y.numel(), abs=1e-5)
+
+
+def test_a_student_resumes_to_the_same_bits(small, teachers, tmp_path):
+    keys = small | {"teacher": teachers, "max_iters": 12, "lr_decay_iters": 12, "dropout": 0.1, "eval_interval": 6}
+    whole = run(keys, out_dir=str(tmp_path / "whole"))
+    run(keys, out_dir=str(tmp_path / "parts"), max_iters=6)
+    parts = run(keys, out_dir=str(tmp_path / "parts"), init_from="resume")
+    alone = run(keys, out_dir=str(tmp_path / "alone"), teacher="")
+    ends = [checkpoint.load(out / "ckpt.pt")["model"]["lm_head.weight"] for out in (whole, parts, alone)]
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_teachers_that_do_not_fit_are_refused(small, teachers, tmp_path):
+    with pytest.raises(ConfigError, match=r"^teacher: .*best\.pt has a block_size of 32, the run 64; lower that"):
+        run(small, teacher=teachers, block_size=64)
+    with pytest.raises(CheckpointError, match=r"none\.pt: not found"):
+        run(small, teacher="none.pt")
+    (tmp_path / "other.txt").write_text(make_book(9, 900), encoding="utf-8")
+    other = tmp_path / "other"
+    prepare.main(prepare.PrepareConfig(input=(str(tmp_path / "other.txt"),), out=str(other), vocab_size=300))
+    with pytest.raises(ConfigError, match=r"has another tokenizer than .*other"):
+        run(small, teacher=teachers, dataset=str(other))
