@@ -54,7 +54,7 @@ class LearnConfig(train.TrainConfig):
     peer_rate: tuple[str, ...] = ()  # learning rates to try at its first seed; the best one is kept
     peer_seeds: int = 0  # runs of nanoGPT, if it is too slow for as many as ours (0: as many)
     peer_evals: int = 10  # evaluations of each of its runs, evenly spaced
-    keep: str = ""  # a folder for the folders of our runs (they are removed unless given)
+    keep: str = ""  # a folder for the folders of our runs, which a bench started again resumes (removed unless given)
     out: str = ""  # name of the result (learn_CONFIG_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -63,10 +63,9 @@ class LearnConfig(train.TrainConfig):
 
 
 def run_ours(cfg: LearnConfig, seed: int, out: Path) -> Curve:
-    """Train with train.py in a process of its own and return its curve."""
-    done = subprocess.run(
-        train_command(cfg, out_dir=out, seed=seed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Train with train.py in a process of its own, or resume what is there, and return the curve."""
+    command = train_command(cfg, out_dir=out, seed=seed, init_from="auto")
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
     return read_curve(out)

@@ -1,4 +1,4 @@
-"""What bench.table writes into the README: five rows of results, where RoboPoet loses, and the lines of each file."""
+"""What bench.table writes into the README: a few rows of results, where RoboPoet loses, and the lines of each file."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def find(results: Results, kind: str, **keys: Any) -> Results:
     return [r for r in found if all((r["machine"] | r).get(key) == value for key, value in keys.items())]
 
 
-def five_rows(results: Results) -> list[list[str]]:
+def main_rows(results: Results) -> list[list[str]]:
     """The README's rows: RoboPoet, nanoGPT, nanoGPT tuned by hand, transformers; in brackets RoboPoet's lead."""
     rows = []
     for config in ("robopoet_adamw", "gpt2"):
@@ -47,6 +47,10 @@ def five_rows(results: Results) -> list[list[str]]:
             ours, theirs, loss = (spread(r["goal"][key]) for key in ("seconds", "peer_seconds", "loss"))
             cells = [_whole(ours), _lead(theirs, times_sooner(r)), "", ""]
             rows.append([f"seconds to val loss {loss['median']:.2f}", *cells])
+    learned = [r["ours"] for r in find(results, "learn", corpus="robopoet") if "test_bpb" in r["ours"]]
+    for ours in sorted(learned, key=lambda ours: ours["bpb"]["median"])[:1]:
+        shown = " / ".join(f"{ours[key]['median']:.3f}" for key in ("bpb", "test_bpb"))
+        rows.append(["the least bits per byte, val / test", shown, "", "", ""])
     for r in find(results, "sample_speed", model="robopoet")[:1]:
         for case in r["cases"][:2]:
             speed, ratio = case["speed"], case["ratio"]
@@ -138,9 +142,9 @@ def _writing_losses(results: Results) -> Iterator[str]:
 
 
 def results_block(results: Results) -> str:
-    """The README's five rows, and where RoboPoet loses."""
+    """The README's rows of results, and where RoboPoet loses."""
     parts = []
-    if rows := five_rows(results):
+    if rows := main_rows(results):
         machine = next(r["machine"] for kind in ("train_speed", "sample_speed", "learn") for r in find(results, kind))
         header = [f"{machine['device']}, {machine['threads']} threads", "RoboPoet", "nanoGPT", "tuned by hand"]
         parts.append(markdown([*header, "transformers"], rows))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -107,6 +108,20 @@ def test_an_error_in_one_text_or_step_stops_no_other(served, monkeypatch, capfd)
     assert "boom" in capfd.readouterr().err
 
 
+def test_a_client_that_leaves_before_its_request_has_arrived_is_no_failure(served, capfd):
+    served.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{").close()
+    wait_until(lambda: " 400 in " in capfd.readouterr().err)
+
+
+def test_a_client_that_sends_too_much_reads_why_when_it_has_sent_it(path):
+    with Served(path, max_body=2000) as server:
+        client = server.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 6000\r\n\r\n")
+        for _ in range(6):
+            time.sleep(0.02)
+            client.sendall(b"a" * 1000)
+        assert b"request: has over 2,000 bytes" in b"".join(iter(lambda: client.recv(4096), b""))
+
+
 def test_bounds_refuse_in_form(path):
     with Served(path, max_rows=1, max_waiting=1, max_body=2000, request_s=1.0, max_tokens=10**6) as server:
         endless(server)
@@ -114,7 +129,7 @@ def test_bounds_refuse_in_form(path):
         chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
         client = server.raw(chunked + b"3e8\r\n" + b"a" * 1000 + b"\r\n")
         with contextlib.suppress(ConnectionError):
-            for _ in range(3):
+            for _ in range(8):
                 client.sendall(b"3e8\r\n" + b"a" * 1000 + b"\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 413")
         clients = [server.raw(server.request(max_tokens=10**6)) for _ in range(2)]

@@ -20,6 +20,7 @@ from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits, Reply, RequestError, error_body, model_ids, read_request
 
 LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
+DISCARDED = 4  # times the most that a body may have, which are read before it is refused
 EVENT_S = 0.02  # between two events of a stream: sending each token by itself would take longer than generating it
 
 
@@ -40,7 +41,7 @@ class Api:
             Route("/health", self.health),
             *([Route("/", self.index)] if page else []),
         ]
-        handlers = {RequestError: _refuse, HTTPException: _refuse_http, Exception: _fail}
+        handlers = {RequestError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _left, Exception: _fail}
         self.app: ASGIApp = Log(Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
 
     @contextlib.asynccontextmanager
@@ -88,21 +89,27 @@ class Api:
             raise
 
     async def _read(self, request: Request) -> bytes:
-        """A request's body; refused without reading on once it is too long or too slow."""
+        """A request's body; refused if too slow or too long: read to its end first, unless that is far off.
+
+        A connection that ends while its client still sends may take the answer with it.
+        """
         most, parts, size = self.limits.max_body, [], 0
         too_long = RequestError(f"request: has over {most:,} bytes", 413)
         with contextlib.suppress(ValueError):
-            if int(request.headers.get("content-length", 0)) > most:
+            if int(request.headers.get("content-length", 0)) > DISCARDED * most:
                 raise too_long
         try:
             async with asyncio.timeout(self.limits.client_s):
                 async for part in request.stream():
                     size += len(part)
-                    if size > most:
+                    if size <= most:
+                        parts.append(part)
+                    elif size > DISCARDED * most:
                         raise too_long
-                    parts.append(part)
         except TimeoutError:
             raise RequestError(f"request: took over {self.limits.client_s:g} s to arrive", 408) from None
+        if size > most:
+            raise too_long
         return b"".join(parts)
 
 
@@ -227,9 +234,11 @@ def _refuse(request: Request, e: RequestError) -> Response:
     return Response(error_body(e), e.status, headers, "application/json")
 
 
+def _left(request: Request, e: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
 def _refuse_http(request: Request, e: HTTPException) -> Response:
-    if isinstance(e, ClientDisconnect):
-        return Response(status_code=400)
     message = f"{request.method} {request.url.path[:100]}: {e.detail.lower()}"
     return Response(error_body(RequestError(message, e.status_code)), e.status_code, e.headers, "application/json")
 
