@@ -169,8 +169,12 @@ def config_name() -> str:
 
 
 def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
-    """The command that starts a new run of train.py with the keys of `cfg`, except `changes`, and without loggers."""
-    keys = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.TrainConfig)}
+    """The command that starts a new run of train.py with the keys of `cfg`, except `changes`, and without loggers.
+
+    With minutes, only with those that were given: train.py chooses the others.
+    """
+    names = [field.name for field in dataclasses.fields(train.TrainConfig)]
+    keys = {name: getattr(cfg, name) for name in names if not cfg.minutes or name in cfg.given}
     keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
     # -u: each line arrives as it is printed
     return [sys.executable, "-u", train.__file__, *(f"--{key}={value}" for key, value in keys.items())]

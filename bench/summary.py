@@ -134,9 +134,10 @@ def _writing_losses(results: Results) -> Iterator[str]:
             shares.setdefault(style, []).append(figures["coherent"])
     below = []
     for style, found in sorted(shares.items(), key=lambda item: min(share["model"] for share in item[1])):
-        models, people = sorted({f"{share['model']:.0%}" for share in found}), max(share["people"] for share in found)
-        if min(share["model"] for share in found) < people:
-            below.append(f"{style} {' to '.join(models)} (human text: {people:.0%})")
+        models, people = sorted(share["model"] for share in found), max(share["people"] for share in found)
+        if models[0] < people:
+            ends = dict.fromkeys(f"{share:.0%}" for share in (models[0], models[-1]))
+            below.append(f"{style} {' to '.join(ends)} (human text: {people:.0%})")
     if below:
         yield f"Share of passages within the human range by every measure: {', '.join(below)}."
 

@@ -41,6 +41,7 @@ class WritingConfig:
     passages: int = 50  # passages to generate in each style
     max_new_tokens: int = 200  # tokens of each, and of each passage of the test split
     temperature: float = Settings.temperature  # below 1: likely tokens become likelier
+    max_copy: int = Settings.max_copy  # never so many words in a row that stand in the training text (0: off)
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
     out: str = ""  # name of the result (writing_RUN_DEVICE unless given)
@@ -220,8 +221,8 @@ def main(cfg: WritingConfig) -> None:
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
     vocabulary, names = set(words_of(known.text)), {name for name, _ in speaker_lines(known.text)}
     styles = {}
-    settings = {"max_new_tokens": cfg.max_new_tokens, "until": "tokens", "temperature": cfg.temperature}
-    settings = dataclasses.asdict(Settings(**settings))
+    chosen = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "max_copy")}
+    settings = dataclasses.asdict(Settings(until="tokens", **chosen))
     for style in test.styles:
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
@@ -268,15 +269,14 @@ def coders_table(results: list[dict[str, Any]]) -> str:
         for entry in r["bpb"]:
             cells = [entry["bpb"], *(entry["bpb_by_style"].get(style) for style in styles)]
             row = ["" if bpb is None else f"{bpb:.3f}" for bpb in cells]
-            if entry["coder"] == "RoboPoet":
-                ours.append([f"RoboPoet, {r['run']}", *row])
-            elif (row := [entry["coder"], *row]) not in theirs:
-                theirs.append(row)
+            found, name = (ours, f"RoboPoet, {r['run']}") if entry["coder"] == "RoboPoet" else (theirs, entry["coder"])
+            if [name, *row] not in found:
+                found.append([name, *row])
     return markdown(["Test bits/byte", "all", *styles], ours + theirs)
 
 
 def passages_table(style: str, results: list[dict[str, Any]]) -> str:
-    """The mean measures of each run's passages in a style, at its temperature, beside people's and their range."""
+    """The mean measures of each run's passages in a style, at its settings, beside people's and their range."""
     people = results[0]["styles"][style]["people"]
     rows = []
     for measure_name, (name, form) in MEASURES.items():
@@ -288,12 +288,16 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
     coherent = [r["styles"][style]["coherent"] for r in results]
     shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
     rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
-    runs = [f"{r['run']}, at {r['settings']['temperature']:g}" for r in results]
+    runs = []
+    for r in results:
+        copies = f", max_copy {most}" if (most := r["settings"].get("max_copy")) else ""
+        runs.append(f"{r['run']}, at {r['settings']['temperature']:g}{copies}")
     return markdown([f"Passages: {style}", *runs, "people", "1st to 99th percentile"], rows)
 
 
 def tags_table(results: list[dict[str, Any]]) -> str:
     """The nats per token that a style's val text costs more under another style's tag, with standard errors."""
+    results = list({r["run"]: r for r in results}.values())
     costs = [{(cost["style"], cost["tag"]): cost for cost in r["wrong_tags"]} for r in results]
     rows = []
     for style, tag in dict.fromkeys(pair for found in costs for pair in found):

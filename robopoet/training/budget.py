@@ -31,6 +31,8 @@ FORGETS = 1.0  # passes within which the embeddings' weight decay forgets
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 LEAST_STEPS, TRIAL_S = 10, 2.0  # of a run, and seconds of a measurement
+CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
+CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
 
 
 def from_base(cfg: Config, meta: Meta) -> Config:
@@ -83,17 +85,7 @@ def describe_choice(cfg: Config, minutes: float) -> list[str]:
     """The keys that were chosen for a run of so many minutes, as YAML; nothing for 0 minutes."""
     if not minutes:
         return []
-    keys = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
-    keys += (
-        "weight_decay",
-        "muon_weight_decay",
-        "max_iters",
-        "warmup_iters",
-        "eval_interval",
-        "eval_iters",
-        "patience",
-    )
-    chosen = {key: getattr(cfg, key) for key in keys if key not in cfg.given}
+    chosen = {key: getattr(cfg, key) for key in CHOSEN if key not in cfg.given}
     return [f"# chosen for {minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
 
 
