@@ -23,11 +23,11 @@ Config = TypeVar("Config")  # a TrainConfig
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
 CONTEXT = 256  # tokens of a row
-TOKENS_A_WEIGHT = 1.5  # that a run reads, at least, for each weight of the blocks
-EPOCHS, EPOCHS_FROM_WEIGHTS = 16, 3  # passes after which a text teaches nothing more
+TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.7  # for each of the blocks: read in the time; of a text, in all its passes
+EPOCHS, EPOCHS_FROM_WEIGHTS = 20, 3  # passes after which a text teaches nothing more
 STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (9, 0.2), (math.inf, 0.3))  # up to so many passes
-FORGETS = 1.0  # passes within which the embeddings' weight decay forgets
+FORGETS = 0.8  # passes within which the embeddings' weight decay forgets
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 LEAST_STEPS, TRIAL_S = 10, 2.0  # of a run, and seconds of a measurement
@@ -128,12 +128,13 @@ def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], lis
     """`cfg` with the largest shape of the LADDER that the text and the time left can train."""
     chosen = cfg
     for layers, heads, width in LADDER:
-        needed = TOKENS_A_WEIGHT * 12 * layers * width**2
-        if chosen is not cfg and most < needed:
+        weights = 12 * layers * width**2
+        if chosen is not cfg and most < REREAD_A_WEIGHT * weights:
             break
         tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
         step_s, _ = seconds(tried)
-        if chosen is not cfg and (end - time.monotonic()) / step_s * cfg.tokens_per_step < needed:
+        read = (end - time.monotonic()) / step_s * cfg.tokens_per_step
+        if chosen is not cfg and read < min(TOKENS_A_WEIGHT * weights, most):
             break
         chosen = tried
     return chosen
