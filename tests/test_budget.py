@@ -82,7 +82,7 @@ def test_what_is_given_stays(imagine):
     found = (cfg.n_layer, cfg.n_embd, cfg.dropout, cfg.batch_size, cfg.eval_iters, cfg.positions, cfg.max_iters)
     assert found == (5, 64, 0.3, 3, 7, "learned", 11) and (cfg.block_size, cfg.patience) == (32, 2)
     cfg, _ = choose(500, 100_000, "--epochs=2")
-    assert cfg.max_iters == pytest.approx(200_000 / (8 * 256), abs=1) and cfg.epochs == 0
+    assert cfg.max_iters == pytest.approx(200_000 / (4 * 256), abs=1) and cfg.epochs == 0
 
 
 def test_weights_to_start_from_take_gentle_rates(imagine):

@@ -65,7 +65,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
     rows = 8 if on_cpu else 32
     if start.content is None:
-        rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
+        rows = max(min(4 if on_cpu else 32, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
     cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
