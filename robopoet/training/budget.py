@@ -23,7 +23,7 @@ Config = TypeVar("Config")  # a TrainConfig
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
 CONTEXT = 256  # tokens of a row
-TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.7  # for each of the blocks: read in the time; of a text, in all its passes
+TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.5  # for each of the blocks: read in the time; of a text, in all its passes
 EPOCHS, EPOCHS_FROM_WEIGHTS = 20, 3  # passes after which a text teaches nothing more
 STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (9, 0.2), (math.inf, 0.3))  # up to so many passes
@@ -134,7 +134,7 @@ def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], lis
         tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
         step_s, _ = seconds(tried)
         read = (end - time.monotonic()) / step_s * cfg.tokens_per_step
-        if chosen is not cfg and read < min(TOKENS_A_WEIGHT * weights, most):
+        if chosen is not cfg and read < min(TOKENS_A_WEIGHT * weights, most / 2):
             break
         chosen = tried
     return chosen
