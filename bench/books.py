@@ -116,17 +116,12 @@ def table(results: list[dict[str, Any]]) -> str:
     for r in results:
         for book in r["books"]:
             base = "" if book["init_from"] == "scratch" else "base"
-            shape = f"{book['n_layer']} x {book['n_embd']}"
-            figures = [
-                f"{book['vocab_size']:,}",
-                f"{book['best']:,} of {book['max_iters']:,}",
-                f"{book['seconds']:.0f}",
-            ]
+            shape = f"{book['n_layer']}x{book['n_embd']}"
+            figures = [f"{book['best']}/{book['max_iters']}", f"{book['seconds']:.0f}"]
             figures.append(f"{book['bpb']:.3f}")
             figures += [f"{bpb:.3f}" if (bpb := book.get("test", {}).get(coder)) else "" for coder in CODERS]
-            rows.append([book["book"], f"{book['bytes']:,}", f"{r['minutes']:g}", base, shape, *figures])
-    header = ["book", "bytes", "minutes", "from", "shape", "ids", "best step", "seconds", "val bits/byte"]
-    header += ["test", *CODERS[1:]]
+            rows.append([book["book"], f"{book['bytes'] / 1000:.0f}", f"{r['minutes']:g}", base, shape, *figures])
+    header = ["book", "KB", "min", "from", "shape", "best step", "s", "val", "test", "PPMd", "KN"]
     return markdown(header, rows)
 
 

@@ -49,13 +49,13 @@ def main_rows(results: Results) -> list[list[str]]:
             rows.append([f"seconds to val loss {loss['median']:.2f}", *cells])
     learned = [r["ours"] for r in find(results, "learn", corpus="robopoet") if "test_bpb" in r["ours"]]
     for ours in sorted(learned, key=lambda ours: ours["bpb"]["median"])[:1]:
-        shown = " / ".join(f"{ours[key]['median']:.3f}" for key in ("bpb", "test_bpb"))
-        rows.append(["the least bits per byte, val / test", shown, "", "", ""])
+        shown = " / ".join(f"{ours[key]['median']:.2f}" for key in ("bpb", "test_bpb"))
+        rows.append(["least bits per byte, val / test", shown, "", "", ""])
     for r in find(results, "sample_speed", model="robopoet")[:1]:
         for case in r["cases"][:2]:
             speed, ratio = case["speed"], case["ratio"]
             peers = [_lead(speed[name], ratio[name]) if name in ratio else "" for name in ("nanoGPT", "transformers")]
-            what = "a passage" if case["passages"] == 1 else f"{case['passages']} passages together"
+            what = "a passage" if case["passages"] == 1 else f"{case['passages']} at once"
             rows.append([f"generate {what}, tokens/s", _whole(speed["RoboPoet"]), peers[0], "", peers[1]])
     return rows
 

@@ -244,7 +244,7 @@ MEASURES = {  # a measure -> its name in the table, and the format of its figure
     "distinct_3": ("distinct-3", ".2f"),
     "longest_copy_characters": ("longest copy, characters", ".0f"),
     "known_speakers": ("known speakers", ".0%"),
-    "speakers_who_speak": ("speaker lines with a speech", ".0%"),
+    "speakers_who_speak": ("speakers with a speech", ".0%"),
     "words_before_loop": ("words before a loop", ".0f"),
 }
 
@@ -288,11 +288,13 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
     coherent = [r["styles"][style]["coherent"] for r in results]
     shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
     rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
-    runs = []
+    runs, last = [], ""
     for r in results:
         copies = f", max_copy {most}" if (most := r["settings"].get("max_copy")) else ""
-        runs.append(f"{r['run']}, at {r['settings']['temperature']:g}{copies}")
-    return markdown([f"Passages: {style}", *runs, "people", "1st to 99th percentile"], rows)
+        run = "" if r["run"] == last else f"{r['run']}, "
+        runs.append(f"{run}at {r['settings']['temperature']:g}{copies}")
+        last = r["run"]
+    return markdown([f"Passages: {style}", *runs, "people", "98% of them"], rows)
 
 
 def tags_table(results: list[dict[str, Any]]) -> str:

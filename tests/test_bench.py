@@ -131,7 +131,7 @@ def test_books(run, results, monkeypatch, tmp_path):
         and "night: 3,000 bytes" in shown
         and "`--n_layer=1`" in shown
     )
-    assert "| night | 3,000 | 2 " in re.sub(" +", " ", books.table([result]))
+    assert "| night | 3 | 2 " in re.sub(" +", " ", books.table([result]))
     with pytest.raises(ConfigError, match=r"only: found noon; no text of"):
         start(monkeypatch, books, books.BooksConfig, str(tmp_path), "--only=noon", positional="corpus")
     with pytest.raises(ConfigError, match=r"train\.py failed: .*max_itres"):
