@@ -21,13 +21,12 @@ import yaml
 
 import configurator
 from bench.coders import Texts, bits_per_byte
-from bench.common import evaluate_checkpoint, last_line, markdown, origin, read_records, write_result
+from bench.common import evaluate_test, last_line, markdown, origin, read_records, write_result
 from configurator import ConfigError, bounds, warn
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
 from robopoet.text.batches import SPLITS, read_meta
-from robopoet.weights import checkpoint
 from train import TrainConfig
 
 CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # of the test split
@@ -95,8 +94,7 @@ def run(cfg: BooksConfig, path: Path, setting: str) -> dict[str, Any]:
 
 def tested(path: Path, data: Path) -> dict[str, float]:
     """The bits per byte of the test split in `data`: the model's at `path`, and those of coders that know its text."""
-    saved, machine, meta = checkpoint.load(path), find_machine("cpu", "auto"), read_meta(data)
-    evaluated = evaluate_checkpoint(saved, path, checkpoint.build_model(saved, path), "test", machine)
+    meta, evaluated = read_meta(data), evaluate_test(path, find_machine("cpu", "auto"))
     texts = (Texts(data, name, meta, tokenizer.from_json(meta.tokenizer)) for name in SPLITS)
     found = bits_per_byte(*texts, evaluated, meta.vocab_size)
     return {coder["coder"].split(",")[0]: coder["bpb"] for coder in found}
@@ -117,8 +115,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for book in r["books"]:
             base = "" if book["init_from"] == "scratch" else "base"
             shape = f"{book['n_layer']}x{book['n_embd']}"
-            figures = [f"{book['best']}/{book['max_iters']}", f"{book['seconds']:.0f}"]
-            figures.append(f"{book['bpb']:.3f}")
+            figures = [f"{book['best']}/{book['max_iters']}", f"{book['seconds']:.0f}", f"{book['bpb']:.3f}"]
             figures += [f"{bpb:.3f}" if (bpb := book.get("test", {}).get(coder)) else "" for coder in CODERS]
             rows.append([book["book"], f"{book['bytes'] / 1000:.0f}", f"{r['minutes']:g}", base, shape, *figures])
     header = ["book", "KB", "min", "from", "shape", "best step", "s", "val", "test", "PPMd", "KN"]

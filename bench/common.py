@@ -26,6 +26,7 @@ from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
 from robopoet.training.evaluate import evaluate
 from robopoet.training.start import Start, check_fit, complete
+from robopoet.weights import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -197,6 +198,13 @@ def evaluate_checkpoint(
     split = open_split(folder, split_name, meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     return evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size), machine)
+
+
+def evaluate_test(path: Path, machine: Machine) -> dict[str, Any]:
+    """Evaluate the checkpoint at `path` on the test split of its dataset, as `evaluate_checkpoint` does."""
+    saved = checkpoint.load(path)
+    model = checkpoint.build_model(saved, path).to(machine.device)
+    return evaluate_checkpoint(saved, path, model, "test", machine)
 
 
 def command_line() -> str:

@@ -21,7 +21,7 @@ import configurator
 import train
 from bench.common import (
     config_name,
-    evaluate_checkpoint,
+    evaluate_test,
     last_line,
     origin,
     read_records,
@@ -69,13 +69,6 @@ def run_ours(cfg: LearnConfig, seed: int, out: Path) -> Curve:
     if done.returncode:
         raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
     return read_curve(out)
-
-
-def bpb_of_test(best: Path, machine: Machine) -> float:
-    """The bits per byte that the model in `best` needs for its test split."""
-    saved = checkpoint.load(best)
-    model = checkpoint.build_model(saved, best).to(machine.device)
-    return evaluate_checkpoint(saved, best, model, "test", machine)["bpb"]
 
 
 def read_curve(out: Path) -> Curve:
@@ -161,7 +154,7 @@ def main(cfg: LearnConfig) -> None:
             out = kept / f"seed{cfg.seed + seed}"
             ours.append(run_ours(cfg, cfg.seed + seed, out))
             if has_test:
-                tests.append(bpb_of_test(out / "best.pt", machine))
+                tests.append(evaluate_test(out / "best.pt", machine)["bpb"])
             print(
                 f"seed {seed}: ours {best(ours[-1])}, test {tests[-1:]}, nanoGPT {[best(curve) for curve in theirs]}",
                 flush=True,
@@ -197,11 +190,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ["seeds", *(f"{len(side['curves'])}" for side in sides)],
             ["lowest val loss", *(show(side["loss"], ".3f") for side in sides)],
             ["in bits/byte", *(f"{side['bpb']['median']:.3f}" for side in sides)],
-            *(
-                [["the same of the test split", f"{r['ours']['test_bpb']['median']:.3f}"]]
-                if "test_bpb" in r["ours"]
-                else []
-            ),
+            *([["the same of the test split", f"{test['median']:.3f}"]] if (test := r["ours"].get("test_bpb")) else []),
             ["seconds of training", *(f"{side['seconds']['median']:,.0f}" for side in sides)],
             *reached(r),
         ]

@@ -288,12 +288,11 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
     coherent = [r["styles"][style]["coherent"] for r in results]
     shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
     rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
-    runs, last = [], ""
-    for r in results:
+    runs = []
+    for before, r in zip([None, *results], results, strict=False):
         copies = f", max_copy {most}" if (most := r["settings"].get("max_copy")) else ""
-        run = "" if r["run"] == last else f"{r['run']}, "
+        run = "" if before and before["run"] == r["run"] else f"{r['run']}, "
         runs.append(f"{run}at {r['settings']['temperature']:g}{copies}")
-        last = r["run"]
     return markdown([f"Passages: {style}", *runs, "people", "98% of them"], rows)
 
 

@@ -93,7 +93,7 @@ def test_what_learn_makes_of_the_curves(run, results, peer, monkeypatch):
     ours = {1337: curve(4.0, 2.0), 1338: curve(3.0, 2.0, 1.0), 1339: curve(5.0, 4.0)}
     monkeypatch.setattr(learn, "run_peer", lambda cfg, machine, folder, seed, rate: theirs[seed, rate])
     monkeypatch.setattr(learn, "run_ours", lambda cfg, seed, out: ours[seed])
-    monkeypatch.setattr(learn, "bpb_of_test", lambda best, machine: 2.0 if "1338" in str(best) else 1.0)
+    monkeypatch.setattr(learn, "evaluate_test", lambda best, machine: {"bpb": 2.0 if "1338" in str(best) else 1.0})
     args = [f"{run}/tiny.yaml", *TINY, "--seeds=3", f"--peer={peer}", "--peer_args=--max_iters=20", "--peer_seeds=2"]
     args += ["--peer_rate=0.1", "--peer_rate=0.2"]
     result, name = start(monkeypatch, learn, learn.LearnConfig, *args)

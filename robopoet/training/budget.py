@@ -63,9 +63,10 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     else:
         cfg, epochs = _choose(cfg, **_rates(start)), EPOCHS_FROM_WEIGHTS
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
-    rows = 8 if on_cpu else 32
     if start.content is None:
         rows = max(min(4 if on_cpu else 32, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
+    else:
+        rows = 8 if on_cpu else 32
     cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
@@ -76,9 +77,10 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     step_s, batch_s = seconds(cfg)
     cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
     if start.content is None and cfg.optimizer == "muon":
-        cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, **_decay(cfg, tokens))
+        cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
-    return revise(_choose(cfg, dropout=next(p for most, p in DROPOUT if passes <= most)), minutes=0.0, epochs=0.0)
+    cfg = _choose(cfg, dropout=next(share for limit, share in DROPOUT if passes <= limit))
+    return revise(cfg, minutes=0.0, epochs=0.0)
 
 
 def describe_choice(cfg: Config, minutes: float) -> list[str]:
@@ -101,13 +103,13 @@ def _rates(start: Start) -> dict[str, Any]:
     return {"optimizer": "adamw", "learning_rate": 3e-4}
 
 
-def _decay(cfg: Config, tokens: int) -> dict[str, float]:
+def _decay(cfg: Config, tokens: int) -> float:
     """The weight decay with which what one pass taught is gone after about FORGETS more, or cfg's if that is more.
 
     A weight decays by learning rate times weight decay in a step: Wang and Aitchison 2024, arXiv:2405.13698.
     """
     steps = FORGETS * tokens / cfg.tokens_per_step
-    return {"weight_decay": max(float(f"{1 / (cfg.peak_lr * steps):.2g}"), cfg.weight_decay)}
+    return max(float(f"{1 / (cfg.peak_lr * steps):.2g}"), cfg.weight_decay)
 
 
 def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) -> list[float]:
