@@ -41,6 +41,7 @@ class WritingConfig:
     passages: int = 50  # passages to generate in each style
     max_new_tokens: int = 200  # tokens of each, and of each passage of the test split
     temperature: float = Settings.temperature  # below 1: likely tokens become likelier
+    repetition_penalty: float = Settings.repetition_penalty  # above 1: tokens already in the text become less likely
     max_copy: int = Settings.max_copy  # never so many words in a row that stand in the training text (0: off)
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
@@ -221,7 +222,8 @@ def main(cfg: WritingConfig) -> None:
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
     vocabulary, names = set(words_of(known.text)), {name for name, _ in speaker_lines(known.text)}
     styles = {}
-    chosen = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "max_copy")}
+    keys = ("max_new_tokens", "temperature", "repetition_penalty", "max_copy")
+    chosen = {key: getattr(cfg, key) for key in keys}
     settings = dataclasses.asdict(Settings(until="tokens", **chosen))
     for style in test.styles:
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
@@ -290,9 +292,12 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
     rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
     runs = []
     for before, r in zip([None, *results], results, strict=False):
-        copies = f", max_copy {most}" if (most := r["settings"].get("max_copy")) else ""
-        run = "" if before and before["run"] == r["run"] else f"{r['run']}, "
-        runs.append(f"{run}at {r['settings']['temperature']:g}{copies}")
+        given = r["settings"]
+        settings = [f"at {given['temperature']:g}"]
+        settings += [f"penalty {given['repetition_penalty']:g}"] if given["repetition_penalty"] != 1 else []
+        settings += [f"max_copy {most}"] if (most := given.get("max_copy")) else []
+        run = [] if before and before["run"] == r["run"] else [r["run"]]
+        runs.append(", ".join(run + settings))
     return markdown([f"Passages: {style}", *runs, "people", "98% of them"], rows)
 
 

@@ -194,7 +194,7 @@ def test_demo(run, results, monkeypatch, capsys):
 
 def test_writing(run, results, monkeypatch, capsys):
     args = [f"{run}/out/best.pt", "--passages=3", "--max_new_tokens=40", "--device=cpu", "--dtype=float32"]
-    args += ["--temperature=0.9"]
+    args += ["--temperature=0.9", "--repetition_penalty=1.1"]
     result, name = start(monkeypatch, writing, writing.WritingConfig, *args, positional="checkpoint")
     assert name.startswith("writing_out_") and set(result["styles"]) == {"day", "night"}
     assert [entry["coder"].split(",")[0] for entry in result["bpb"]] == [
@@ -215,7 +215,7 @@ def test_writing(run, results, monkeypatch, capsys):
         assert figures["passages"]["model"] == 3 and figures["passages"]["people"] > 1
         assert figures["people"]["real_words"]["mean"] > 0.9 and figures["coherent"] == {"model": 0, "people": 1}
         assert figures["people"]["longest_copy_characters"]["p1"] > 25 and "known_speakers" not in figures["people"]
-    assert "## Writing" in table.tables() and "| out, at 0.9 |" in capsys.readouterr().out
+    assert "## Writing" in table.tables() and "| out, at 0.9, penalty 1.1 |" in capsys.readouterr().out
 
 
 def test_copying(run, results, monkeypatch, capsys):
