@@ -190,7 +190,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ["seeds", *(f"{len(side['curves'])}" for side in sides)],
             ["lowest val loss", *(show(side["loss"], ".3f") for side in sides)],
             ["in bits/byte", *(f"{side['bpb']['median']:.3f}" for side in sides)],
-            *([["the same of the test split", f"{test['median']:.3f}"]] if (test := r["ours"].get("test_bpb")) else []),
+            *([["bits/byte, test split", f"{test['median']:.3f}"]] if (test := r["ours"].get("test_bpb")) else []),
             ["seconds of training", *(f"{side['seconds']['median']:,.0f}" for side in sides)],
             *reached(r),
         ]
