@@ -99,8 +99,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "writing": (
         "Writing",
-        "Bits per byte, beside an n-gram model and compressors that have read the train split. Then passages at a "
-        "temperature, beside human text from the test split: means, and the human 1st to 99th percentile. The last "
+        "Bits per byte, beside an n-gram model and compressors that have read the train split. Then passages "
+        "beside human text from the test split: means, and the human 1st to 99th percentile. The last "
         "row: passages within that range by every measure.",
         writing.table,
     ),

@@ -244,11 +244,13 @@ MEASURES = {  # a measure -> its name in the table, and the format of its figure
     "distinct_1": ("distinct-1", ".2f"),
     "distinct_2": ("distinct-2", ".2f"),
     "distinct_3": ("distinct-3", ".2f"),
-    "longest_copy_characters": ("longest copy, characters", ".0f"),
+    "longest_copy_characters": ("longest copy, chars", ".0f"),
     "known_speakers": ("known speakers", ".0%"),
-    "speakers_who_speak": ("speakers with a speech", ".0%"),
+    "speakers_who_speak": ("speakers who speak", ".0%"),
     "words_before_loop": ("words before a loop", ".0f"),
 }
+
+SETTINGS = {"temperature": 1.0, "repetition_penalty": 1.0, "max_copy": 0}  # rows of the table, and where they are off
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -278,9 +280,10 @@ def coders_table(results: list[dict[str, Any]]) -> str:
 
 
 def passages_table(style: str, results: list[dict[str, Any]]) -> str:
-    """The mean measures of each run's passages in a style, at its settings, beside people's and their range."""
-    people = results[0]["styles"][style]["people"]
-    rows = []
+    """Each run's settings and the mean measures of its passages in a style, beside people's and their range."""
+    people, settings = results[0]["styles"][style]["people"], [r["settings"] for r in results]
+    rows = [[key, *(f"{found.get(key, off):g}" for found in settings), "", ""] for key, off in SETTINGS.items()]
+    rows = [row for row, off in zip(rows, SETTINGS.values(), strict=True) if set(row[1:-2]) != {f"{off:g}"}]
     for measure_name, (name, form) in MEASURES.items():
         if measure_name in people:
             models = [r["styles"][style]["model"].get(measure_name) for r in results]
@@ -289,16 +292,8 @@ def passages_table(style: str, results: list[dict[str, Any]]) -> str:
             rows.append([name, *cells, mean, f"{low} to {high}"])
     coherent = [r["styles"][style]["coherent"] for r in results]
     shares = [*(found["model"] for found in coherent), coherent[0]["people"]]
-    rows.append(["**in the human range**", *(f"**{share:.0%}**" for share in shares), ""])
-    runs = []
-    for before, r in zip([None, *results], results, strict=False):
-        given = r["settings"]
-        settings = [f"at {given['temperature']:g}"]
-        settings += [f"penalty {given['repetition_penalty']:g}"] if given["repetition_penalty"] != 1 else []
-        settings += [f"max_copy {most}"] if (most := given.get("max_copy")) else []
-        run = [] if before and before["run"] == r["run"] else [r["run"]]
-        runs.append(", ".join(run + settings))
-    return markdown([f"Passages: {style}", *runs, "people", "98% of them"], rows)
+    rows.append(["**in human range**", *(f"**{share:.0%}**" for share in shares), ""])
+    return markdown([f"Style: {style}", *(r["run"] for r in results), "people", "98% of them"], rows)
 
 
 def tags_table(results: list[dict[str, Any]]) -> str:
@@ -309,7 +304,7 @@ def tags_table(results: list[dict[str, Any]]) -> str:
     for style, tag in dict.fromkeys(pair for found in costs for pair in found):
         cells = [found.get((style, tag)) for found in costs]
         rows.append([style, tag, *(f"{c['nats']:+.3f} ± {c['error']:.3f}" if c else "" for c in cells)])
-    return markdown(["Val text of", "under the tag of", *(f"{r['run']}, nats/token" for r in results)], rows)
+    return markdown(["Val text of", "under the tag of, nats/token", *(r["run"] for r in results)], rows)
 
 
 if __name__ == "__main__":
