@@ -250,7 +250,7 @@ MEASURES = {  # a measure -> its name in the table, and the format of its figure
     "words_before_loop": ("words before a loop", ".0f"),
 }
 
-SETTINGS = {"temperature": 1.0, "repetition_penalty": 1.0, "max_copy": 0}  # rows of the table, and where they are off
+SETTINGS = {"temperature": 1.0, "repetition_penalty": 1.0, "max_copy": 0}  # when off; rows of the table unless all are
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -281,9 +281,12 @@ def coders_table(results: list[dict[str, Any]]) -> str:
 
 def passages_table(style: str, results: list[dict[str, Any]]) -> str:
     """Each run's settings and the mean measures of its passages in a style, beside people's and their range."""
-    people, settings = results[0]["styles"][style]["people"], [r["settings"] for r in results]
-    rows = [[key, *(f"{found.get(key, off):g}" for found in settings), "", ""] for key, off in SETTINGS.items()]
-    rows = [row for row, off in zip(rows, SETTINGS.values(), strict=True) if set(row[1:-2]) != {f"{off:g}"}]
+    people = results[0]["styles"][style]["people"]
+    rows = []
+    for key, off in SETTINGS.items():
+        values = [r["settings"].get(key, off) for r in results]
+        if set(values) != {off}:
+            rows.append([key, *(f"{value:g}" for value in values), "", ""])
     for measure_name, (name, form) in MEASURES.items():
         if measure_name in people:
             models = [r["styles"][style]["model"].get(measure_name) for r in results]

@@ -215,7 +215,12 @@ def test_writing(run, results, monkeypatch, capsys):
         assert figures["passages"]["model"] == 3 and figures["passages"]["people"] > 1
         assert figures["people"]["real_words"]["mean"] > 0.9 and figures["coherent"] == {"model": 0, "people": 1}
         assert figures["people"]["longest_copy_characters"]["p1"] > 25 and "known_speakers" not in figures["people"]
-    assert "## Writing" in table.tables() and re.search(r"\| repetition_penalty +\| 1.1 ", capsys.readouterr().out)
+    assert "## Writing" in table.tables()
+    rows = [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()]
+    heads = [i for i, row in enumerate(rows) if row[1:3] in (["Style: day", "out"], ["Style: night", "out"])]
+    settings = [["temperature", "0.9"], ["repetition_penalty", "1.1"]]
+    assert len(heads) == 2 and all([row[1:3] for row in rows[i + 2 : i + 4]] == settings for i in heads)
+    assert not any("max_copy" in row for row in rows)  # it is off
 
 
 def test_copying(run, results, monkeypatch, capsys):
