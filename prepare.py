@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ConfigError
+from robopoet import files
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import batches, corpus, sources, tokenizer
 from robopoet.text.batches import FORMAT, Meta, Span, SplitMeta
@@ -142,8 +143,10 @@ def main(cfg: PrepareConfig) -> None:
         tokenizer=tok.saved(),
     )
     if isinstance(tok, CharTokenizer):
-        _write(out / "meta.pkl", _nanogpt_meta(tok))
-    _write(out / "meta.json", batches.encode_meta(meta))
+        with files.replacing(out / "meta.pkl") as f:
+            f.write(_nanogpt_meta(tok))
+    with files.replacing(out / "meta.json") as f:
+        f.write(batches.encode_meta(meta))
     _report(out, survey, meta)
 
 
@@ -282,16 +285,6 @@ def _nanogpt_meta(tok: CharTokenizer) -> bytes:
     stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
     itos = {id: char for char, id in stoi.items()}
     return pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi})
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:

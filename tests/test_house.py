@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).parents[1]
 SCRIPTS = "train", "sample", "prepare", "serve"
 FOLDERS = "robopoet", "bench", "tests", "config", "data"
-BOTTOM = "configurator errors untrusted recording ops machine portable"
+BOTTOM = "configurator errors files untrusted recording ops machine portable"
 
 # what each module, or each module of a folder, may import of ours; robopoet. is left out
 MAY_IMPORT = {
@@ -18,11 +18,12 @@ MAY_IMPORT = {
     "model": "ops",
     "ops": "",
     "errors": "",
+    "files": BOTTOM,
     "portable": "",
     "untrusted": BOTTOM,
     "recording": BOTTOM,
     "machine": BOTTOM,
-    "text": "configurator errors portable untrusted machine text",
+    "text": "configurator errors files portable untrusted machine text",
     "weights": f"{BOTTOM} text model weights",
     "training": f"{BOTTOM} text model weights training writing.generate writing.preview",
     "writing": f"{BOTTOM} text model weights writing",

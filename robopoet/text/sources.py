@@ -25,6 +25,7 @@ import msgspec
 
 from robopoet import untrusted
 from robopoet.errors import DataError
+from robopoet.files import replacing
 from robopoet.text import books
 from robopoet.text.books import UNPACKED, UNPACKED_FLOOR
 from robopoet.untrusted import JSON_BYTES, Positive, Sha256
@@ -221,24 +222,20 @@ def _download(source: Source, folder: Path) -> Path:
     path, where, limit = folder / "raw" / name, source.url or source.package, source.max_bytes
     if os.path.isfile(path) and path.stat().st_size <= limit and file_sha256(str(path)) == source.sha256:
         return path
-    part = path.with_name(f"{name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         chunks, digest, left = _url_chunks(source) if source.url else _package_chunks(source), hashlib.sha256(), limit
-        with contextlib.closing(chunks), open(part, "wb") as f:
+        with contextlib.closing(chunks), replacing(path) as f:
             for chunk in chunks:
                 left -= len(chunk)
                 if left < 0:
                     raise DataError(f"{where}: is longer than max_bytes, {limit:,}; raise it if it is the right text")
                 digest.update(chunk)
                 f.write(chunk)
-        _check(where, digest.hexdigest(), source.sha256)
-        os.replace(part, path)
+            _check(where, digest.hexdigest(), source.sha256)
     except OSError as e:
         raise DataError(f"{path}: could not be written ({e.strerror})") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # succeeds if it is empty
     return path

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from configurator import ConfigError, warn
 from model import GPT
+from robopoet.files import append_lines, replacing
 from robopoet.machine import Machine
 from robopoet.ops import linear
 from robopoet.training.evaluate import describe
@@ -142,8 +143,7 @@ class Log:
 
     def _keep_until(self, step: int) -> None:
         """Drop the records of steps that will run again, of other runs, and lines that are no records."""
-        part = self.path.with_suffix(".part")
-        with open(part, "wb") as f:
+        with replacing(self.path) as f:
             for number, line in read_lines(self.path, ConfigError) if step and self.path.exists() else ():
                 try:
                     found = decode_json(line, Position, f"{self.path}: line {number}", ConfigError, "dropped")
@@ -151,7 +151,6 @@ class Log:
                         f.write(line + b"\n")
                 except ConfigError as e:
                     warn(str(e))
-        os.replace(part, self.path)
 
     def print(self, line: str) -> None:
         """Print a line above the progress bar; if no one reads it any more, carry on without."""
@@ -167,8 +166,7 @@ class Log:
         if not self.active:
             return
         try:
-            with open(self.path, "ab") as f:
-                f.write(msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # NaN and infinity become null
+            append_lines(self.path, msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # NaN becomes null
         except OSError as e:
             warn(f"{self.path}: a record is lost: {e.strerror}")
         where = record["split"] if record["kind"] == "eval" else "train"

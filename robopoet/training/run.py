@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from configurator import ConfigError, warn
 from model import GPT
+from robopoet.files import replacing
 from robopoet.machine import Machine
 from robopoet.text.batches import Meta
 from robopoet.training.average import Average
@@ -126,7 +127,8 @@ class Run:
         values = {field.name: (getattr(cfg, field.name), field.default) for field in dataclasses.fields(cfg)}
         text = yaml.safe_dump({key: value for key, (value, default) in values.items() if value != default})
         try:
-            (self.out / "config.yaml").write_text(f"# python train.py {self.out}/config.yaml\n{text}", "utf-8")
+            with replacing(self.out / "config.yaml") as f:
+                f.write(f"# python train.py {self.out}/config.yaml\n{text}".encode())
         except OSError as e:
             warn(f"{self.out}/config.yaml could not be written: {e.strerror}")
 

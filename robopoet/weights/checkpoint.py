@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 import configurator
 from model import GPT, GPTConfig
-from robopoet import portable, untrusted
+from robopoet import files, untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
@@ -43,24 +43,14 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
 
     keep: where to move the old file instead of replacing it. Raises OSError when the disk can't take the file.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w+b") as f:
-            try:
-                torch.save(content, f)
-            except RuntimeError as e:  # the zip writer raises its own error over the disk's
-                raise e.__context__ if isinstance(e.__context__, OSError) else e from None
-            f.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, so far 0
-            f.write(COMMENT_BYTES.to_bytes(2, "little"))
-            f.write(LABEL + _digest(f, f.tell()))
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    portable.sync_folder(path.parent)
+    with files.replacing(path, keep) as f:
+        try:
+            torch.save(content, f)
+        except RuntimeError as e:  # the zip writer raises its own error over the disk's
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+        f.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, so far 0
+        f.write(COMMENT_BYTES.to_bytes(2, "little"))
+        f.write(LABEL + _digest(f, f.tell()))
 
 
 @contextlib.contextmanager

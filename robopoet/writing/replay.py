@@ -1,10 +1,8 @@
 """Saved passages: a line of JSON for each, with all it takes to generate it again and see that it is the same."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from configurator import ConfigError
 from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
+from robopoet.files import append_lines
 from robopoet.writing.passage import Passage, SavedSettings
 from robopoet.writing.poet import Dtype, Poet
 from robopoet.writing.terminal import print_passages
@@ -57,14 +56,7 @@ def save(path: Path, poet: Poet, passages: list[Passage]) -> None:
     for p in passages:
         tokens = {"ids": p.ids.tolist(), "logprobs": p.logprobs.tolist()}
         lines.append(json.dumps({"number": p.number, "text": p.text} | tokens | shared))
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab") as f:
-            f.write("".join(f"{line}\n" for line in lines).encode())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
+    append_lines(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_saved(path: Path) -> Iterator[list[tuple[int, SavedPassage]]]:

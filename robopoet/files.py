@@ -1,0 +1,52 @@
+"""The room that replaces files and appends to them: what was there stays whole until what is new is whole."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from robopoet import portable
+
+
+@contextlib.contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file to write and read, which at the end takes the place of `path`, on the disk as well.
+
+    After a crash at any moment `path` is the old file or the new one. keep: where to move the old file instead of
+    replacing it. If anything fails, the new file is removed. Raises OSError, which names `path`.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+        portable.sync_folder(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append whole lines to a file: all of them or, on an error, none.
+
+    If its last line was cut off before its line break, that line is ended first. Raises OSError, which names `path`.
+    """
+    with open(path, "a+b", buffering=0) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(size - 1, 0))
+        if f.read(1) not in (b"", b"\n"):
+            lines = b"\n" + lines
+        try:
+            while lines:  # a disk that is almost full takes a part
+                lines = lines[f.write(lines) :]
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                f.truncate(size)
+            raise OSError(e.errno, e.strerror, str(path)) from None

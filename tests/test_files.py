@@ -1,0 +1,57 @@
+"""Files that are replaced, and appended to."""
+
+import errno
+import os
+
+import pytest
+
+from robopoet.files import append_lines, replacing
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    with replacing(path) as f:
+        f.write(b"new")
+        f.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)) as raised, replacing(path) as f:
+        f.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.txt"]
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"[Errno {errno.ENOSPC}] No space left on device: '{path}'"
+
+
+def test_the_old_file_is_kept_on_request(tmp_path):
+    path, kept = tmp_path / "a.txt", tmp_path / "b.txt"
+    for content in (b"1", b"2", b"3"):
+        with replacing(path, keep=kept) as f:
+            f.write(content)
+    assert (path.read_bytes(), kept.read_bytes()) == (b"3", b"2")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, b"c\n"), (b"", b"c\n"), (b"a\n", b"a\nc\n"), (b"a\nb", b"a\nb\nc\n"), (b"\n", b"\nc\n")],
+)
+def test_a_line_is_never_glued_to_one_that_was_cut(tmp_path, before, after):
+    path = tmp_path / "a.jsonl"
+    if before is not None:
+        path.write_bytes(before)
+    append_lines(path, b"c\n")
+    assert path.read_bytes() == after
+
+
+def test_a_full_disk_leaves_the_lines_of_before():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        append_lines("/dev/full", b"c\n")
