@@ -28,14 +28,14 @@ from robopoet.recording import Graphed
 from robopoet.text import tokenizer
 from robopoet.text.batches import EvalPlan, Meta, Split, TrainWindows, find_dataset, open_split, read_meta
 from robopoet.training.average import Average
-from robopoet.training.budget import Trial, describe_choice, fit_minutes, from_base
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
 from robopoet.training.memory import less_memory, recompute_blocks
 from robopoet.training.optimizer import configure_optimizers, set_rates, step_all, unscale
+from robopoet.training.plan import Trial, describe_choice, fit_minutes, fit_schedule, from_base
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
-from robopoet.training.schedule import fit_schedule, lr_scale, micro_batches, rows_of
+from robopoet.training.schedule import lr_scale, micro_batches, rows_of
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.teachers import Teachers

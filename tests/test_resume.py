@@ -19,8 +19,8 @@ from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.training.log import Meter
+from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress, lock_folder, set_aside
-from robopoet.training.schedule import fit_schedule
 from robopoet.weights import checkpoint
 from train import TrainConfig
 

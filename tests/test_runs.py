@@ -22,8 +22,8 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import find_machine
 from robopoet.text.batches import encode_meta, read_meta
 from robopoet.training.log import Log, wrapped
+from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress
-from robopoet.training.schedule import fit_schedule
 from robopoet.weights import checkpoint
 from robopoet.writing import preview
 from robopoet.writing.originality import read_texts

@@ -1,6 +1,6 @@
-"""What `--minutes` chooses: where a run starts, its shape, steps, dropout and decay, for this text on this machine.
+"""A run's steps, and what `--minutes` chooses: start, shape, dropout and decay, for this text on this machine.
 
-The rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
+That rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
 """
 
 import functools
@@ -81,6 +81,22 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
     cfg = _choose(cfg, dropout=next(share for limit, share in DROPOUT if passes <= limit))
     return revise(cfg, minutes=0.0, epochs=0.0)
+
+
+def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
+    """`cfg` with the max_iters that `epochs` asks for and, unless given, a fitting warmup and eval_interval.
+
+    The warmup fits into the decay. Raises ConfigError if a given warmup does not fit.
+    """
+    per_epoch = windows_per_epoch / cfg.rows_per_step
+    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs else cfg.max_iters
+    last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
+    if warmup > last:
+        if "warmup_iters" in cfg.given or warmup != type(cfg).warmup_iters:
+            raise ConfigError(f"warmup_iters: found {warmup}, must be at most {last}, the last step of the decay")
+        warmup = last // 10
+    interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
+    return revise(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
 
 
 def describe_choice(cfg: Config, minutes: float) -> list[str]:

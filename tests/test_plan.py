@@ -16,7 +16,7 @@ from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import batches, tokenizer
 from robopoet.text.batches import read_meta
-from robopoet.training import budget
+from robopoet.training import plan
 from robopoet.training.start import Start
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -33,13 +33,13 @@ def imagine(monkeypatch):
         step = 6 * weights * cfg.rows_per_step * cfg.block_size / FLOPS
         return [step, step / 3]
 
-    monkeypatch.setattr(budget, "_seconds", seconds)
+    monkeypatch.setattr(plan, "_seconds", seconds)
 
     def choose(minutes: float, tokens: int, *argv: str, start: Start = NEW):
         splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
         imagined = SimpleNamespace(splits=splits, vocab_size=4095)
         cfg = configurator.load(train.TrainConfig, [f"--minutes={minutes}", *argv])
-        return budget.fit_minutes(cfg, start, imagined, CPU, None), imagined
+        return plan.fit_minutes(cfg, start, imagined, CPU, None), imagined
 
     return choose, lambda cfg: seconds(None, None, cfg)
 
@@ -53,11 +53,11 @@ def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens):
     fitted = train.fit_schedule(cfg, tokens // cfg.block_size)
     evaluations = -(-fitted.max_iters // fitted.eval_interval)
     n_batches = -(-meta.splits["val"].tokens // (cfg.batch_size * cfg.block_size))
-    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * batch + budget.SAVE_S
+    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * batch + plan.SAVE_S
     seconds = fitted.max_iters * step + evaluations * per_evaluation
     passes = fitted.max_iters * cfg.rows_per_step * cfg.block_size / tokens
     assert seconds <= 60 * minutes and evaluations >= 10
-    assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(budget.EPOCHS, rel=0.05)
+    assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(plan.EPOCHS, rel=0.05)
     assert cfg.block_size == min(256, tokens // 20 - 1)  # a split shorter than a row is refused
     assert cfg.minutes == 0 and cfg.positions == "rotary" and fitted.warmup_iters < fitted.max_iters
 
@@ -90,7 +90,7 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     ours, theirs = (Start(content, None, False) for content in ({"model_extra": {}}, {"model": {}}))
     cfg, _ = choose(5, 20_000, start=ours)
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
-    assert cfg.max_iters * 8 * cfg.block_size <= (budget.EPOCHS_FROM_WEIGHTS + 1) * 20_000
+    assert cfg.max_iters * 8 * cfg.block_size <= (plan.EPOCHS_FROM_WEIGHTS + 1) * 20_000
     cfg, _ = choose(5, 20_000, start=theirs)
     assert (cfg.optimizer, cfg.learning_rate) == ("adamw", 3e-4)
 
@@ -117,7 +117,7 @@ def test_too_few_minutes_and_several_ranks_are_refused(imagine):
         choose(0.01, 10**6)
     two = dataclasses.replace(CPU, world_size=2)
     with pytest.raises(ConfigError, match=r"^minutes: is for one process"):
-        budget.fit_minutes(train.TrainConfig(minutes=1), NEW, None, two, None)
+        plan.fit_minutes(train.TrainConfig(minutes=1), NEW, None, two, None)
 
 
 def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_path, capsys):
