@@ -69,6 +69,8 @@ BILLION = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"b{i}: &b{i} [*a,*a,*a]\n" fo
         (f"sources: [{{style: s, file: a.txt, members: '{'[' * 500_000}'}}]", "members"),
         (f"sources: [{{style: s, file: a.txt, remove: ['{'(' * 900}']}}]", "remove"),
         ("sources: [{style: s, file: a.txt, remove: ['a{99999999999999999999}']}]", "remove"),
+        ("sources: [{style: s, file: a.txt, remove: ['(?:(?:a{99}){99}){99}']}]", "repeats more than 10,000 times"),
+        ("sources: [{style: s, file: a.txt, remove: ['a(?R)']}]", "remove"),
         ("sources: [{style: s, file: a.txt, remove: [[a]]}]", "remove"),
         (f"sources: [{{style: s, url: 'file:///etc/a.txt', sha256: {HASH}}}]", "url: found file:///etc/a.txt"),
         (f"sources: [{{style: s, url: 'https://a/..', sha256: {HASH}}}]", r"url: found https://a/\.\."),

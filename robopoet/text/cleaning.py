@@ -1,25 +1,24 @@
 """Cleaning removes what is not part of the work: Project Gutenberg's licence, stray white space, a play's markup.
 
-Every pattern here takes time linear in the text, whatever the text is. A manifest's own patterns may not, so an alarm
-stops them.
+Every pattern here takes time linear in the text, whatever the text is. A manifest's own patterns may not, so they have
+a time limit.
 """
 
 import functools
 import html
+import math
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+import regex  # its patterns can time out
 
-from robopoet import portable
 from robopoet.errors import DataError
 
 COUNTED_CHARS = 2**20  # characters that are counted at a time
 KEPT = 0.9  # share of a work's letters below which cleaning warns
+MOST_REPEATS = 10_000  # of a pattern in a manifest
 FRAME_LETTERS = 30_000  # more than Project Gutenberg's licence and header have: 25,000
 
 GUTENBERG_START = re.compile(
@@ -110,23 +109,25 @@ CLEANERS = {"text": clean_text, "prose": clean_prose, "drama": clean_drama, "non
 def remove(text: str, patterns: tuple[str, ...], place: str) -> str:
     """`text` without the matches of `patterns`; raises DataError naming `place` if one takes too long."""
     limit_s = 2 + 2 * len(text) / 1e6  # a hundred times the usual
-
-    def refuse(*signal_and_frame: Any) -> None:
-        raise DataError(f"{place}: remove: {pattern!r} takes over {limit_s:.0f} s; write it without nested repeats")
-
-    is_main = threading.current_thread() is threading.main_thread()  # the only one that gets signals
-    on_time = patterns and is_main and portable.SIGALRM is not None
-    before = signal.signal(portable.SIGALRM, refuse) if on_time else None
-    try:
-        for pattern in patterns:
-            if on_time:
-                portable.set_alarm(limit_s)
-            text = re.sub(pattern, "", text)
-    finally:
-        if on_time:
-            portable.set_alarm(0)
-            signal.signal(portable.SIGALRM, before)
+    for pattern in patterns:
+        try:
+            text = regex.sub(pattern, "", text, timeout=limit_s)
+        except TimeoutError:
+            advice = "write it without nested repeats"
+            raise DataError(f"{place}: remove: {pattern!r} takes over {limit_s:.0f} s; {advice}") from None
     return text
+
+
+def pattern_problem(pattern: str) -> str:
+    """What is wrong with a pattern to remove, which must be one of Python's own `re`; "" if nothing is."""
+    if math.prod(max(int(least), 1) for least in re.findall(r"\{(\d+)", pattern)) > MOST_REPEATS:
+        return f"repeats more than {MOST_REPEATS:,} times"  # regex writes repeats out in memory
+    try:
+        re.compile(pattern)  # without what regex adds: recursion may take all memory
+        regex.compile(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError) as e:
+        return str(e)
+    return ""
 
 
 def count_letters(text: str) -> int:

@@ -114,12 +114,8 @@ def _source_problems(source: Source) -> list[str]:
         problems.append(f"style: found {source.style!r}, must not contain <, | or >, which enclose it in a tag")
     if source.style in RESERVED:
         problems.append(f"style: {source.style!r} is the name of a special token; choose another")
-    for pattern in source.remove:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as e:
-            problems.append(f"remove: found {pattern!r}: {e}")
-    return problems
+    wrong = {pattern: problem for pattern in source.remove if (problem := cleaning.pattern_problem(pattern))}
+    return problems + [f"remove: found {pattern!r}: {problem}" for pattern, problem in wrong.items()]
 
 
 def manifest_of_files(patterns: tuple[str, ...], encoding: str = "") -> Manifest:
