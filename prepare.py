@@ -86,7 +86,8 @@ def main(cfg: PrepareConfig) -> None:
     cfg = replace(cfg, vocab_size=cfg.vocab_size or manifest.vocab_size)
     may_take_base = cfg.tokenizer == "auto" and not cfg.folder and not cfg.vocab_size
     given = None if cfg.tokenizer in TOKENIZERS else _read_tokenizer(Path(cfg.tokenizer))
-    base = _read_tokenizer(checkpoint.BASE) if may_take_base and checkpoint.BASE.exists() else None
+    content = checkpoint.load_base() if may_take_base else None
+    base = checkpoint.tokenizer_of(content, checkpoint.BASE) if content else None
     fingerprint = _fingerprint(cfg, manifest, given or base)
     if not cfg.force and _is_prepared(out, fingerprint):
         print(f"{out} is prepared already (--force does it again)")
@@ -301,4 +302,4 @@ def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, PrepareConfig, DataError, positional="input")
+    configurator.launch(main, PrepareConfig, DataError, CheckpointError, positional="input")

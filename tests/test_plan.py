@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import make_book, records
+from conftest import make_book, records, save_random
 
 import configurator
 import prepare
@@ -18,6 +18,7 @@ from robopoet.text import batches, tokenizer
 from robopoet.text.batches import read_meta
 from robopoet.training import plan
 from robopoet.training.start import Start
+from robopoet.weights import checkpoint
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 NEW = Start(None, None, False)
@@ -161,12 +162,19 @@ def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, ca
     assert "make base, then prepare it again" in capsys.readouterr().out
     shape = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16"]
     assert start_of("first", *shape) == "scratch"
-    (tmp_path / "run_first" / "best.pt").rename(base)
+    untrained = checkpoint.load(tmp_path / "run_first" / "best.pt")
+    checkpoint.save(base, untrained)
 
     def kind(meta: batches.Meta) -> list[str]:
         return meta.tokenizer.to_json()["tokens"]
 
     theirs = kind(read_meta(tmp_path / "first"))
+    assert kind(prepared("second", make_book(2, 50))) != theirs
+    assert start_of("second", *shape) == "scratch"
+    loss = untrained["best_val_loss"]
+    known = f"{base} is left out: a val loss of {loss:.2f} is no better than"
+    assert capsys.readouterr().err.count(known) == 2
+    checkpoint.save(base, untrained | {"best_val_loss": 3.0})
     assert kind(prepared("second", make_book(2, 50))) == theirs
     assert "so that train.py --minutes=N starts from its weights" in capsys.readouterr().out
     assert start_of("second") == str(base)
@@ -180,3 +188,17 @@ def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, ca
     assert kind(prepared("long", make_book(3, 50))) != theirs
     assert start_of("long", *shape) == "scratch"
     assert isinstance(tokenizer.from_json(read_meta(tmp_path / "long").tokenizer), tokenizer.BPETokenizer)
+
+
+def test_a_base_model_must_beat_the_frequencies_of_its_tokens(base, capsys):
+    path = save_random(base)
+    content = checkpoint.load(path)
+    n = content["model_args"]["vocab_size"]
+    harmonic = sum(1 / rank for rank in range(1, n + 1))
+    entropy = sum(math.log(rank * harmonic) / (rank * harmonic) for rank in range(1, n + 1))
+    for loss, is_taken in ((entropy - 0.01, True), (entropy + 0.01, False), (math.inf, False)):
+        checkpoint.save(base, content | {"best_val_loss": loss})
+        assert (checkpoint.load_base() is not None) == is_taken
+        assert is_taken == ("is left out" not in capsys.readouterr().err)
+    base.unlink()
+    assert checkpoint.load_base() is None

@@ -8,7 +8,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from configurator import ConfigError, revise
@@ -16,7 +15,7 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.batches import Meta
 from robopoet.training.schedule import evaluation_interval
-from robopoet.training.start import SHAPE, Start, check_fit, find_start
+from robopoet.training.start import SHAPE, Start, check_fit
 from robopoet.weights import checkpoint
 
 Config = TypeVar("Config")  # a TrainConfig
@@ -37,14 +36,13 @@ CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "ev
 
 def from_base(cfg: Config, meta: Meta) -> Config:
     """`cfg`, started from the base model's weights if they read this dataset and were not trained on it."""
-    if (base := checkpoint.BASE).exists():
-        start = find_start(str(base), Path(cfg.out_dir), eval_only=False)
+    if content := checkpoint.load_base():
         try:
-            check_fit(start, cfg.dataset, cfg.optimizer, meta)
+            check_fit(Start(content, checkpoint.BASE, False), cfg.dataset, cfg.optimizer, meta)
         except CheckpointError:
             return cfg
-        if start.content.get("text_sha256") != meta.text_sha256:
-            return revise(cfg, init_from=str(base))
+        if content.get("text_sha256") != meta.text_sha256:
+            return revise(cfg, init_from=str(checkpoint.BASE))
     return cfg
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -130,6 +131,26 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its tokenizer has {header.tokenizer.vocab_size} ids, its model fewer")
     loss = {"best_val_loss": header.best_val_loss} if "best_val_loss" in content else {}
     return content | {"model_args": msgspec.structs.asdict(header.model_args)} | loss
+
+
+def load_base() -> dict[str, Any] | None:
+    """The base model's checkpoint, or None if there is none, or if it has learned no more than how frequent tokens are.
+
+    A model that knows only frequencies has the loss of Zipf's law: 6.47 nats/token for 8,000 ids, measured 6.45.
+    """
+    if not BASE.exists():
+        return None
+    content = load(BASE)
+    header = read_header(content, BASE)
+    share = 1 / np.arange(1, header.model_args.vocab_size + 1)
+    share /= share.sum()
+    zipf = -float(share @ np.log(share))
+    if header.best_val_loss is not None and not header.best_val_loss < zipf:
+        loss, folder = header.best_val_loss, BASE.parent
+        known = f"a val loss of {loss:.2f} is no better than {zipf:.2f}, which knowing the tokens' frequencies brings"
+        configurator.warn(f"{BASE} is left out: {known}; remove {folder}, then `make base` trains it anew")
+        return None
+    return content
 
 
 def _read_file(path: Path) -> tuple[Any, bool]:
