@@ -101,21 +101,23 @@ def main(cfg: SampleConfig) -> None:
     if cfg.check:
         _ = poet.originality
 
-    # --- generate
+    # --- generate and save
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**values | {"stop": tuple(map(unescape, cfg.stop))})
     if cfg.interactive:
         return Session(poet, settings).run()
     passages = poet.begin(prompt, cfg.num_samples, **dataclasses.asdict(settings))
     start = time.perf_counter()
-    print_passages(poet, passages, poet.stream(passages, logprobs=bool(cfg.save)), cfg.check)
+    try:
+        print_passages(poet, passages, poet.stream(passages, logprobs=bool(cfg.save)), cfg.check)
+    finally:  # an interrupt too keeps the finished passages
+        if cfg.save:
+            save(Path(cfg.save), poet, passages)
     if cfg.verbose:
         n_tokens, seconds = sum(len(passage.ids) for passage in passages), time.perf_counter() - start
         print(f"{n_tokens:,} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
-    # --- save and export
-    if cfg.save:
-        save(Path(cfg.save), poet, passages)
+    # --- export
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
         sample, path = prompt + passages[0].text, Path(cfg.export)

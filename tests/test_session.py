@@ -60,8 +60,8 @@ def test_ctrl_c_stops_the_passage_not_the_session(poet, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(poet, "stream", stream)
-    interact(poet, monkeypatch, ["one", "two", "/quit"])
-    assert len(calls) == 2
+    interact(poet, monkeypatch, ["one", "two", "/save x.jsonl", "/quit"])
+    assert len(calls) == 2 and "/save: the passage was interrupted" in capsys.readouterr().out
 
 
 def test_each_passage_is_new_until_the_seed_is_set(poet, monkeypatch, capsys):

@@ -193,5 +193,6 @@ class Passage:
         return released
 
     def _finish(self, n: int) -> str:
-        self.done = True
-        return self._release(n)
+        released = self._release(n)
+        self.done = True  # last: an interrupt may come at any time, and what is done is complete
+        return released

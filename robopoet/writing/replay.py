@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import msgspec
 import torch
 
-from configurator import ConfigError
+from configurator import ConfigError, warn
 from robopoet import untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.files import append_lines
 from robopoet.writing.passage import Passage, SavedSettings
 from robopoet.writing.poet import Dtype, Poet
 from robopoet.writing.terminal import print_passages
+
+ADVICE = "it is not a saved passage"
+Refuse = Callable[[int, str], None]  # called with a line's number and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class SavedPassage:
 
 
 def save(path: Path, poet: Poet, passages: list[Passage]) -> None:
-    """Append each passage of a batch to `path` as a line of JSON, a SavedPassage: all of them or, on an error, none."""
+    """Append each finished passage of a batch to `path` as a line of JSON, a SavedPassage; on an error, none."""
     shared = {"checkpoint": str(poet.path), "sha256": poet.sha256, "torch": torch.__version__}
     shared |= {"device": poet.machine.device.type, "dtype": str(poet.machine.dtype)[6:]}
     shared |= {"settings": dataclasses.asdict(passages[0].settings), "prompt": passages[0].prompt}
@@ -55,71 +58,98 @@ def save(path: Path, poet: Poet, passages: list[Passage]) -> None:
     lines = []
     for p in passages:
         tokens = {"ids": p.ids.tolist(), "logprobs": p.logprobs.tolist()}
-        lines.append(json.dumps({"number": p.number, "text": p.text} | tokens | shared))
+        if p.done:
+            lines.append(json.dumps({"number": p.number, "text": p.text} | tokens | shared))
     append_lines(path, "".join(f"{line}\n" for line in lines).encode())
 
 
-def read_saved(path: Path) -> Iterator[list[tuple[int, SavedPassage]]]:
+def read_saved(path: Path, refuse: Refuse) -> Iterator[list[tuple[int, SavedPassage]]]:
     """The saved passages of a file, a list for each batch, each with its line number.
 
-    Raises ConfigError for a line that is not a saved passage, or does not fit its batch.
+    refuse: called with a line that is not a saved passage, or does not fit its batch. Raises ConfigError for a file
+    that can't be read.
     """
-    advice = "it is not a saved passage"
-    lines = (
-        (number, untrusted.decode_json(line, SavedPassage, f"{path}: line {number}", ConfigError, advice))
-        for number, line in untrusted.read_lines(path, ConfigError)
-    )
-    for _, group in itertools.groupby(lines, lambda numbered: numbered[1].batch_key()):
-        batch = list(group)
-        for line, saved in batch:
-            if not saved.first <= saved.number < saved.first + saved.together:
-                raise ConfigError(
-                    f"{path}: line {line}: number is {saved.number}, but its batch has {saved.together} from "
-                    f"{saved.first} on; {advice}"
-                )
-        yield batch
+
+    def read() -> Iterator[tuple[int, SavedPassage]]:
+        for line, raw in untrusted.read_lines(path, ConfigError):
+            try:
+                saved = untrusted.decode_json(raw, SavedPassage, f"line {line}", ConfigError, ADVICE)
+            except ConfigError as e:
+                refuse(line, str(e))
+                continue
+            if saved.first <= saved.number < saved.first + saved.together:
+                yield line, saved
+            else:
+                where = f"its batch has {saved.together} from {saved.first} on"
+                refuse(line, f"line {line}: number is {saved.number}, but {where}; {ADVICE}")
+
+    for _, batch in itertools.groupby(read(), lambda numbered: numbered[1].batch_key()):
+        yield list(batch)
 
 
 def replay(path: Path) -> None:
-    """Generate a file's passages again and print them; raises ConfigError with the first line that differs."""
-    count = sum(len(batch) for batch in read_saved(path))  # the whole file is read before anything is generated
-    loaded = None
-    for batch in read_saved(path):
-        line, saved = batch[0]
+    """Generate a file's passages again and print them.
+
+    Warns of each line that is not a saved passage or comes out differently, replays the others, and then raises
+    ConfigError.
+    """
+    refused: list[int] = []
+    good, loaded = 0, None
+
+    def refuse(line: int, why: str) -> None:
+        refused.append(line)
+        warn(f"{path}: {why}")
+
+    for batch in read_saved(path, refuse):
+        saved, before = batch[0][1], len(refused)
         try:
             if saved.poet_arguments() != loaded:
+                loaded = None
+                poet = Poet(*saved.poet_arguments())
                 loaded = saved.poet_arguments()
-                poet = Poet(*loaded)
             if saved.sha256 != poet.sha256:
                 raise ConfigError(f"was generated by another {saved.checkpoint}; find that one again")
             settings = msgspec.structs.asdict(saved.settings)
             passages = poet.begin(saved.prompt, saved.together, saved.first, **settings)
         except (ConfigError, DataError, CheckpointError) as e:
-            raise type(e)(f"{path}: line {line}: {untrusted.describe(e)}") from None
-        print_passages(poet, passages, _compare(poet.stream(passages), passages, batch, path))
-    if not count:
+            for line, _ in batch:
+                refuse(line, f"line {line}: {untrusted.describe(e)}")
+            continue
+        places = [saved.number - saved.first for _, saved in batch]
+        stream = _compare(poet.stream(passages), passages, batch, refuse)
+        shown = ([pieces[place] for place in places] for pieces in stream)
+        print_passages(poet, [passages[place] for place in places], shown)
+        good += len(batch) - (len(refused) - before)
+    if refused:
+        lines = ", ".join(map(str, sorted(refused)[:10])) + (", ..." if len(refused) > 10 else "")
+        raise ConfigError(f"{path}: {len(refused)} of {good + len(refused)} lines not reproduced: {lines}")
+    if not good:
         raise ConfigError(f"{path}: holds no saved passage")
-    print(f"{path}: {count} passages, all reproduced exactly")
+    print(f"{path}: {good} passages, all reproduced exactly")
 
 
 def _compare(
-    stream: Iterator[list[str]], passages: list[Passage], batch: list[tuple[int, SavedPassage]], path: Path
+    stream: Iterator[list[str]], passages: list[Passage], batch: list[tuple[int, SavedPassage]], refuse: Refuse
 ) -> Iterator[list[str]]:
-    """Pass `stream` on; raises ConfigError at the first token that differs from the saved one."""
-    pairs = [(passages[saved.number - saved.first], saved, line) for line, saved in batch]
+    """Pass `stream` on until no saved passage is left that grows as it did; refuse the lines that differ.
+
+    All passages of a batch keep their rows until they end, as when they were saved, so that each is computed in the
+    same shapes.
+    """
+    growing = [(line, saved, passages[saved.number - saved.first]) for line, saved in batch]
     for pieces in stream:
-        for passage, saved, line in pairs:
+        left = []
+        for line, saved, passage in growing:
             n = len(passage.ids)
-            if n > len(saved.ids) or passage.ids[-1] != saved.ids[n - 1]:
-                raise _differs(saved, line, path)
+            same = tuple(passage.ids[n - 1 : n]) == saved.ids[n - 1 : n]
+            if same and passage.done:
+                same = n == len(saved.ids) and passage.text == saved.text
+            if not same:
+                told = f"with torch {torch.__version__}; it was generated with torch {saved.torch}"
+                refuse(line, f"line {line} comes out differently {told}, in {saved.dtype} on {saved.device}")
+            elif not passage.done:
+                left.append((line, saved, passage))
+        growing = left
         yield pieces
-    for passage, saved, line in pairs:
-        if len(passage.ids) != len(saved.ids) or passage.text != saved.text:
-            raise _differs(saved, line, path)
-
-
-def _differs(saved: SavedPassage, line: int, path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path}: line {line} comes out differently with torch {torch.__version__}; it was generated with torch "
-        f"{saved.torch}, in {saved.dtype} on {saved.device}"
-    )
+        if not growing:
+            return

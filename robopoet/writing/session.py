@@ -87,6 +87,8 @@ class Session:
         elif command == "/save":
             if not argument:
                 raise ConfigError("/save: name a file, e.g. /save passages.jsonl")
+            if not self.last[0].done:
+                raise ConfigError("/save: the passage was interrupted; /again generates another")
             check_save(Path(argument))
             save(Path(argument), self.poet, self.last)
         elif command == "/settings":

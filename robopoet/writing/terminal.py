@@ -20,29 +20,35 @@ def print_passages(
 ) -> None:
     """Run `stream` and print its passages: a single one as it grows, several at the end.
 
+    An interrupt ends it early; those of several that are finished are printed.
+
     check: also print how original each one is. echo: print the prompt first, and warn of its unknown characters.
     """
     prompt = passages[0].prompt if echo else ""
     if warning := poet.unknown(prompt):
         warn(warning)
-    if len(passages) == 1:
+    alone = len(passages) == 1
+    if alone:
         print(prompt, end="", flush=True)
+    try:
         for pieces in stream:
-            print(pieces[0], end="", flush=True)
-        print()
-    else:
-        for _ in stream:
-            pass
-    for passage in passages:
-        if len(passages) > 1:
-            print(prompt + passage.text)
-        if passage.is_stuck:
-            n = passage.settings.max_copy
-            warn(f"max_copy: passage {passage.number} ends where every token would copy {n} words; allow more")
-        if check:
-            print(f"\n{poet.originality.check(passage.text).describe()}")
-        if len(passages) > 1:
-            print("-" * 15)
+            if alone:
+                print(pieces[0], end="", flush=True)
+    except KeyboardInterrupt:
+        if not alone:
+            warn(f"interrupted; {sum(passage.done for passage in passages)} of {len(passages)} passages are finished")
+        raise
+    finally:
+        for passage in passages:
+            if passage.done:
+                print("" if alone else prompt + passage.text)
+                if passage.is_stuck:
+                    n = passage.settings.max_copy
+                    warn(f"max_copy: passage {passage.number} ends where every token would copy {n} words; allow more")
+                if check:
+                    print(f"\n{poet.originality.check(passage.text).describe()}")
+                if not alone:
+                    print("-" * 15)
 
 
 def check_save(path: Path) -> None:
