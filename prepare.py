@@ -27,8 +27,8 @@ import configurator
 from configurator import ConfigError
 from robopoet import files
 from robopoet.errors import CheckpointError, DataError
-from robopoet.text import batches, corpus, sources, tokenizer
-from robopoet.text.batches import FORMAT, Meta, Span, SplitMeta
+from robopoet.text import corpus, dataset, sources, tokenizer
+from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import checkpoint
 
@@ -147,7 +147,7 @@ def main(cfg: PrepareConfig) -> None:
         with files.replacing(out / "meta.pkl") as f:
             f.write(_nanogpt_meta(tok))
     with files.replacing(out / "meta.json") as f:
-        f.write(batches.encode_meta(meta))
+        f.write(dataset.encode_meta(meta))
     _report(out, survey, meta)
 
 
@@ -185,9 +185,9 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
 def _is_prepared(out: Path, fingerprint: str) -> bool:
     """True if `out` holds intact bins with this fingerprint."""
     try:
-        meta = batches.read_meta(out)
-        for name in batches.SPLITS:
-            batches.check_bin(out, name, meta)
+        meta = dataset.read_meta(out)
+        for name in dataset.SPLITS:
+            dataset.check_bin(out, name, meta)
         return meta.fingerprint == fingerprint
     except DataError:
         return False
@@ -268,7 +268,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             raise DataError("the corpus leaves nothing to train on; add text")
         last = tok.specials[END] if many else -1
         entries = {
-            name: SplitMeta(**sizes[name], sha256=batches.bin_sha256(path), documents=tuple(documents[name]), end=last)
+            name: SplitMeta(**sizes[name], sha256=dataset.bin_sha256(path), documents=tuple(documents[name]), end=last)
             for name, path in unfinished.items()
         }
         for name in ("meta.json", "meta.pkl"):  # until there are new ones the folder counts as not prepared

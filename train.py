@@ -26,7 +26,8 @@ from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
 from robopoet.recording import Graphed
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, Meta, Split, TrainWindows, find_dataset, open_split, read_meta
+from robopoet.text.dataset import Meta, Split, find_dataset, open_split, read_meta
+from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training.average import Average
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks

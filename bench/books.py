@@ -26,7 +26,7 @@ from configurator import ConfigError, bounds, warn
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
-from robopoet.text.batches import SPLITS, read_meta
+from robopoet.text.dataset import SPLITS, read_meta
 from train import TrainConfig
 
 CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # of the test split

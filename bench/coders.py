@@ -11,7 +11,7 @@ import pyppmd
 import zstandard
 
 from robopoet.text import tokenizer
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.writing.originality import read_texts
 

@@ -23,7 +23,8 @@ from robopoet import untrusted
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
+from robopoet.text.dataset import find_dataset, open_split, read_meta
+from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
 from robopoet.training.start import Start, check_fit, complete
 from robopoet.weights import checkpoint

@@ -13,7 +13,7 @@ import configurator
 from bench.common import markdown, origin, show, spread, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
-from robopoet.text.batches import find_dataset
+from robopoet.text.dataset import find_dataset
 from robopoet.writing.originality import read_texts
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import Poet

@@ -36,7 +36,8 @@ from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, find_machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, find_dataset, open_split, read_meta
+from robopoet.text.dataset import find_dataset, open_split, read_meta
+from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 

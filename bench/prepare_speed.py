@@ -25,7 +25,7 @@ from configurator import ConfigError, bounds
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import BPETokenizer
 
 SPEEDS = ("tok_per_sec", "tiktoken_tok_per_sec")  # the keys of both encoders

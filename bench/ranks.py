@@ -27,7 +27,7 @@ from bench.common import (
 from configurator import ConfigError, bounds
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
-from robopoet.text.batches import find_dataset, read_meta
+from robopoet.text.dataset import find_dataset, read_meta
 
 # Times an all_reduce of as many numbers as there are gradients, in ms: a step on several ranks costs at least that.
 REDUCE = """

@@ -21,8 +21,9 @@ from bench.train_speed import build, find_one_machine, lap
 from configurator import bounds
 from robopoet.errors import DataError
 from robopoet.machine import Machine
-from robopoet.text import batches
-from robopoet.text.batches import TrainWindows, bin_sha256, encode_meta, find_dataset, open_split, read_meta
+from robopoet.text import dataset
+from robopoet.text.dataset import bin_sha256, encode_meta, find_dataset, open_split, read_meta
+from robopoet.text.windows import TrainWindows
 
 TIMES = 4
 CAN_DROP = hasattr(os, "posix_fadvise")  # drops a file's pages from memory; macOS lacks it
@@ -67,7 +68,7 @@ def tile(folder: Path, out: Path) -> None:
 
 def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> None:
     """Make `windows` read a memory-mapped file, however small, with no page of it in memory."""
-    with patch.object(batches, "ON_DEVICE_BYTES", 0):  # a new mapping: touched pages can't be dropped
+    with patch.object(dataset, "ON_DEVICE_BYTES", 0):  # a new mapping: touched pages can't be dropped
         windows.split = open_split(folder, "train", read_meta(folder), windows.block_size, machine.device)
     if CAN_DROP:
         with open(folder / "train.bin", "rb") as f:

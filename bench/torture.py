@@ -26,7 +26,8 @@ from bench.common import markdown, origin, read_records, train_command, write_re
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, Signals, find_machine
-from robopoet.text.batches import TrainWindows, find_dataset, open_split, read_meta
+from robopoet.text.dataset import find_dataset, open_split, read_meta
+from robopoet.text.windows import TrainWindows
 from robopoet.training.run import Progress, Run
 from robopoet.training.start import find_start
 

@@ -42,12 +42,11 @@ from model import GPT
 from robopoet.errors import DataError
 from robopoet.machine import Machine, find_machine
 from robopoet.ops import linear
-from robopoet.text.batches import (
+from robopoet.text.dataset import (
     FORMAT,
     Meta,
     Span,
     SplitMeta,
-    TrainWindows,
     bin_sha256,
     encode_meta,
     find_dataset,
@@ -55,6 +54,7 @@ from robopoet.text.batches import (
     read_meta,
 )
 from robopoet.text.tokenizer import CharTokenizer
+from robopoet.text.windows import TrainWindows
 from robopoet.weights import checkpoint
 
 

@@ -22,7 +22,7 @@ from configurator import ConfigError, bounds
 from model import GPT
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
-from robopoet.text.batches import Split, find_dataset, open_split, read_meta
+from robopoet.text.dataset import Split, find_dataset, open_split, read_meta
 from robopoet.weights import checkpoint
 from robopoet.writing.generate import generate, prepack
 

@@ -20,8 +20,9 @@ from bench.coders import Texts, bits_per_byte
 from bench.common import evaluate_checkpoint, markdown, origin, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
-from robopoet.text.batches import SPLITS, EvalPlan, find_dataset, open_split, read_meta
+from robopoet.text.dataset import SPLITS, find_dataset, open_split, read_meta
 from robopoet.text.tokenizer import Tokenizer
+from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import compare_tags
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality

@@ -17,7 +17,7 @@ import train
 from bench import common
 from model import GPT, GPTConfig
 from robopoet.text import corpus
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.training.start import SHAPE
 from robopoet.weights import checkpoint

@@ -30,7 +30,7 @@ from bench import (
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import find_machine
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 
 README = Path(__file__).parents[1] / "README.md"
 

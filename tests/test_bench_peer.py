@@ -22,7 +22,7 @@ from bench import (
 from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.machine import Machine, find_machine
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 from robopoet.weights.checkpoint import save
 
 

@@ -22,7 +22,7 @@ from bench import (
 from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 
 
 @pytest.mark.slow

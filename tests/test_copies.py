@@ -16,7 +16,7 @@ from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 from robopoet.weights import checkpoint
 from robopoet.writing import poet as poet_module
 from robopoet.writing.copies import Copied, Copies

@@ -10,7 +10,8 @@ import torch
 
 import train
 from robopoet.machine import Machine
-from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import TrainWindows
 from robopoet.weights.checkpoint import load_model
 from robopoet.writing.generate import generate
 from train import TrainConfig

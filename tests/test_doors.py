@@ -29,7 +29,8 @@ import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine
-from robopoet.text import batches, corpus, sources
+from robopoet.text import corpus, dataset, sources
+from robopoet.text.windows import EvalPlan, eval_batches
 from robopoet.training.log import Log
 from robopoet.training.run import Progress
 from robopoet.weights import checkpoint, huggingface
@@ -170,16 +171,16 @@ def meta_json(small: dict, folder: Path) -> Door:
 
     def dump(content: Any) -> bytes:
         body = as_json(content).removesuffix(b"}")
-        return body + batches._seal(body)  # a valid hash, so that the content is read
+        return body + dataset._seal(body)  # a valid hash, so that the content is read
 
     return Door(folder / "meta.json", content, dump, lambda: read_dataset(folder))
 
 
 def read_dataset(folder: Path) -> None:
-    meta = batches.read_meta(folder)
+    meta = dataset.read_meta(folder)
     for name in ("train", "val", "test"):
-        split = batches.open_split(folder, name, meta, 16, CPU.device)
-        for _ in batches.eval_batches(split, batches.EvalPlan(16, 8), CPU):
+        split = dataset.open_split(folder, name, meta, 16, CPU.device)
+        for _ in eval_batches(split, EvalPlan(16, 8), CPU):
             pass
 
 

@@ -18,7 +18,7 @@ import train
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer
-from robopoet.text.batches import read_meta
+from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality

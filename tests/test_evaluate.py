@@ -12,7 +12,8 @@ import train
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import compare_tags, evaluate
 
 

@@ -15,7 +15,7 @@ import torch
 import robopoet.machine
 import train
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text import batches
+from robopoet.text import dataset
 from robopoet.training.optimizer import configure_optimizers
 from train import TrainConfig
 
@@ -85,10 +85,10 @@ def test_what_goes_to_a_gpu_is_pinned_first_so_that_nothing_waits(monkeypatch):
         def to(self, device, non_blocking=False):
             told.append((device.type, non_blocking))
 
-    monkeypatch.setattr(batches.torch, "from_numpy", lambda array: Tensor())
-    batches._put(np.zeros(3), torch.device("cuda"))
+    monkeypatch.setattr(dataset.torch, "from_numpy", lambda array: Tensor())
+    dataset.put(np.zeros(3), torch.device("cuda"))
     assert told == ["pinned", ("cuda", True)]
-    batches._put(np.zeros(3), torch.device("cpu"))
+    dataset.put(np.zeros(3), torch.device("cpu"))
     assert told[2:] == [("cpu", False)]
 
 

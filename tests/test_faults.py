@@ -22,7 +22,7 @@ import train
 from configurator import ConfigError
 from robopoet.errors import DivergedError
 from robopoet.machine import Machine
-from robopoet.text.batches import FORMAT, Meta, SplitMeta
+from robopoet.text.dataset import FORMAT, Meta, SplitMeta
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.training import log
 from robopoet.training import run as run_module

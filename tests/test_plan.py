@@ -14,8 +14,8 @@ import prepare
 import train
 from configurator import ConfigError
 from robopoet.machine import Machine
-from robopoet.text import batches, tokenizer
-from robopoet.text.batches import read_meta
+from robopoet.text import dataset, tokenizer
+from robopoet.text.dataset import read_meta
 from robopoet.training import plan
 from robopoet.training.start import Start
 from robopoet.weights import checkpoint
@@ -147,7 +147,7 @@ def write(folder, name: str, text: str) -> str:
 
 
 def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, capsys):
-    def prepared(name: str, text: str, *argv: str) -> batches.Meta:
+    def prepared(name: str, text: str, *argv: str) -> dataset.Meta:
         argv = [f"--input={write(tmp_path, f'{name}.txt', text)}", f"--out={tmp_path}/{name}", *argv]
         prepare.main(configurator.load(prepare.PrepareConfig, argv))
         return read_meta(tmp_path / name)
@@ -165,7 +165,7 @@ def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, ca
     untrained = checkpoint.load(tmp_path / "run_first" / "best.pt")
     checkpoint.save(base, untrained)
 
-    def kind(meta: batches.Meta) -> list[str]:
+    def kind(meta: dataset.Meta) -> list[str]:
         return meta.tokenizer.to_json()["tokens"]
 
     theirs = kind(read_meta(tmp_path / "first"))

@@ -16,7 +16,8 @@ import torch
 import train
 from robopoet.machine import Machine, why_no_compile
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 from train import TrainConfig

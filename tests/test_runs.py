@@ -20,7 +20,7 @@ import configurator
 import train
 from robopoet.errors import CheckpointError
 from robopoet.machine import find_machine
-from robopoet.text.batches import encode_meta, read_meta
+from robopoet.text.dataset import encode_meta, read_meta
 from robopoet.training.log import Log, wrapped
 from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
-from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import TrainWindows
 from robopoet.training import sampled_softmax
 from robopoet.training.sampled_softmax import SampledSoftmax, inclusion_probabilities, sampling_weights
 from robopoet.weights import checkpoint
@@ -117,7 +118,7 @@ def test_ids_are_drawn_once_each_as_often_as_they_should_and_estimate_the_sum_ov
 @pytest.mark.parametrize("window, whole", [(128, True), (100, False)])  # as many windows of as many tokens at most
 def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, mapped, window, whole):
     if mapped:
-        monkeypatch.setattr("robopoet.text.batches.ON_DEVICE_BYTES", 0)
+        monkeypatch.setattr("robopoet.text.dataset.ON_DEVICE_BYTES", 0)
     monkeypatch.setattr(sampled_softmax, "WINDOW", window)
     meta = read_meta(books)
     split = open_split(books, "train", meta, 32, CPU)

@@ -11,7 +11,8 @@ import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.text.batches import TrainWindows, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import TrainWindows
 from robopoet.weights import checkpoint
 from train import TrainConfig
 

@@ -17,7 +17,8 @@ from configurator import ConfigError
 from model import GPT
 from robopoet.machine import Machine, why_no_compile
 from robopoet.text import tokenizer
-from robopoet.text.batches import EvalPlan, TrainWindows, open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training.evaluate import evaluate
 from robopoet.training.schedule import lr_scale
 from train import State, TrainConfig

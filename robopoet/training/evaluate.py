@@ -10,7 +10,8 @@ import torch
 
 from model import GPT
 from robopoet.machine import Machine
-from robopoet.text.batches import EvalPlan, Split, eval_batches
+from robopoet.text.dataset import Split
+from robopoet.text.windows import EvalPlan, eval_batches
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from configurator import ConfigError, revise
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.training.schedule import evaluation_interval
 from robopoet.training.start import SHAPE, Start, check_fit
 from robopoet.weights import checkpoint

@@ -19,7 +19,7 @@ from configurator import ConfigError, warn
 from model import GPT
 from robopoet.files import replacing
 from robopoet.machine import Machine
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.training.average import Average
 from robopoet.training.sharding import full_tensor
 from robopoet.weights import checkpoint

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from model import Sample
-from robopoet.text.batches import Split
+from robopoet.text.dataset import Split
 
 WINDOW = 4096  # ids are counted in up to as many windows of as many tokens
 

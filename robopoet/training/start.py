@@ -10,7 +10,7 @@ import torch
 
 from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.training.average import Average
 from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like

@@ -8,7 +8,7 @@ import torch
 from configurator import ConfigError
 from model import Sample
 from robopoet.machine import Machine
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.weights import checkpoint
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from robopoet.errors import DivergedError
 from robopoet.machine import Machine
-from robopoet.text.batches import TrainWindows
+from robopoet.text.windows import TrainWindows
 
 
 class Trouble:

@@ -15,7 +15,7 @@ import torch
 
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
-from robopoet.text.batches import open_split, read_meta
+from robopoet.text.dataset import open_split, read_meta
 
 LENGTHS = (4, 8, 12)  # of word sequences
 SEPARATOR = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8

@@ -11,7 +11,7 @@ import torch
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
-from robopoet.text.batches import find_dataset
+from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch

@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from robopoet.errors import DataError
 from robopoet.machine import Machine
-from robopoet.text.batches import Meta
+from robopoet.text.dataset import Meta
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.writing.generate import generate
 from robopoet.writing.originality import Originality

@@ -1,17 +1,11 @@
-"""Batches are pure functions: row i of step s depends on (seed, s, i) alone, so there is no loader state to save.
-
-Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own random order and
-with its own offset of the grid of windows. Evaluation walks each document of a split from its first token to its last.
-"""
+"""A prepared dataset: a folder with train.bin, val.bin and test.bin (uint16 token ids), and meta.json about them."""
 
 import hashlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -20,7 +14,6 @@ import torch
 from configurator import HOME
 from robopoet import untrusted
 from robopoet.errors import DataError
-from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 from robopoet.untrusted import Count, Positive, Sha256
@@ -223,16 +216,16 @@ class Split:
         Positions beyond the end of the split hold some valid id.
         """
         if isinstance(self.tokens, torch.Tensor):
-            index = _put(starts, device)[:, None] + torch.arange(length, device=device)
+            index = put(starts, device)[:, None] + torch.arange(length, device=device)
             return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts, strict=True):
             window = self.tokens[start : start + length]
             row[: len(window)] = window
-        return _put(rows, device)
+        return put(rows, device)
 
 
-def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy `array` to `device`; to a GPU from pinned memory, as other copies wait for the step that is running."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -259,104 +252,3 @@ def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: tor
         np.array([meta.styles.get(doc.style, -1) for doc in docs], dtype=np.int64),
         split.end,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-
-
-class TrainWindows:
-    """An endless sequence of rows: in each epoch every window of a split once, in random order.
-
-    tag_prob: the probability that a window's first input is replaced by its style's tag.
-    """
-
-    def __init__(self, split: Split, block_size: int, seed: int, tag_prob: float):
-        self.split, self.block_size, self.seed, self.tag_prob = split, block_size, seed, tag_prob
-        n_tokens = len(split.tokens)
-        self.per_epoch = (n_tokens - min(block_size, n_tokens - block_size)) // block_size
-        self.n_offsets = n_tokens - self.per_epoch * block_size  # at the largest, the split's last token is a target
-
-    @lru_cache(maxsize=2)  # noqa: B019  (a step may touch two epochs; the object lives as long as the run)
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The starts of an epoch's windows, in order of training, and which of them get their tag."""
-        rng = np.random.default_rng((self.seed, epoch))
-        offset = rng.integers(self.n_offsets)
-        starts = offset + rng.permutation(self.per_epoch) * self.block_size
-        return starts, rng.random(self.per_epoch) < self.tag_prob
-
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `first` to `first + count` of the sequence: window starts and tags (-1: none), (count,) int64 each."""
-        epochs, places = np.divmod(np.arange(first, first + count), self.per_epoch)
-        starts, tags = np.empty(count, np.int64), np.full(count, -1)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            epoch_starts, tagged = self._epoch(int(epoch))
-            starts[here] = epoch_starts[places[here]]
-            span = np.searchsorted(self.split.stops, starts[here], side="right")
-            tags[here] = np.where(tagged[places[here]], self.split.tags[span], -1)
-        return starts, tags
-
-    def batch(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same rows as inputs and targets: (count, block_size) int64 ids each, on `device`."""
-        starts, tags = self.rows(first, count)
-        window = self.split.gather(starts, self.block_size + 1, device)
-        return _put_tags(window[:, :-1], tags), window[:, 1:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-
-@dataclass(frozen=True)
-class EvalPlan:
-    """How an evaluation reads a split: the shape of its batches, and how many (limit 0: the full split).
-
-    even: all ranks get the same number of batches, as sharded models need. A rank that would have one batch fewer gets
-    a last batch of one row whose `span` is empty; it must not be counted.
-    """
-
-    block_size: int
-    batch_size: int
-    limit: int = 0
-    even: bool = False
-
-
-class EvalBatch(NamedTuple):
-    """inputs, targets: (B, T) int64 ids, targets -1 beyond a document's end. span: (B,) index of each row's span."""
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    span: np.ndarray
-
-
-def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[EvalBatch]:
-    """This rank's share of the batches that walk a split in order: of n ranks, each takes every n-th batch.
-
-    No window crosses the end of a document, and every token but a document's first is a target exactly once.
-    """
-    first, stops, span = split.documents
-    lengths = stops - first - 1  # targets
-    counts = -(-lengths // plan.block_size)  # windows
-    document = np.repeat(np.arange(len(counts)), counts)  # of each window
-    offsets = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * plan.block_size
-    starts, remaining = first[document] + offsets, lengths[document] - offsets
-    n_batches = math.ceil(len(starts) / plan.batch_size)
-    n_batches = min(n_batches, plan.limit) if plan.limit else n_batches
-    padded = n_batches + (-n_batches % machine.world_size if plan.even else 0)
-    for i in range(machine.rank, padded, machine.world_size):
-        rows = slice(i * plan.batch_size, (i + 1) * plan.batch_size) if i < n_batches else slice(1)
-        window = split.gather(starts[rows], plan.block_size + 1, machine.device)
-        beyond = torch.arange(plan.block_size) >= torch.from_numpy(remaining[rows])[:, None]
-        targets = window[:, 1:].masked_fill(beyond.to(machine.device), -1)
-        spans = span[document[rows]]
-        inputs = _put_tags(window[:, :-1], split.tags[spans])
-        yield EvalBatch(inputs, targets, spans if i < n_batches else spans[:0])
-
-
-def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:
-    """Overwrite the first id of each row with its tag, unless that is -1."""
-    ids = _put(tags, inputs.device)
-    inputs = inputs.contiguous()
-    inputs[:, 0] = torch.where(ids >= 0, ids, inputs[:, 0])
-    return inputs

@@ -1,69 +1,29 @@
 """Batches are pure functions of a row's number: every window once per epoch, every target once per evaluation."""
 
 import dataclasses
-import hashlib
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from splits import DOCS, STYLES, VOCAB, describe, write_split
 
 import train
 from configurator import ConfigError
-from robopoet.errors import DataError
 from robopoet.machine import Machine
-from robopoet.text import batches
-from robopoet.text.batches import (
-    FORMAT,
-    EvalPlan,
-    Meta,
-    Span,
-    Split,
-    SplitMeta,
-    TrainWindows,
-    bin_sha256,
-    eval_batches,
-    open_split,
-)
-from robopoet.text.tokenizer import END, CharTokenizer
+from robopoet.text import dataset
+from robopoet.text.dataset import Span, Split, open_split
+from robopoet.text.windows import EvalPlan, TrainWindows, eval_batches
 
 CPU = torch.device("cpu")
 ALONE = Machine(CPU, torch.float32)
-STYLES = {"alice": 60_001, "king": 60_002}
-VOCAB = 60_003
 T = 8
-
-
-TOKENIZER = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 60_000))), [END, "<|alice|>", "<|king|>"])
-
-
-def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0) -> Meta:
-    """A train.bin of random ids with documents of these (style, length), and empty other bins; returns their meta."""
-    tokens = np.random.default_rng(seed).integers(0, 60_000, sum(n for _, n in docs)).astype("<u2")
-    stops = np.cumsum([n for _, n in docs]).tolist()
-    spans = tuple(
-        Span(f"d{i}", style, stop - n, stop) for i, ((style, n), stop) in enumerate(zip(docs, stops, strict=True))
-    )
-    splits = {name: describe(folder / f"{name}.bin", tokens[:0], ()) for name in ("val", "test")}
-    splits["train"] = describe(folder / "train.bin", tokens, spans)
-    return Meta(FORMAT, "", "0" * 64, VOCAB, styles, ("alice: MIT",), splits, TOKENIZER.saved())
-
-
-def describe(path: Path, tokens: np.ndarray, spans: tuple[Span, ...], end: int = -1) -> SplitMeta:
-    """Write a bin; returns what meta.json says of it."""
-    tokens.tofile(path)
-    return SplitMeta(len(tokens), int(tokens.max(initial=0)), 0, 0, bin_sha256(path), spans, end)
-
-
-DOCS = [("alice", 40), ("king", 1), ("king", 100), ("alice", 9), ("king", 3), ("alice", 50)]
 
 
 @pytest.fixture(params=["in memory", "mapped"])
 def split(request, tmp_path, monkeypatch) -> Split:
     """The same split, in memory and memory-mapped."""
     if request.param == "mapped":
-        monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
+        monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
     split = open_split(tmp_path, "train", write_split(tmp_path, DOCS), T, CPU)
     assert isinstance(split.tokens, np.memmap) == (request.param == "mapped")
     return split
@@ -237,8 +197,8 @@ def test_evaluation_has_every_target_once_tagged_and_never_across_documents(spli
 @pytest.mark.parametrize("searched", [1, 7, 1000])
 @pytest.mark.parametrize("on_device_bytes", [0, 2**30])
 def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypatch, searched, on_device_bytes):
-    monkeypatch.setattr(batches, "SEARCHED_TOKENS", searched)
-    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", on_device_bytes)
+    monkeypatch.setattr(dataset, "SEARCHED_TOKENS", searched)
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", on_device_bytes)
     meta, end = write_split(tmp_path, DOCS), 60_000
     tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
     spans = meta.splits["train"].documents
@@ -285,7 +245,7 @@ def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- opening
+# --- gathering
 
 
 def test_an_opened_split_equals_what_was_written(split):
@@ -294,76 +254,3 @@ def test_an_opened_split_equals_what_was_written(split):
     assert split.tags.tolist() == [STYLES[style] for style, _ in DOCS]
     everything = split.gather(np.arange(len(split.tokens)), 1, CPU)
     assert everything[:, 0].tolist() == tokens_of(split).tolist()
-
-
-def test_a_missing_bin_names_it_and_what_to_run(tmp_path):
-    meta = write_split(tmp_path, DOCS)
-    (tmp_path / "train.bin").unlink()
-    with pytest.raises(DataError, match=r"train\.bin: not found.*prepare\.py"):
-        open_split(tmp_path, "train", meta, T, CPU)
-
-
-@pytest.mark.parametrize("change", [-2, -1, 1, 2])
-def test_a_bin_of_another_size_than_meta_says_is_refused(tmp_path, change):
-    meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
-    content = path.read_bytes()
-    path.write_bytes(content[:change] if change < 0 else content + b"\0" * change)
-    with pytest.raises(DataError, match=rf"train\.bin: is {len(content) + change} bytes.*{len(content)}"):
-        open_split(tmp_path, "train", meta, T, CPU)
-
-
-def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
-    for n in (0, 1, T):
-        with pytest.raises(DataError, match=rf"train\.bin: has {n} tokens.* {T + 1}"):
-            open_split(tmp_path, "train", write_split(tmp_path, [("alice", n)]), T, CPU)
-    split = open_split(tmp_path, "train", write_split(tmp_path, [("alice", T + 1)]), T, CPU)
-    assert TrainWindows(split, T, 1, 0.0).rows(0, 5)[0].tolist() == [0] * 5
-
-
-@pytest.mark.parametrize("hashed_bytes", [2**28, 100])
-@pytest.mark.parametrize("place", [0, 1, 201, 405])
-def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
-    """Of a large bin only some blocks are hashed, the first and the last among them."""
-    monkeypatch.setattr(batches, "HASHED_BYTES", hashed_bytes)
-    monkeypatch.setattr(batches, "BLOCK_BYTES", 20)
-    meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
-    content = bytearray(path.read_bytes())
-    assert len(content) == 406
-    content[place] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.bin: its SHA-256 does not match meta.*prepare\.py"):
-        open_split(tmp_path, "train", meta, T, CPU)
-
-
-def test_a_bins_hash_covers_all_bytes_or_if_large_blocks_from_end_to_end(tmp_path, monkeypatch):
-    path = tmp_path / "some.bin"
-    path.write_bytes(content := os.urandom(1001))
-    assert bin_sha256(path) == hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(batches, "HASHED_BYTES", 300)
-    monkeypatch.setattr(batches, "BLOCK_BYTES", 100)
-    assert bin_sha256(path) == hashlib.sha256(content[:100] + content[450:550] + content[901:]).hexdigest()
-
-
-def test_a_bin_that_is_no_regular_file_is_refused(tmp_path):
-    meta = write_split(tmp_path, DOCS)
-    (tmp_path / "train.bin").unlink()
-    os.mkfifo(tmp_path / "train.bin")
-    with pytest.raises(DataError, match=r"train\.bin: is not a regular file"):
-        open_split(tmp_path, "train", meta, T, CPU)
-
-
-def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "ON_DEVICE_BYTES", 0)
-    n = 2_000_000
-    meta = write_split(tmp_path, [("alice", n)])
-    windows = TrainWindows(open_split(tmp_path, "train", meta, 64, CPU), 64, 1, 0.5)
-
-    def own_mb() -> float:  # pages of the file itself belong to the system
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-        return int(line.split()[1]) / 1024
-
-    for step in range(10_000):
-        windows.batch(4 * step, 4, CPU)
-        if step == 1000:
-            before = own_mb()
-    assert own_mb() - before < 10
