@@ -4,6 +4,7 @@ import html
 import io
 import random
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import read_all, within
@@ -266,6 +267,41 @@ def test_entities_are_neither_expanded_nor_fetched(tmp_path):
 def test_hostile_html_takes_time_linear_in_its_length(unit):
     with within(30):  # a second each; minutes if it were quadratic
         books.html_text(unit * 200_000)
+
+
+@pytest.mark.parametrize("page", ["<div>{0}</p>{0}", "<div><p>{0}</p></div>{0}", "<div><a>x{0}</a>{0}"])
+def test_elements_nested_so_deep_that_closing_them_takes_minutes_are_refused(page):
+    opened, closed, _ = page.split("{0}")
+    with pytest.raises(DataError, match=r"a\.html: nests its elements too deep, [\d,]+ are open at once"):
+        books.read("a.html", (opened * 30_000 + closed * 30_000).encode())
+
+
+@pytest.mark.parametrize("unit", ["<font>x", "<div><p>x</p>", "<b>x<br>", "<a name=x>x", "<a href=x></a>", "<ul><li>x"])
+def test_elements_that_are_never_closed_are_read(unit):
+    assert books.html_text(unit * 5000).count("x") == 5000 * ("x" in unit.replace("=x", ""))
+
+
+def test_a_page_is_the_same_text_however_it_is_parsed(monkeypatch):
+    page = "".join(
+        f"<p>Page {i}, <i>caf\xe9 &amp;\xa0x</i>\r\n<a href='#n'>[{i}]</a><pre>a\n  b</pre><!-- {i} -->"
+        for i in range(200)
+    )
+    expected = books.html_text(page)
+    for fed in (1, 7, 10**6):
+        monkeypatch.setattr(books, "FED", fed)
+        assert books.html_text(page) == expected
+
+
+def test_nested_links_are_joined_only_where_they_may_be_notes(monkeypatch):
+    joined = []
+    monkeypatch.setattr(books, "NOTE_MARK", SimpleNamespace(fullmatch=joined.append))
+    books.html_text("<div><a>word " * 500 + "</a></div>" * 500)
+    assert sum(map(len, joined)) <= 500 * books.NOTE_CHARS
+
+
+def test_a_chapter_is_read_once():
+    spine = OPF.replace('<itemref idref="a"/>', '<itemref idref="a"/>' * 1000)
+    assert books.read("a.epub", epub({"OEBPS/book.opf": spine})) == books.read("a.epub", epub())
 
 
 def test_mutated_epubs_raise_nothing_but_data_errors():

@@ -28,10 +28,13 @@ CONVERTED = {
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".docx", ".odt", ".rtf"), "Calibre's ebook-convert"),
     ".doc": "soffice --convert-to docx, then Calibre's ebook-convert",
 }  # what makes a .txt or an .epub of these
-UNPACKED, UNPACKED_FLOOR = 100, 10 * 2**20  # a packed file may unpack to this many times its size, plus these bytes
+UNPACKED, UNPACKED_FLOOR = 100, 2**20  # a packed file may unpack to this many times its size, plus these bytes
 ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
 BOOK_BYTES = 50 * 2**20  # the Bible, the longest of books, has 5 MB
 MOST_MEMBERS, MEMBER = 20_000, b"PK\1\2"  # files in an archive; how the record of each begins
+MOST_PATH = 1000  # characters of a path in an archive
+# An end tag is compared with every open element, so their products are bounded: a third of a second, and 0.7 us a byte
+FED, COMPARED, COMPARED_A_BYTE = 2**12, 10**8, 200
 
 # newlines before and after an element, as in the HTML standard's style sheet for browsers
 LINES = dict.fromkeys("address center dd dir div dt figcaption legend li table tr".split(), 1) | dict.fromkeys(
@@ -45,6 +48,7 @@ OUTSIDE_NAMES = frozenset(
     "backlink copyright-page cover doc-backlink doc-cover doc-noteref doc-pagebreak doc-toc landmarks lot loi noteref "
     "page-list pagebreak pagenum pageno pg-boilerplate toc".split()
 )
+NOTE_CHARS = 20  # of the longest, spaces included
 NOTE_MARK = re.compile(r"[\[(]?(?:\d{1,4}|[*†‡§‖¶]{1,3})[\])]?")
 FONT_OBFUSCATION = {"http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC"}  # not of the text
 
@@ -60,7 +64,7 @@ def read(name: str, content: bytes, encoding: str = "") -> tuple[str, str]:
     if suffix == ".epub":
         return _epub(name, content), ""
     text, guessed = decode(name, content, encoding)
-    return (html_text(text) if suffix in HTML else text), guessed
+    return (html_text(text, name) if suffix in HTML else text), guessed
 
 
 def decode(name: str, content: bytes, encoding: str = "") -> tuple[str, str]:
@@ -104,12 +108,20 @@ def _count_high(content: bytes) -> int:
     return len(content) - len(content.decode("ascii", "ignore"))
 
 
-def html_text(content: str) -> str:
-    """The text of an HTML or XHTML document."""
+def html_text(content: str, name: str = "") -> str:
+    """The text of an HTML or XHTML document; raises DataError with its `name` if parsing it may take minutes."""
     from lxml import etree  # a tenth of a second, for those who need it
 
-    parser = etree.HTMLParser(target=_Layout(), encoding="utf-8")
-    parser.feed(content.encode("utf-8", "replace"))
+    layout, encoded = _Layout(), content.encode("utf-8", "replace")
+    parser = etree.HTMLParser(target=layout, encoding="utf-8")
+    left = COMPARED + COMPARED_A_BYTE * len(encoded)
+    for start in range(0, len(encoded), FED):
+        fed = encoded[start : start + FED]
+        ends = fed.count(b"</")
+        left -= (layout.depth + fed.count(b"<") - ends) * ends
+        if left < 0:
+            raise DataError(f"{name}: nests its elements too deep, {layout.depth:,} are open at once; refused")
+        parser.feed(fed)
     return parser.close()
 
 
@@ -120,10 +132,12 @@ class _Layout:
         self.pieces: list[str] = []
         self.lines = 0  # newlines that are due before the next text
         self.is_spaced = False  # whether a space is
-        self.outside = self.preformatted = 0  # how many open elements are
-        self.links: list[tuple[int, int, bool]] = []  # the state at the start of each open link within the book
+        self.depth = self.outside = self.preformatted = 0  # how many elements are open, and how many of them are
+        self.chars = 0  # in the pieces
+        self.links: list[tuple[int, int, int, bool]] = []  # the state at the start of each open link within the book
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self.depth += 1
         if self.outside or self._is_outside(tag, attributes):
             self.outside += 1
             return
@@ -133,23 +147,25 @@ class _Layout:
         self.is_spaced |= tag in ("td", "th")
         self.preformatted += tag == "pre"
         if tag == "a":
-            self.links.append((len(self.pieces), self.lines, self.is_spaced))
+            self.links.append((len(self.pieces), self.chars, self.lines, self.is_spaced))
 
     def _is_outside(self, tag: str, attributes: dict[str, str]) -> bool:
         names = " ".join(attributes.get(key, "") for key in ("class", "epub:type", "role")).lower().split()
         return tag in OUTSIDE or "hidden" in attributes or not OUTSIDE_NAMES.isdisjoint(names)
 
     def end(self, tag: str) -> None:
+        self.depth -= 1
         if self.outside:
             self.outside -= 1
             return
         self.lines = max(self.lines, LINES.get(tag, 0))
         self.preformatted -= tag == "pre"
         if tag == "a" and self.links:
-            n, lines, is_spaced = self.links.pop()
-            if NOTE_MARK.fullmatch("".join(self.pieces[n:]).strip()):
+            n, chars, lines, is_spaced = self.links.pop()
+            is_short = self.chars - chars <= NOTE_CHARS  # joining longer links would take long where they are nested
+            if is_short and NOTE_MARK.fullmatch("".join(self.pieces[n:]).strip()):
                 del self.pieces[n:]
-                self.lines, self.is_spaced = lines, is_spaced
+                self.chars, self.lines, self.is_spaced = chars, lines, is_spaced
 
     def data(self, text: str) -> None:
         if self.outside or not text:
@@ -165,6 +181,7 @@ class _Layout:
             if self.pieces:
                 self.pieces.append("\n" * self.lines or " " * self.is_spaced)
             self.pieces.append(text.replace("\xa0", " "))
+            self.chars += len(text)
             self.lines, self.is_spaced = 0, ends_spaced
 
     def close(self) -> str:
@@ -233,7 +250,7 @@ def _chapters(name: str, members: _Members) -> Iterator[str]:
         if not {a.get("Algorithm") for tag, a in listed if tag == "EncryptionMethod"} <= FONT_OBFUSCATION:
             raise DataError(f"{name}: is encrypted (DRM), so it can't be read; get a copy without it")
     roots = [a["full-path"] for tag, a in members.elements("META-INF/container.xml") if tag == "rootfile"]
-    package = members.elements(roots[0])
+    package = members.elements(roots[0][:MOST_PATH])
     folder = posixpath.dirname(roots[0])
 
     def place(href: str) -> str:
@@ -241,10 +258,10 @@ def _chapters(name: str, members: _Members) -> Iterator[str]:
 
     items = {a["id"]: a for tag, a in package if tag == "item"}
     guide = {place(a["href"]) for tag, a in package if tag == "reference" and a.get("type") in OUTSIDE_NAMES}
-    for idref in [a["idref"] for tag, a in package if tag == "itemref" and a.get("linear") != "no"]:
-        item = items[idref]
+    spine = [a["idref"] for tag, a in package if tag == "itemref" and a.get("linear") != "no"]
+    for item in (items[idref] for idref in dict.fromkeys(spine)):
         path = place(item["href"])
         if "html" in item["media-type"] and "nav" not in item.get("properties", "").split() and path not in guide:
             text, _ = decode(f"{name}: {path}", members.read(path))
-            if chapter := html_text(text).strip():
+            if chapter := html_text(text, f"{name}: {path}").strip():
                 yield chapter
