@@ -239,7 +239,7 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         pass
     except (ConfigError, OSError, *mistakes) as e:
-        print(f"{script}: {e}", file=sys.stderr)
+        print(f"{script}: {describe(e) if isinstance(e, OSError) else e}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError":  # torch's, and torch is not imported here
@@ -319,7 +319,9 @@ def read_yaml(path: Path, error: type[Exception]) -> Any:
 
 
 def describe(e: Exception) -> str:
-    """An exception's message, shortened."""
+    """An exception's message, shortened; an operating system's names its file first, as ours do."""
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
     return shorten(str(e)) or type(e).__name__
 
 

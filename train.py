@@ -342,10 +342,10 @@ def train(cfg: TrainConfig, start: Start) -> None:
     if start.resumes:
         progress = restore(start, state.optimizers, state.scaler, state.average)
     machine.barrier()  # every rank has read the checkpoint
-    moved = run.make_way(start.path if start.resumes else None)
+    moved = run.make_way(start.path if start.resumes else None, progress)
     run.keep_config(cfg)
     sinks = open_sinks(config, progress.run_id) if machine.is_main else []
-    log = Log(run.out, progress, machine, sinks, "sample_tokens" in cfg.given)
+    log = Log(run.folder.where, progress, machine, sinks, "sample_tokens" in cfg.given)
     about = f"{machine}, parameters: {model.num_params():,}"
     for line in (about, *describe_choice(cfg, minutes), *moved, *describe_resuming(cfg, start, progress)):
         log.print(line)
@@ -365,7 +365,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
             progress.iter_num += 1
             meter.steps += 1
             bar.update()
-            requests = signals.agreed()
+            requests = signals.agreed(bool(run.folder.lost))
             evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
             logs = evaluates or any(requests) or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
             if logs or machine.device.type == "cpu":
@@ -373,29 +373,29 @@ def train(cfg: TrainConfig, start: Start) -> None:
             if logs:
                 lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
-            is_best = False
+            val_loss = math.inf
             if evaluates:
                 with state.average.applied() if state.average else contextlib.nullcontext():
                     result = evaluate(model, val, token_bytes, plan, machine)
                     sample = preview(model) if previews else {}
-                is_best = progress.note(result["loss"])
+                progress.note(val_loss := result["loss"])
                 log.evaluation(progress, result | sample)
             if evaluates or requests.end or requests.save:
-                unsaved = run.save(model, state.optimizers, state.scaler, progress, is_best, state.average)
+                unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
 
     # --- end
     bar.close()
     log.close()
-    run.close()
+    run.folder.close()
     machine.leave()
-    if unsaved:
-        raise ConfigError(unsaved)
+    if unsaved or (run.folder.lost and not machine.launched):
+        raise ConfigError(unsaved or run.folder.lost)
     if progress.has_run_out_of(cfg.patience):
         log.print(f"stopped: {progress.bad_evals} evaluations without a better val loss; a larger --patience trains on")
     if requests.end and progress.iter_num < cfg.max_iters:
-        log.print(f"ended by a signal; --init_from=auto resumes from step {progress.iter_num}")
+        log.print(run.folder.lost or f"ended by a signal; --init_from=auto resumes from step {progress.iter_num}")
         raise SystemExit(0 if machine.launched else RESUMABLE)  # torchrun would restart ranks that exit otherwise
     for line in progress.summary(run.out / "best.pt"):
         log.print(line)

@@ -114,8 +114,8 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     return {
         "step_ms": median_ms(lambda i: train.train_step(state, windows, i), 5),
         "watch_ms": median_ms(lambda i: watch(), 1000),
-        "save_ms": median_ms(lambda i: run.save(*saved, progress, is_best=False), 5),
-        "save_best_ms": median_ms(lambda i: run.save(*saved, progress, is_best=True), 5),
+        "save_ms": median_ms(lambda i: run.save(*saved, progress), 5),
+        "save_best_ms": median_ms(lambda i: run.save(*saved, progress, val_loss=-float(i)), 5),
     }
 
 

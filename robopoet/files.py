@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +32,16 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give the file at `path` a second name, in place of what has it; a copy where the file system has no links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        with open(path, "rb") as source, replacing(name) as copy:
+            shutil.copyfileobj(source, copy, 2**20)
 
 
 def append_lines(path: Path, lines: bytes) -> None:

@@ -165,9 +165,9 @@ class Signals:
                 portable.set_alarm(self.timeout_s)
             self.end = True
 
-    def agreed(self) -> Requests:
-        """What any rank was asked to do; every rank calls this after every step."""
-        heard, self.save = Requests(self.end, self.save), False
+    def agreed(self, must_end: bool = False) -> Requests:
+        """What any rank was asked to do, or must; every rank calls this after every step."""
+        heard, self.save = Requests(self.end or must_end, self.save), False
         if self.machine.world_size == 1:
             return heard
         votes = torch.tensor(heard, dtype=torch.int32)

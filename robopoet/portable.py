@@ -1,14 +1,16 @@
 """What only some systems have, in one place: Windows lacks all of it, and the rest of the code need not know."""
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
 
 try:
+    import fcntl
     import resource
 except ImportError:
-    resource = None
+    fcntl = resource = None
 
 SIGUSR1 = getattr(signal, "SIGUSR1", None)
 SIGHUP = getattr(signal, "SIGHUP", None)
@@ -31,9 +33,33 @@ def peak_resident_mb() -> float:
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries, such as a rename, to the disk, where a folder can be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    if (folder := open_folder(path)) is not None:
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor that stays with a folder when it is renamed; None on Windows, where an open file prevents that."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else None
+
+
+def close_folder(descriptor: int | None) -> None:
+    """Close what open_folder() opened."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def folder_of(descriptor: int | None) -> Path | None:
+    """Where an open folder is now; None if it was deleted, or where the system does not tell."""
+    if descriptor is None:
+        return None
+    with contextlib.suppress(OSError):
+        if hasattr(fcntl, "F_GETPATH"):  # macOS
+            path = os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+        else:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return Path(path)
+    return None

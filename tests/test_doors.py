@@ -251,7 +251,7 @@ def passages(small: dict, folder: Path) -> Door:
 def metrics(small: dict, folder: Path) -> Door:
     path = folder / "metrics.jsonl"
     lines = [{"kind": "train", "iter": i, "loss": 1.0, "run": "a"} for i in range(4)]
-    return Door(path, lines, as_lines, lambda: Log(folder, Progress(2, run_id="a"), CPU, []))
+    return Door(path, lines, as_lines, lambda: Log(lambda: folder, Progress(2, run_id="a"), CPU, []))
 
 
 def prompt(small: dict, folder: Path) -> Door:

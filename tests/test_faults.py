@@ -26,7 +26,8 @@ from robopoet.text.dataset import FORMAT, Meta, SplitMeta
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.training import log
 from robopoet.training import run as run_module
-from robopoet.training.run import Progress, Run, lock_folder
+from robopoet.training.folder import lock_folder
+from robopoet.training.run import Progress, Run
 from robopoet.training.start import find_start
 from robopoet.weights import checkpoint
 from train import TrainConfig
@@ -59,8 +60,8 @@ def save_step():
 
     def save(out: Path, step: int) -> None:
         run = Run(out, dataclasses.asdict(cfg), meta, CPU)
-        run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), is_best=True)
-        run.close()
+        run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), val_loss=float(-step))
+        run.folder.close()
 
     return save
 
@@ -219,7 +220,7 @@ def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(ConfigError, match=r"step 6 could not be saved .*: No space left on device"):
+    with pytest.raises(ConfigError, match=r"step 6 could not be saved: No space left on device"):
         train.main(TrainConfig(**small))
 
 

@@ -340,3 +340,29 @@ def test_an_overflow_in_float16_is_skipped_by_shards_as_by_copies(uneven, faulty
         ends.append((losses(out), checkpoint.load(out / "ckpt.pt")["scaler"]))
     assert all(map(math.isfinite, ends[1][0])) and ends[1][0] == pytest.approx(ends[0][0], abs=1e-3)
     assert ends[1][1] == ends[0][1] and ends[1][1]["scale"] == 2.0**15
+
+
+# train.py, but the main rank's folder is moved while it trains
+MOVED = """
+import os, sys
+import configurator, train
+train_step, out = train.train_step, sys.argv.pop(1)
+
+def moving(state, windows, number):
+    if number == 2 and state.machine.is_main:
+        os.rename(out, out + "-moved")
+    return train_step(state, windows, number)
+
+train.train_step = moving
+configurator.launch(train.main, train.TrainConfig)
+"""
+
+
+def test_all_ranks_end_when_their_folder_is_moved(small, tmp_path):
+    """The end counts as one that was asked for: torchrun would restart ranks that fail, and auto begin a new run."""
+    (tmp_path / "moved.py").write_text(MOVED)
+    out = small["out_dir"]
+    done = torchrun(small, str(tmp_path / "moved.py"), out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{out} was moved while this run wrote to it") == 1 and not Path(out).exists()
+    assert checkpoint.load(Path(f"{out}-moved") / "ckpt.pt")["iter_num"] == 4

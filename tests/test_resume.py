@@ -1,4 +1,4 @@
-"""A run's folder: a new run keeps the one before, resuming completes the config from the checkpoint, nothing mixes."""
+"""Resuming: the config is completed from the checkpoint, and nothing mixes."""
 
 import dataclasses
 import json
@@ -13,14 +13,13 @@ from conftest import at_step, records
 
 import configurator
 import prepare
-import robopoet.training.run
 import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.training.log import Meter
 from robopoet.training.plan import fit_schedule
-from robopoet.training.run import Progress, lock_folder, set_aside
+from robopoet.training.run import Progress
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -34,109 +33,7 @@ def run(keys: dict, **changes) -> list[dict]:
     return records(Path(keys["out_dir"]))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """The files of a run and their content."""
-    return {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
-
-
-# --- a new run where one was
-
-
-def test_a_new_run_moves_the_one_before_to_previous_and_keeps_one_generation(small, capsys):
-    out = Path(small["out_dir"])
-    run(small)
-    assert not (out / "previous").exists()
-    first = hashes(out)
-    capsys.readouterr()
-    run(small, seed=1, tensorboard=True)
-    told = capsys.readouterr().out
-    assert hashes(out / "previous") == first and f"moved to {out}/previous" in told
-    assert f"--init_from=auto --out_dir={out}/previous" in told
-    second = hashes(out)
-    assert any(name.startswith("events.out.tfevents") for name in second)
-    run(small, seed=2)
-    assert hashes(out / "previous") == second
-    assert not any(name.startswith("events.out.tfevents") for name in hashes(out))
-    (out / "mine.txt").write_text("a user's own")
-    run(small, init_from=str(out / "best.pt"))
-    assert (out / "mine.txt").read_text() == "a user's own" and (out / "previous" / "best.pt").exists()
-
-
-def test_a_run_without_a_checkpoint_is_no_reason_to_drop_the_one_before(small, capsys):
-    out = Path(small["out_dir"])
-    run(small)
-    first = hashes(out)
-    with pytest.raises(DivergedAtOnceError):
-        killed_before_its_first_save(small)
-    assert hashes(out / "previous") == first and (out / "metrics.jsonl").exists()
-    capsys.readouterr()
-    run(small, init_from="auto", seed=2)
-    assert hashes(out / "previous") == first
-    assert f"--out_dir={out}/previous resumes the one there" in capsys.readouterr().err
-
-
-def test_a_new_run_never_takes_the_place_of_one_that_is_going_or_that_it_starts_from(small):
-    out = Path(small["out_dir"])
-    run(small)
-    run(small, seed=1)
-    found, before = hashes(out), hashes(out / "previous")
-    with pytest.raises(ConfigError, match="may be replaced by a new run"):
-        run(small, init_from=str(out / "previous" / "best.pt"))
-    with lock_folder(out / "previous"), pytest.raises(ConfigError, match="another run is writing to"):
-        run(small, seed=2)
-    assert hashes(out) == found and hashes(out / "previous") == before
-
-
-class DivergedAtOnceError(Exception):
-    pass
-
-
-def killed_before_its_first_save(keys: dict) -> None:
-    """Begin a new run and end it with its second step."""
-
-    class Killer:
-        def __init__(self, *args):
-            raise DivergedAtOnceError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "save", Killer)
-        run(keys, seed=5, init_from="scratch")
-
-
-@pytest.mark.parametrize("moved", range(5))
-def test_a_process_killed_while_it_moves_a_run_loses_none_of_it(small, monkeypatch, moved):
-    out = Path(small["out_dir"])
-    run(small)
-    first, replace = hashes(out), os.replace
-
-    def replace_some(source, target):
-        nonlocal moved
-        if moved == 0:
-            raise DivergedAtOnceError
-        moved -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(robopoet.training.run.os, "replace", replace_some)
-    with pytest.raises(DivergedAtOnceError):
-        set_aside(out)
-    monkeypatch.undo()
-    run(small, seed=3)
-    assert hashes(out / "previous") == first
-
-
 # --- runs never mix
-
-
-def test_auto_never_resumes_another_run_and_metrics_hold_one_run_alone(small):
-    out = Path(small["out_dir"])
-    old = run(small)
-    with pytest.raises(DivergedAtOnceError):
-        killed_before_its_first_save(small)
-    found = run(small, init_from="auto", seed=5)
-    fresh = run(small, seed=5, out_dir=str(out.parent / "fresh"))
-    assert [r["loss"] for r in found] == [r["loss"] for r in fresh] != [r["loss"] for r in old]
-    assert {r["run"] for r in found} == {checkpoint.load(out / "ckpt.pt")["run_id"]}
-    assert len({r["run"] for r in [*old, *found, *fresh]}) == 3
 
 
 def test_records_of_another_run_are_dropped_on_resuming(small):

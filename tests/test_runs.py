@@ -251,7 +251,7 @@ RESULT = {"loss": 1.0, "loss_se": 0.1, "ppl": 2.7, "bpb": 1.0, "loss_by_style": 
 
 def test_overfitting_is_told_once_with_the_step_of_the_best_model(tmp_path, capsys):
     def told(train_loss: float, *val_losses: float) -> list[str]:
-        log, progress = Log(tmp_path, Progress(), find_machine("cpu", "float32"), []), Progress()
+        log, progress = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), []), Progress()
         for val_loss in val_losses:
             progress.iter_num += 10
             log.train(RECORD | {"loss": train_loss}, max_iters=100, eval_interval=10)
@@ -276,7 +276,7 @@ def test_a_run_ends_with_its_losses_its_model_and_how_to_write_with_it(small, ca
 
 
 def test_the_time_left_counts_evaluations(tmp_path, capsys):
-    log = Log(tmp_path, Progress(), find_machine("cpu", "float32"), [])
+    log = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), [])
     log.train(RECORD, max_iters=110, eval_interval=25)
     log.evaluation(Progress(iter_num=10), RESULT)
     log.train(RECORD, max_iters=110, eval_interval=25)
@@ -307,7 +307,7 @@ def test_a_runs_config_yaml_gives_the_same_run(small, tmp_path):
     assert "n_layer: 2\n" in Path(path).read_text() and "seed" not in Path(path).read_text()
     train.main(configurator.load(TrainConfig, [path]))
     assert losses(records(small["out_dir"])) == losses(first)
-    assert Path(small["out_dir"], "previous", "config.yaml").exists()
+    assert Path(small["out_dir"], "previous/1/config.yaml").exists()
 
 
 # --- loggers that fail

@@ -21,6 +21,7 @@ import msgspec
 import torch
 from tqdm import tqdm
 
+import configurator
 from configurator import ConfigError, warn
 from model import GPT
 from robopoet.files import append_lines, replacing
@@ -130,11 +131,19 @@ class Position:
 class Log:
     """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one.
 
-    shows_samples: print the text of evaluations though stdout is no terminal.
+    where: returns the run's folder, which may change. shows_samples: print the text of evaluations though stdout is no
+    terminal.
     """
 
-    def __init__(self, out: Path, progress: Progress, machine: Machine, sinks: list[Sink], shows_samples: bool = False):
-        self.active, self.path, self.run_id = machine.is_main, out / "metrics.jsonl", progress.run_id
+    def __init__(
+        self,
+        where: Callable[[], Path],
+        progress: Progress,
+        machine: Machine,
+        sinks: list[Sink],
+        shows_samples: bool = False,
+    ):
+        self.active, self.where, self.run_id = machine.is_main, where, progress.run_id
         self.sinks, self.prints = sinks, True
         self.shows_samples = self.active and (shows_samples or sys.stdout.isatty())
         self.train_loss, self.eval_s = math.inf, 0.0  # of the last record, and of the last evaluation
@@ -143,10 +152,11 @@ class Log:
 
     def _keep_until(self, step: int) -> None:
         """Drop the records of steps that will run again, of other runs, and lines that are no records."""
-        with replacing(self.path) as f:
-            for number, line in read_lines(self.path, ConfigError) if step and self.path.exists() else ():
+        path = self.where() / "metrics.jsonl"
+        with replacing(path) as f:
+            for number, line in read_lines(path, ConfigError) if step and path.exists() else ():
                 try:
-                    found = decode_json(line, Position, f"{self.path}: line {number}", ConfigError, "dropped")
+                    found = decode_json(line, Position, f"{path}: line {number}", ConfigError, "dropped")
                     if found.run == self.run_id and found.iter <= step:
                         f.write(line + b"\n")
                 except ConfigError as e:
@@ -166,9 +176,10 @@ class Log:
         if not self.active:
             return
         try:
-            append_lines(self.path, msgspec.json.encode(record | {"run": self.run_id}) + b"\n")  # NaN becomes null
-        except OSError as e:
-            warn(f"{self.path}: a record is lost: {e.strerror}")
+            line = msgspec.json.encode(record | {"run": self.run_id}) + b"\n"  # NaN becomes null
+            append_lines(self.where() / "metrics.jsonl", line)
+        except (OSError, ConfigError) as e:
+            warn(f"a record of step {record['iter']} is lost: {configurator.describe(e)}")
         where = record["split"] if record["kind"] == "eval" else "train"
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
         values = {f"{where}/{key}": flat[key] for key in flat if key == "text" or isinstance(flat[key], int | float)}

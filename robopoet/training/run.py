@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its checkpoints, and the earlier run that it replaces."""
+"""A run: how far it has come, and what it saves in its folder."""
 
 import contextlib
 import dataclasses
@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import BaseFileLock, FileLock, Timeout
 from torch.utils._pytree import tree_map_only
 
-from configurator import ConfigError, warn
+from configurator import ConfigError, describe, warn
 from model import GPT
 from robopoet.files import replacing
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
 from robopoet.training.average import Average
+from robopoet.training.folder import Folder, earlier_runs, set_aside
 from robopoet.training.sharding import full_tensor
 from robopoet.weights import checkpoint
-
-CHECKPOINTS = ("ckpt.pt", "ckpt.prev.pt", "ckpt.damaged.pt", "best.pt")
 
 
 @dataclass
@@ -43,15 +41,13 @@ class Progress:
     seconds: float = 0.0
     run_id: str = ""
 
-    def note(self, val_loss: float) -> bool:
-        """Count an evaluation; returns whether its loss is the best so far."""
+    def note(self, val_loss: float) -> None:
+        """Count an evaluation."""
         if self.first_val_loss == math.inf:
             self.first_val_loss = val_loss
-        is_best = val_loss < self.best_val_loss
         self.bad_evals += 1
-        if is_best:
+        if val_loss < self.best_val_loss:
             self.best_val_loss, self.best_iter, self.bad_evals = val_loss, self.iter_num, 0
-        return is_best
 
     def has_run_out_of(self, patience: int) -> bool:
         """Whether so many evaluations have brought no better loss; a patience of 0 never runs out."""
@@ -68,22 +64,22 @@ class Progress:
 
 
 class Run:
-    """The folder `out`: locked for this run until close(), or until its process ends, however it ends.
+    """What a run saves in `out`, which is its own until close(), or until its process ends, however it ends.
 
     config, meta: stored in every checkpoint. Raises ConfigError if the folder can't be written or
     another run is writing to it.
     """
 
     def __init__(self, out: Path, config: dict[str, Any], meta: Meta, machine: Machine):
-        self.out, self.machine = out, machine
+        self.machine, self.best_loss = machine, math.inf  # best.pt's, if it is this run's
         self.about = {"config": config, "tokenizer": meta.tokenizer.to_json()}
         self.about |= {"text_sha256": meta.text_sha256, "licences": list(meta.licences)}
-        self.lock = lock_folder(out) if machine.is_main else None
+        self.folder = Folder(out, machine.is_main)
 
-    def close(self) -> None:
-        """Unlock the folder."""
-        if self.lock:
-            self.lock.release()
+    @property
+    def out(self) -> Path:
+        """The folder; another once the run has lost its own."""
+        return self.folder.path
 
     def save(
         self,
@@ -91,13 +87,13 @@ class Run:
         optimizers: list[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         progress: Progress,
-        is_best: bool,
+        val_loss: float = math.inf,
         average: Average | None = None,
     ) -> str:
-        """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if this is the best model so far.
+        """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if the run has none as good on the disk.
 
-        average: of the weights, which best.pt then holds. All ranks call it, to gather what is sharded; the main one
-        writes. Returns "" if it was written; else an error message, and the previous checkpoint is kept.
+        val_loss: of this step, if it was evaluated. average: of the weights, which best.pt then holds. All ranks call
+        it, to gather what is sharded; the main one writes. Returns "" if it was written, else an error message.
         """
         latest = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
         states = [optimizer.state_dict() for optimizer in optimizers]
@@ -106,18 +102,22 @@ class Run:
         if not self.machine.is_main:
             return ""
         best = {key: value for key, value in latest.items() if key not in ("average", "optimizer_states")}
-        best["model"] = best["model"] | latest["average"]
+        best |= {"model": best["model"] | latest["average"], "best_val_loss": val_loss, "best_iter": progress.iter_num}
         for content in (best, latest):  # tied, and written once
             content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]
         # nanoGPT reads "optimizer", AdamW's
         latest |= {"optimizer": latest["optimizer_states"][0], "scaler": scaler.state_dict()}
         try:
-            if is_best:
-                checkpoint.save(self.out / "best.pt", best)
-            checkpoint.save(self.out / "ckpt.pt", latest, keep=self.out / "ckpt.prev.pt")
-        except OSError as e:
-            reason, step = e.strerror or e, progress.iter_num
-            return f"step {step} could not be saved to {self.out}: {reason}; the previous checkpoint is kept"
+            out = self.folder.where()
+            if not (out / "best.pt").exists():
+                self.best_loss = math.inf
+            if val_loss < self.best_loss:
+                checkpoint.save(out / "best.pt", best)
+                self.best_loss = val_loss
+            checkpoint.save(out / "ckpt.pt", latest, keep=out / "ckpt.prev.pt")
+        except (OSError, ConfigError) as e:
+            kept = "the previous checkpoint is kept" if (self.out / "ckpt.pt").exists() else "there is none"
+            return f"step {progress.iter_num} could not be saved: {describe(e)}; {kept}"
         return ""
 
     def keep_config(self, cfg: Any) -> None:
@@ -130,7 +130,7 @@ class Run:
             with replacing(self.out / "config.yaml") as f:
                 f.write(f"# python train.py {self.out}/config.yaml\n{text}".encode())
         except OSError as e:
-            warn(f"{self.out}/config.yaml could not be written: {e.strerror}")
+            warn(f"config.yaml could not be written: {describe(e)}")
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The full tensor, on the main rank's CPU if it is sharded: one at a time, no device holds the full model."""
@@ -147,64 +147,31 @@ class Run:
             return
         weights = 4 * model.num_params()
         needed = weights + 3 * (3 + averages) * weights  # two moments beside the weights
-        replaced = self.out if resumes else self.out / "previous"
-        there = sum(path.stat().st_size for name in CHECKPOINTS if (path := replaced / name).exists())
+        replaced = [self.out / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if resumes]
+        found = [path.stat() for path in replaced if path.exists()]
+        there = sum(file.st_size for file in found if file.st_nlink == 1)  # else an earlier run keeps it
         free = shutil.disk_usage(self.out).free
         if free + there < needed:
             more_mb = (needed - there) / 2**20
+            earlier = f"; earlier runs are in {self.out}/previous" if earlier_runs(self.out) else ""
             raise ConfigError(
                 f"out_dir: {self.out} has {free / 2**20:,.0f} MB free, the checkpoints take {more_mb:,.0f} MB more; "
-                "choose another disk, or free some space"
+                f"choose another disk, or free some space{earlier}"
             )
 
-    def make_way(self, resumed: Path | None) -> list[str]:
-        """Put aside what the first save must not replace; returns lines that say what was moved.
+    def make_way(self, resumed: Path | None, progress: Progress) -> list[str]:
+        """Put aside what the first save must not replace; returns a line that says where an earlier run is, if any.
 
         resumed: the checkpoint that the run resumes from; None for a new run.
         """
         if not self.machine.is_main:
             return []
+        if resumed:
+            self.best_loss = progress.best_val_loss
         if resumed == self.out / "ckpt.prev.pt":  # or the save would keep the damaged ckpt.pt in its place
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.out / "ckpt.pt", self.out / "ckpt.damaged.pt")
-        if resumed is None and set_aside(self.out):
-            previous = self.out / "previous"
-            return [
-                f"{self.out} held an earlier run: moved to {previous}, in place of what was there",
-                f"to resume that one instead: --init_from=auto --out_dir={previous}",
-            ]
+        if resumed is None and (kept := set_aside(self.out)):
+            stays = "; best.pt stays that run's until this one has its own" if (kept / "best.pt").exists() else ""
+            return [f"the earlier run is in {kept}: --init_from=auto --out_dir={kept} resumes it{stays}"]
         return []
-
-
-def lock_folder(out: Path) -> BaseFileLock:
-    """Make the folder and lock it until the lock is released, or the process ends; raises ConfigError if it can't."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(f"out_dir: another run is writing to {out}; wait for it, or choose another") from None
-    except OSError as e:
-        raise ConfigError(f"out_dir: {out} can't be written ({e.strerror}); choose another") from None
-    return lock
-
-
-def set_aside(out: Path) -> bool:
-    """Move an earlier run's files from `out` to out/previous, replacing those there; returns whether there was one.
-
-    If the process is killed meanwhile, nothing is lost and the next call finishes. Raises ConfigError if a run is
-    writing to out/previous.
-    """
-    part, previous = out / "previous.part", out / "previous"
-    found = [path for name in CHECKPOINTS if (path := out / name).exists()]
-    if not found and not part.exists():
-        return False
-    if previous.exists():
-        lock_folder(previous).release()
-    part.mkdir(exist_ok=True)
-    others = ("metrics.jsonl", "config.yaml", "events.out.tfevents.*")
-    for path in (*found, *(path for name in others for path in out.glob(name))):  # what resumes comes first
-        os.replace(path, part / path.name)
-    shutil.rmtree(previous, ignore_errors=True)
-    os.replace(part, previous)
-    return True

@@ -12,6 +12,7 @@ from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.text.dataset import Meta
 from robopoet.training.average import Average
+from robopoet.training.folder import earlier_runs
 from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
 from robopoet.untrusted import convert
@@ -43,12 +44,11 @@ def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
     if init_from == "scratch" or (init_from == "auto" and not latest.exists() and not previous.exists()):
         if eval_only:
             raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, e.g. --init_from=out/demo/best.pt")
-        if init_from == "auto" and (out / "previous" / "ckpt.pt").exists():
-            warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={out / 'previous'} resumes the one there")
+        kept = [folder for folder in (out / "previous", *earlier_runs(out)) if (folder / "ckpt.pt").exists()]
+        if init_from == "auto" and kept:
+            warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={kept[-1]} resumes the one there")
         return Start(None, latest, False)
     if init_from not in ("resume", "auto"):
-        if (out / "previous").resolve() in Path(init_from).resolve().parents and not eval_only:
-            raise ConfigError(f"init_from: {init_from} may be replaced by a new run in {out}; choose another out_dir")
         return Start(checkpoint.load(Path(init_from)), Path(init_from), False)
     try:
         return Start(checkpoint.load(latest), latest, True)
