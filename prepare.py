@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import configurator
@@ -29,10 +30,11 @@ from robopoet import files
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import corpus, dataset, sources, tokenizer
 from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
-from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, SavedChar, Tokenizer
 from robopoet.weights import checkpoint
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
+UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in corpus.SPLITS))
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 SHORT = 1_000_000  # bytes of a text that is best started from the base model
 SAMPLE = 100_000  # bytes of it that show whether the base model can read it
@@ -89,6 +91,9 @@ def main(cfg: PrepareConfig) -> None:
     content = checkpoint.load_base() if may_take_base else None
     base = checkpoint.tokenizer_of(content, checkpoint.BASE) if content else None
     fingerprint = _fingerprint(cfg, manifest, given or base)
+    if any((out / name).exists() for name in UNFINISHED):  # a killed run's, or another is at work
+        with _replacing(out):
+            pass
     if not cfg.force and _is_prepared(out, fingerprint):
         print(f"{out} is prepared already (--force does it again)")
         return
@@ -130,24 +135,21 @@ def main(cfg: PrepareConfig) -> None:
             f"the vocabulary has {tok.vocab_size} ids, must have at most {MAX_VOCAB_SIZE:,}; use --tokenizer=bpe"
         )
 
-    # --- bins, then meta.json
-    out.mkdir(parents=True, exist_ok=True)
+    # --- bins, then meta.json: until it is replaced the folder holds the earlier preparation
     parts = _split_documents(manifest, survey, "encoding")
-    meta = Meta(
-        format=FORMAT,
-        fingerprint=fingerprint,
-        text_sha256=survey.text_sha256,
-        vocab_size=tok.vocab_size,
-        styles=tokenizer.styles(tok) if styles else {},
-        licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
-        splits=_write_bins(out, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
-        tokenizer=tok.saved(),
-    )
-    if isinstance(tok, CharTokenizer):
-        with files.replacing(out / "meta.pkl") as f:
-            f.write(_nanogpt_meta(tok))
-    with files.replacing(out / "meta.json") as f:
-        f.write(dataset.encode_meta(meta))
+    with _replacing(out):
+        meta = Meta(
+            format=FORMAT,
+            fingerprint=fingerprint,
+            text_sha256=survey.text_sha256,
+            vocab_size=tok.vocab_size,
+            styles=tokenizer.styles(tok) if styles else {},
+            licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
+            splits=_write_bins(out, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
+            tokenizer=tok.saved(),
+        )
+        with files.replacing(out / "meta.json") as f:
+            f.write(dataset.encode_meta(meta))
     _report(out, survey, meta)
 
 
@@ -234,7 +236,7 @@ def _reads(tok: Tokenizer, parts: Iterator[tuple[Part, str]]) -> bool:
 
 
 def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:
-    """Encode all parts and write the three bins, all or none; returns what meta.json says of them.
+    """Encode all parts and write the three bins, unfinished as yet; returns what meta.json says of them.
 
     Each part ends with <|endoftext|> if the tokenizer has it. many: instead of a span for each document, meta.json gets
     one for each run of documents of one style, and the id that ends a document (`SplitMeta.end`).
@@ -249,36 +251,69 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             sizes[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
             yield part, text
 
-    unfinished = {name: out / f"{name}.bin.part" for name in corpus.SPLITS}
+    unfinished = {name: dataset.part_of(out, name) for name in corpus.SPLITS}
+    with contextlib.ExitStack() as stack:
+        bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
+        for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
+            size, spans = sizes[part.split], documents[part.split]
+            start = size["tokens"]
+            for ids in chain((ids for _, ids in pieces), end):
+                bins[part.split].write(ids.astype("<u2"))
+                size["tokens"] += len(ids)
+                size["largest"] = max(size["largest"], int(ids.max(initial=0)))
+            if many and spans and spans[-1].style == part.style:
+                spans[-1] = replace(spans[-1], stop=size["tokens"], works=spans[-1].works + 1)
+            else:
+                spans.append(Span(part.name, part.style, start, size["tokens"]))
+        for f in bins.values():
+            f.flush()
+            os.fsync(f.fileno())
+    if not sizes["train"]["tokens"]:
+        raise DataError("the corpus leaves nothing to train on; add text")
+    last = tok.specials[END] if many else -1
+    return {
+        name: SplitMeta(**sizes[name], sha256=dataset.bin_sha256(path), documents=tuple(documents[name]), end=last)
+        for name, path in unfinished.items()
+    }
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[None]:
+    """Lock `out` for a preparation that ends with a new meta.json; whatever happens, one of the two is there, whole.
+
+    Raises DataError if another one is at work.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.ExitStack() as stack:
-            bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
-            for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
-                size, spans = sizes[part.split], documents[part.split]
-                start = size["tokens"]
-                for ids in chain((ids for _, ids in pieces), end):
-                    bins[part.split].write(ids.astype("<u2"))
-                    size["tokens"] += len(ids)
-                    size["largest"] = max(size["largest"], int(ids.max(initial=0)))
-                if many and spans and spans[-1].style == part.style:
-                    spans[-1] = replace(spans[-1], stop=size["tokens"], works=spans[-1].works + 1)
-                else:
-                    spans.append(Span(part.name, part.style, start, size["tokens"]))
-        if not sizes["train"]["tokens"]:
-            raise DataError("the corpus leaves nothing to train on; add text")
-        last = tok.specials[END] if many else -1
-        entries = {
-            name: SplitMeta(**sizes[name], sha256=dataset.bin_sha256(path), documents=tuple(documents[name]), end=last)
-            for name, path in unfinished.items()
-        }
-        for name in ("meta.json", "meta.pkl"):  # until there are new ones the folder counts as not prepared
-            (out / name).unlink(missing_ok=True)
-        for name, path in unfinished.items():
-            os.replace(path, out / f"{name}.bin")
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
-    return entries
+        with FileLock(out / ".lock", timeout=0):
+            _tidy(out)
+            try:
+                yield
+            finally:
+                _tidy(out)
+    except Timeout:
+        raise DataError(f"{out}: another prepare.py is writing to it; wait for it, or choose another --out") from None
+
+
+def _tidy(out: Path) -> None:
+    """Finish a preparation whose meta.json is there, and remove what is left of one whose meta.json is not.
+
+    The bins come last: as long as one is unfinished, the next call does this again.
+    """
+    try:
+        meta = dataset.read_meta(out)
+    except DataError:
+        meta = None
+    if meta and isinstance(meta.tokenizer, SavedChar):
+        with files.replacing(out / "meta.pkl") as f:
+            f.write(_nanogpt_meta(tokenizer.from_json(meta.tokenizer)))
+    elif meta:
+        (out / "meta.pkl").unlink(missing_ok=True)
+    for name in dataset.SPLITS:
+        if meta and dataset.is_bin(part := dataset.part_of(out, name), meta.splits[name]):
+            os.replace(part, out / f"{name}.bin")
+    for name in UNFINISHED:
+        (out / name).unlink(missing_ok=True)
 
 
 def _nanogpt_meta(tok: CharTokenizer) -> bytes:

@@ -61,6 +61,11 @@ def read(out: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return meta, {name: np.fromfile(out / f"{name}.bin", dtype="<u2") for name in ("train", "val", "test")}
 
 
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a dataset but its lock."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+
+
 BPE, CHAR = ("--tokenizer=bpe", "--vocab_size=300"), ("--tokenizer=char",)
 
 
@@ -68,7 +73,7 @@ BPE, CHAR = ("--tokenizer=bpe", "--vocab_size=300"), ("--tokenizer=char",)
 def test_bins_hold_the_books_and_meta_says_where(books, argv):
     out = run_on(books, *argv)
     names = ["meta.json", *(["meta.pkl"] if argv == CHAR else []), "test.bin", "train.bin", "val.bin"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(contents(out)) == names
     meta, bins = read(out)
     tok = tokenizer.from_json(meta["tokenizer"])
     end = tok.specials[END]
@@ -154,26 +159,26 @@ def test_a_failed_download_of_gpt2s_table_is_reported(books, monkeypatch):
 
 
 def age(out: Path) -> None:
-    for path in out.iterdir():
-        os.utime(path, ns=(10**18, 10**18))
+    for name in contents(out):
+        os.utime(out / name, ns=(10**18, 10**18))
 
 
 def renewed(out: Path) -> bool:
-    times = {path.stat().st_mtime_ns for path in out.iterdir()}
+    times = {(out / name).stat().st_mtime_ns for name in contents(out)}
     assert times == {10**18} or 10**18 not in times  # all or none
     return times != {10**18}
 
 
 def test_a_prepared_corpus_is_left_alone(books, capsys):
     out = run_on(books, *CHAR)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     age(out)
     run_on(books, *CHAR)
     assert not renewed(out)
     assert "prepared already" in capsys.readouterr().out
     run_on(books, *CHAR, "--force")
     assert renewed(out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("change", ["text", "one more", "option", "short bin", "no bin", "damaged meta"])
@@ -200,7 +205,7 @@ def test_a_change_makes_it_prepare_again(books, change):
 @pytest.mark.parametrize("argv", [BPE, CHAR], ids=["bpe", "char"])
 def test_a_failure_midway_leaves_the_bins_before_and_no_partial_files(books, monkeypatch, argv):
     out = run_on(books, *argv)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     kind = BPETokenizer if argv is BPE else CharTokenizer
     encode, calls = kind.encode_pieces, []
 
@@ -214,10 +219,10 @@ def test_a_failure_midway_leaves_the_bins_before_and_no_partial_files(books, mon
     monkeypatch.setattr(kind, "encode_pieces", fail_in_the_second_book)
     with pytest.raises(OSError, match="disk full"):
         run_on(books, *argv, "--force")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     monkeypatch.undo()
     run_on(books, *argv, "--force")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
 
 
 def test_a_failing_write_leaves_no_partial_files(books, monkeypatch):
@@ -227,7 +232,7 @@ def test_a_failing_write_leaves_no_partial_files(books, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         run_on(books, *CHAR)
-    assert list((books.parent / "out").iterdir()) == []
+    assert contents(books.parent / "out") == {}
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(books, monkeypatch):
@@ -244,7 +249,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(books, monkeypatch):
         with pytest.raises(DataError, match="changed while"):
             run_on(books, *argv)
         out = books.parent / "out"
-        assert not out.exists() or list(out.iterdir()) == []
+        assert not out.exists() or contents(out) == {}
 
 
 # --- many documents

@@ -161,9 +161,21 @@ def bin_sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
+def part_of(folder: Path, name: str) -> Path:
+    """Where prepare.py writes a bin. It may be there still when meta.json, which is written last, describes it."""
+    return folder / f"{name}.bin.part"
+
+
+def is_bin(path: Path, split: SplitMeta) -> bool:
+    """Whether `path` is the bin that meta.json describes."""
+    return path.is_file() and path.stat().st_size == 2 * split.tokens and bin_sha256(path) == split.sha256
+
+
 def check_bin(folder: Path, name: str, meta: Meta) -> Path:
-    """The path of `folder/name.bin`; raises DataError when it is missing or not the one meta.json describes."""
+    """The path of the bin `name`; raises DataError when it is missing or not the one meta.json describes."""
     path, split = folder / f"{name}.bin", meta.splits[name]
+    if is_bin(part := part_of(folder, name), split):
+        return part
     if not path.exists():
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
     if (size := untrusted.check_regular(path, DataError)) != 2 * split.tokens:
