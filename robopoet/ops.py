@@ -13,6 +13,11 @@ from torch.nn import functional as F
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x in float64, on its device; on the CPU if that is Apple's MPS, which has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64, copy=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # linear
 

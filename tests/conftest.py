@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+import os
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,19 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def run_with_hooks(source: str, folder: Path, code: str) -> subprocess.CompletedProcess:
+    """Run Python code in a process whose torch finds the hooks of tests/`source`, built in `folder`."""
+    here, torch_dir, library = Path(__file__).parent, Path(torch.__file__).parent, folder / "hooks.so"
+    headers = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
+    links = [f"-L{torch_dir}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_dir}/lib"]
+    build = ["g++", "-shared", "-fPIC", "-std=c++20", str(here / source), "-o", str(library)]
+    subprocess.run([*build, *headers, *links], check=True)
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL)\n{code}"
+    environment = os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    keys = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run([sys.executable, "-c", code], **keys)
 
 
 @contextlib.contextmanager

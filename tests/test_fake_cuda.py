@@ -1,9 +1,6 @@
 """The CUDA path on a machine without a GPU: traced on fake tensors, and what the machine is asked before it is used."""
 
-import os
 import shutil
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import run_with_hooks
 
 import robopoet.machine
 import train
@@ -25,14 +23,7 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has hooks of its own; see test_cuda.py")
 def test_a_step_and_a_token_never_read_the_device_and_find_every_tensor_on_it(tmp_path):
-    torch_dir, library = Path(torch.__file__).parent, tmp_path / "fake_cuda.so"
-    headers = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
-    links = [f"-L{torch_dir}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_dir}/lib"]
-    build = ["g++", "-shared", "-fPIC", "-std=c++20", str(HERE / "fake_cuda.cpp"), "-o", str(library)]
-    subprocess.run([*build, *headers, *links], check=True)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "trace_cuda.py"), str(library)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_with_hooks("fake_cuda.cpp", tmp_path, (HERE / "trace_cuda.py").read_text(encoding="utf-8"))
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("step") for line in lines) == 18 and sum("token" in line for line in lines) == 4

@@ -1,13 +1,9 @@
 """Run by test_fake_cuda.py in a process of its own: a step and a token on fake CUDA tensors, which refuse to be read.
 
-argv: the library made of fake_cuda.cpp. A tensor on the wrong device, or a wait for the device, raises.
+A tensor on the wrong device, or a wait for the device, raises.
 """
 
-import ctypes
 import itertools
-import sys
-
-ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -213,8 +213,7 @@ class Engine(threading.Thread):
 
     def _uniforms(self, rows: list[int]) -> torch.Tensor:
         """The next number of the streams of the texts at these places."""
-        numbers = [self.running[row].sampler.streams[0].random() for row in rows]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.poet.machine.device)
+        return torch.cat([self.running[row].sampler.uniforms([0]) for row in rows])
 
     def _push(self, choice: Choice, token: Scored) -> None:
         """Append a token to a text; it leaves if that was its last."""

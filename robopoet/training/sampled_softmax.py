@@ -7,20 +7,21 @@ import numpy as np
 import torch
 
 from model import Sample
+from robopoet.ops import in_float64
 from robopoet.text.dataset import Split
 
 WINDOW = 4096  # ids are counted in up to as many windows of as many tokens
 
 
 def sampling_weights(split: Split, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Of each id, the power 0.75 of its frequency: (vocab_size,) float64, all above 0.
+    """Of each id, the power 0.75 of its frequency: (vocab_size,) float64, all above 0, on `device` if it has float64.
 
     The power is word2vec's (Mikolov et al. 2013, arXiv:1310.4546). A large split is counted in parts spread over it.
     """
     windows = min(-(-len(split.tokens) // WINDOW), WINDOW)
     starts = np.linspace(0, len(split.tokens), windows, endpoint=False).astype(np.int64)
     counts = torch.bincount(split.gather(starts, WINDOW, device).flatten(), minlength=vocab_size)
-    return (counts + 1).double() ** 0.75
+    return in_float64(counts + 1) ** 0.75
 
 
 def inclusion_probabilities(weights: torch.Tensor, size: int) -> torch.Tensor:
@@ -51,6 +52,7 @@ class SampledSoftmax:
         Minus the log of its probability is added to a drawn id's logit: so the sum of all ids' exponentials is
         estimated without bias.
         """
+        device, targets = targets.device, targets.to(self.weights.device)
         own = torch.zeros_like(self.weights, dtype=torch.bool)
         own[targets[targets >= 0]] = True
         ids, others = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
@@ -63,4 +65,5 @@ class SampledSoftmax:
             ids, shifts = torch.cat([ids, others[drawn]]), torch.cat([shifts, -probs[drawn].log().float()])
         places = torch.zeros_like(own, dtype=torch.int64)
         places[ids] = torch.arange(len(ids), device=own.device)
-        return torch.where(targets >= 0, places[targets.clamp(min=0)], -1), (ids, shifts)
+        places = torch.where(targets >= 0, places[targets.clamp(min=0)], -1)
+        return places.to(device), (ids.to(device), shifts.to(device))

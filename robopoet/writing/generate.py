@@ -123,7 +123,7 @@ def _slide(cache: KVCache, n: int | torch.Tensor, config: GPTConfig) -> tuple[sl
     first token are rotated to stay block_size - 1 before token n.
     """
     last, is_tensor = config.block_size - 1, isinstance(n, torch.Tensor)
-    rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys.dtype)
+    rotation_of = functools.partial(_rotation, config.n_embd // config.n_head, cache.keys)
     slid, ring = (n - last).clamp(min=0) if is_tensor else max(n - last, 0), 1 + (n - 1) % last
     if is_tensor or slid:
         cache.keys[:, :, :, :1] = rotate(cache.first, *(part[1] for part in rotation_of(slid)))
@@ -138,17 +138,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _rotation(head_size: int, dtype: torch.dtype, n: int | torch.Tensor) -> Rotation:
-    """Position n's cosines and sines for rotate; n is an int or, on CUDA, int64 (1,)."""
+def _rotation(head_size: int, keys: torch.Tensor, n: int | torch.Tensor) -> Rotation:
+    """Position n's cosines and sines for rotating such keys; n is an int or, on CUDA, int64 (1,)."""
     if isinstance(n, int):
-        return _rotations(head_size, dtype, n // STRETCH)[n % STRETCH]
-    return _expand(rotary_table(n, head_size).to(dtype))[0]
+        return _rotations(head_size, keys.dtype, keys.device, n // STRETCH)[n % STRETCH]
+    return _expand(rotary_table(n, head_size).to(keys.dtype))[0]
 
 
 @functools.lru_cache(maxsize=16)
-def _rotations(head_size: int, dtype: torch.dtype, stretch: int) -> list[Rotation]:
-    """_rotation() of STRETCH positions at a time, on the CPU: one by one, each would take a dozen calls."""
-    return _expand(rotary_table(torch.arange(STRETCH) + stretch * STRETCH, head_size).to(dtype))
+def _rotations(head_size: int, dtype: torch.dtype, device: torch.device, stretch: int) -> list[Rotation]:
+    """_rotation() of STRETCH positions at a time: one by one, each would take a dozen calls."""
+    return _expand(rotary_table(torch.arange(STRETCH, device=device) + stretch * STRETCH, head_size).to(dtype))
 
 
 def _expand(table: torch.Tensor) -> list[Rotation]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from robopoet.ops import in_float64
 from robopoet.writing.copies import Copied
 from robopoet.writing.passage import Settings
 
@@ -109,8 +110,9 @@ def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """One id per row, (B,) int64: the inverse of the cumulative distribution at `uniforms`, (B,) float64 in [0, 1)."""
-    cumulative = probs.to(torch.float64, copy=True).cumsum_(-1)  # cumsum with a dtype takes a quarter longer
-    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
+    cumulative = in_float64(probs).cumsum_(-1)  # cumsum with a dtype takes a quarter longer
+    points = uniforms.to(cumulative.device) * cumulative[:, -1]
+    return torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].to(probs.device)
 
 
 class Sampler:
@@ -171,9 +173,8 @@ class Sampler:
         self.stuck = [False] * len(rows)
 
     def uniforms(self, rows: list[int]) -> torch.Tensor:
-        """The next number of each of these rows' streams, float64 in [0, 1)."""
-        numbers = np.array([self.streams[row].random() for row in rows])
-        return torch.from_numpy(numbers).to(self.forbidden.device)
+        """The next number of each of these rows' streams, float64 in [0, 1), on the CPU."""
+        return torch.from_numpy(np.array([self.streams[row].random() for row in rows]))
 
     @property
     def penalizes(self) -> bool:
