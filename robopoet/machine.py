@@ -6,10 +6,12 @@ import datetime
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -191,7 +193,11 @@ def find_machine(
             f"environment: sets some of {', '.join(TORCHRUN)}, but not all to numbers, as torchrun does"
         ) from None
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and world_size == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        if device == "cuda" and not launched and (reason := why_no_kernels(torch.device("cuda", 0))):
+            warn(f"device: {reason}; taking the CPU")
+            device = "cpu"
     try:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda", "mps"):
@@ -206,9 +212,16 @@ def find_machine(
                 f"process {local_rank}; use --device=cpu, or config/demo.yaml which trains on any machine"
             )
         chosen = torch.device("cuda", index)
+        if reason := why_no_kernels(chosen):
+            raise ConfigError(f"device: {reason}, or use --device=cpu")
         torch.cuda.set_device(chosen)
-    elif chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: found mps, but this machine has none; use --device=auto")
+    elif chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("device: found mps, but this machine has none; use --device=auto")
+        if world_size > 1:
+            raise ConfigError(f"device: found mps, but {world_size} processes can't share it; use --device=cpu, or one")
+        if dtype == "float64":
+            raise ConfigError("dtype: found float64, which mps lacks; use --dtype=float32 or --device=cpu")
     if dtype == "auto":
         dtype = _fastest_dtype(chosen, trains)
     if chosen.type == "cpu":
@@ -284,6 +297,29 @@ def _faster_on_cpu() -> str:
         linear(a, a)
         laps[dtype].append(time.perf_counter() - start)
     return min(laps, key=lambda dtype: min(laps[dtype]))
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """What to install if this PyTorch has no kernels for a CUDA device, as cards outlive their wheels; or None.
+
+    A binary, sm_XY, runs on cards of its major version and at least its minor one (sm_XYa on X.Y alone); compute_XY is
+    compiled on any later card.
+    """
+    with warnings.catch_warnings(action="ignore"):  # torch's own, many lines of them
+        card = torch.cuda.get_device_properties(device)
+    capability, builds = (card.major, card.minor), torch.cuda.get_arch_list()
+    for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", " ".join(builds)):
+        build = int(major), int(minor)
+        suits = build == capability if suffix else build <= capability
+        if suits and (kind == "compute" or build[0] == capability[0]):
+            return None
+    if not any(build.startswith("sm_") for build in builds):  # AMD's
+        return None
+    wheel = "cu126" if capability < (7, 5) else "cu130"
+    return (
+        f"{card.name} has compute capability {card.major}.{card.minor}, for which this PyTorch has no kernels "
+        f"({' '.join(builds)}); install one from the index {wheel} (see pytorch.org/get-started/locally)"
+    )
 
 
 def why_no_compile(device: torch.device) -> str | None:

@@ -1,5 +1,7 @@
 """The machine: which device a run gets, and torchrun's environment."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -32,6 +34,68 @@ def test_a_missing_mps_is_reported(alone):
     alone.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="mps"):
         find_machine("mps", "float32")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dtype": "float64"}, "^dtype: found float64, which mps lacks; use --dtype=float32 or --device=cpu$"),
+        ({"WORLD_SIZE": "2"}, "^device: found mps, but 2 processes can't share it; use --device=cpu, or one$"),
+    ],
+)
+def test_what_mps_can_not_do_is_said_in_one_line(alone, keys, message):
+    alone.setattr(torch.backends.mps, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "is_available", lambda: False)
+    dtype = keys.pop("dtype", "float32")
+    for name, value in ({"RANK": "0", "LOCAL_RANK": "0", **keys} if keys else {}).items():
+        alone.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        find_machine("mps", dtype)
+
+
+CU126 = "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90".split()
+CU128 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120".split()
+CU130 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()
+
+
+@pytest.mark.parametrize(
+    ("capability", "builds", "wheel"),
+    [
+        ((6, 1), CU126, None),  # GTX 1060: runs 6.0's
+        ((6, 1), CU128, "cu126"),
+        ((7, 0), CU130, "cu126"),  # V100
+        ((7, 0), CU126, None),
+        ((8, 9), CU128, None),  # RTX 4090: runs 8.6's
+        ((8, 0), ["sm_86"], "cu130"),  # a later minor version's binary does not run
+        ((12, 0), CU126, "cu130"),  # RTX 5090
+        ((12, 1), CU130, None),
+        ((13, 0), CU130, None),  # compiled from compute_120
+        ((13, 0), CU128, "cu130"),
+        ((9, 0), ["sm_90a"], None),
+        ((9, 1), ["sm_90a"], "cu130"),
+        ((9, 0), ["gfx90a"], None),
+    ],
+)
+def test_a_card_without_kernels_is_told_which_wheel_has_them(alone, capsys, capability, builds, wheel):
+    card = SimpleNamespace(name="a card", major=capability[0], minor=capability[1])
+    taken = []
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 1)
+    alone.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    alone.setattr(torch.cuda, "get_arch_list", lambda: builds)
+    alone.setattr(torch.cuda, "set_device", taken.append)
+    alone.setattr(torch, "set_float32_matmul_precision", taken.append)
+    by_itself = find_machine("auto", "float32").device
+    warning = capsys.readouterr().err
+    if wheel is None:
+        assert by_itself == find_machine("cuda", "float32").device == torch.device("cuda", 0) and not warning
+        return
+    assert by_itself == torch.device("cpu") and not taken
+    with pytest.raises(ConfigError) as error:
+        find_machine("cuda", "float32")
+    for line, way_out in ((warning.strip(), "; taking the CPU"), (str(error.value), ", or use --device=cpu")):
+        assert f"device: a card has compute capability {capability[0]}.{capability[1]}, for which" in line
+        assert f"install one from the index {wheel} " in line and line.endswith(way_out) and "\n" not in line
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x", "cuda:-1", "meta", "xpu"])
