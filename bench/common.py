@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 import train
-from configurator import ConfigError
+from configurator import ConfigError, warn
 from model import GPT
 from robopoet import untrusted
 from robopoet.errors import CheckpointError
@@ -140,13 +140,15 @@ class Record:
 def read_records(out: Path) -> list[Record]:
     """The lines of a run's metrics.jsonl; a last line without its line end is still being written and left out.
 
-    Raises ConfigError for a damaged line.
+    So is a damaged one, with a warning that names it. Raises ConfigError if the file can't be read.
     """
     path, records = out / "metrics.jsonl", []
     for number, line in enumerate(untrusted.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
-            where = f"{path}: line {number}"
-            records.append(untrusted.decode_json(line, Record, where, ConfigError, "remove the line, or train again"))
+            try:
+                records.append(untrusted.decode_json(line, Record, f"{path}: line {number}", ConfigError, "left out"))
+            except ConfigError as e:
+                warn(str(e))
     return records
 
 

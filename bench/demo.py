@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import configurator
 from bench.common import evaluate_checkpoint, markdown, origin, read_records, write_result
-from bench.learn import read_curve
+from bench.learn import curve_of
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
@@ -54,7 +54,7 @@ def main(cfg: DemoConfig) -> None:
         "tok_per_sec": statistics.median(r.tok_per_sec for r in steps),
         "val": {key: getattr(vals[-1], key) for key in ("loss", "bpb", "loss_by_style")},
         "test": evaluate_checkpoint(best, path, model, "test", machine),
-        "curve": read_curve(Path(cfg.run)),
+        "curve": curve_of(records),
     }
     print(table([result]))
     write_result(result, cfg.out or f"demo_{result['run']}_DEVICE")

@@ -20,6 +20,7 @@ import numpy as np
 import configurator
 import train
 from bench.common import (
+    Record,
     config_name,
     evaluate_test,
     last_line,
@@ -69,14 +70,15 @@ def run_ours(cfg: LearnConfig, seed: int, out: Path) -> Curve:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise ConfigError(f"train.py failed: {last_line(done.stdout)}")
-    return read_curve(out)
+    return curve_of(read_records(out))
 
 
-def read_curve(out: Path) -> Curve:
-    """The curve in the metrics.jsonl of a run's out_dir; raises ConfigError."""
+def curve_of(records: list[Record]) -> Curve:
+    """The evaluations among a run's records, each where its step's record, which it follows, has them."""
     curve = []
-    for step, found in itertools.pairwise(read_records(out)):  # an evaluation follows its step's record
-        if found.kind == "eval" and found.loss is not None and found.bpb is not None:
+    for step, found in itertools.pairwise(records):
+        same = found.iter == step.iter  # or its step's record is lost
+        if found.kind == "eval" and same and found.loss is not None and found.bpb is not None:
             place = {"iter": step.iter, "tokens": step.tokens, "seconds": step.seconds}
             curve.append(place | {"loss": found.loss, "bpb": found.bpb})
     return curve

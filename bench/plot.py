@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import configurator
 from bench import common
-from bench.learn import Curve, read_curve
+from bench.learn import Curve, curve_of
 from configurator import ConfigError
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
@@ -67,10 +67,11 @@ def draw_runs(runs: tuple[str, ...]) -> plt.Figure:
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for run, colour in zip(runs, itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), strict=False):
-        curve = read_curve(Path(run))
+        records = common.read_records(Path(run))
+        curve = curve_of(records)
         if not curve:
             raise ConfigError(f"{run}/metrics.jsonl: holds no evaluation yet; lower eval_interval, or wait for one")
-        steps = train_curve(Path(run), bytes_per_token(curve))
+        steps = train_curve(records, bytes_per_token(curve))
         for panel, key in zip(panels, ("tokens", "seconds"), strict=True):
             panel.plot([p[key] for p in steps], [p["bpb"] for p in steps], color=colour, alpha=0.3, linewidth=1)
             panel.plot(
@@ -87,9 +88,9 @@ def bytes_per_token(curve: Curve) -> float:
     return curve[-1]["loss"] / math.log(2) / curve[-1]["bpb"]
 
 
-def train_curve(out: Path, token_bytes: float) -> Curve:
+def train_curve(records: list[common.Record], token_bytes: float) -> Curve:
     """A run's training loss in bits per byte, if a token has `token_bytes` bytes."""
-    steps = [r for r in common.read_records(out) if r.kind == "train" and r.loss is not None]
+    steps = [r for r in records if r.kind == "train" and r.loss is not None]
     return [
         {"tokens": r.tokens, "seconds": r.seconds, "bpb": r.loss / math.log(2) / token_bytes} for r in steps if r.loss
     ]

@@ -27,6 +27,7 @@ from bench import (
     window,
     writing,
 )
+from bench.learn import curve_of
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import find_machine
@@ -44,14 +45,21 @@ README = Path(__file__).parents[1] / "README.md"
         ('{"kind": "eval", "loss": NaN}', "line 2: "),
     ],
 )
-def test_a_damaged_line_of_metrics_is_named(tmp_path, line, problem):
+def test_a_damaged_line_of_metrics_is_named_and_the_others_are_read(tmp_path, capsys, line, problem):
     first = '{"kind": "train", "iter": 1, "loss": 2.5, "tokens": 64, "seconds": 1.5, "lr": 0.1, "other": [1]}\n'
     (tmp_path / "metrics.jsonl").write_text(first + line, encoding="utf-8")
     (record,) = common.read_records(tmp_path)  # the last line is still being written
     assert (record.iter, record.loss, record.tokens, record.seconds, record.bpb) == (1, 2.5, 64, 1.5, None)
     (tmp_path / "metrics.jsonl").write_text(f"{first}{line}\n{first}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=problem):
-        common.read_records(tmp_path)
+    assert [record.iter for record in common.read_records(tmp_path)] == [1, 1]
+    assert re.fullmatch(rf"warning: {tmp_path}/metrics\.jsonl: {problem}.*; left out\n", capsys.readouterr().err)
+
+
+def test_an_evaluation_whose_steps_record_is_lost_is_not_placed_at_another(tmp_path):
+    records = [common.Record("train", 10, 2.0, tokens=640), common.Record("eval", 20, 2.5, 1.0)]
+    assert curve_of(records) == []
+    (found,) = curve_of([*records, common.Record("train", 30, 1.5, tokens=1920), common.Record("eval", 30, 2.0, 0.9)])
+    assert (found["iter"], found["tokens"], found["loss"]) == (30, 1920, 2.0)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "nonsense", '{"kind": "learn"}'])

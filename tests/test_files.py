@@ -55,3 +55,17 @@ def test_a_full_disk_leaves_the_lines_of_before():
         pytest.skip("no /dev/full")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append_lines("/dev/full", b"c\n")
+
+
+def test_a_disk_that_takes_half_a_line_is_left_as_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, (soft, hard) = tmp_path / "a.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_lines(path, b"a\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        with pytest.raises(OSError, match="File too large: "):
+            append_lines(path, b"long\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_lines(path, b"c\n")
+    assert path.read_bytes() == b"a\nc\n"
