@@ -1,6 +1,7 @@
 """train.py --minutes: what it chooses, that the run then fits the minutes, and when it starts from the base model."""
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -25,37 +26,54 @@ NEW = Start(None, None, False)
 FLOPS = 50e9  # a second, of the machine that the tests imagine
 
 
+def cost(cfg: train.TrainConfig) -> float:
+    """Seconds of a step on the imagined machine; a batch of an evaluation takes a third."""
+    weights = 12 * cfg.n_layer * cfg.n_embd**2 + 4096 * cfg.n_embd
+    return 6 * weights * cfg.rows_per_step * cfg.block_size / FLOPS
+
+
 @pytest.fixture
 def imagine(monkeypatch):
-    """Choose for an imagined text of so many tokens on an imagined machine; returns the config and its cost."""
+    """Choose for an imagined text on an imagined machine; returns the config, the text, and how long the choice took.
 
-    def seconds(trial, machine, cfg):
-        weights = 12 * cfg.n_layer * cfg.n_embd**2 + 4096 * cfg.n_embd
-        step = 6 * weights * cfg.rows_per_step * cfg.block_size / FLOPS
-        return [step, step / 3]
+    tokens: of the text. load: a step takes so many times as long, each third one twice that. memory: of the largest
+    step, in seconds it would take. tried: gets each config that is timed.
+    """
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
-    monkeypatch.setattr(plan, "_seconds", seconds)
+    def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None):
+        def trial(cfg):
+            if tried is not None:
+                tried.append(cfg)
 
-    def choose(minutes: float, tokens: int, *argv: str, start: Start = NEW):
+            def work(number: int, share: float) -> None:
+                if cost(cfg) > memory:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                clock.now += cost(cfg) * share * load * (1 if number % 3 else 2)
+
+            return functools.partial(work, share=1), functools.partial(work, share=1 / 3)
+
         splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
         imagined = SimpleNamespace(splits=splits, vocab_size=4095)
         cfg = configurator.load(train.TrainConfig, [f"--minutes={minutes}", *argv])
-        return plan.fit_minutes(cfg, start, imagined, CPU, None), imagined
+        begin = clock.now
+        return plan.fit_minutes(cfg, start, imagined, CPU, trial), imagined, clock.now - begin
 
-    return choose, lambda cfg: seconds(None, None, cfg)
+    return choose
 
 
+@pytest.mark.parametrize("load", [1, 4])
 @pytest.mark.parametrize("tokens", [3_000, 30_000, 300_000, 3_000_000])
 @pytest.mark.parametrize("minutes", [1, 10, 100])
-def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens):
-    choose, cost = imagine
-    cfg, meta = choose(minutes, tokens)
-    step, batch = cost(cfg)
+def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens, load):
+    cfg, meta, seconds = imagine(minutes, tokens, load=load)
+    step = cost(cfg) * load
     fitted = train.fit_schedule(cfg, tokens // cfg.block_size)
     evaluations = -(-fitted.max_iters // fitted.eval_interval)
     n_batches = -(-meta.splits["val"].tokens // (cfg.batch_size * cfg.block_size))
-    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * batch + plan.SAVE_S
-    seconds = fitted.max_iters * step + evaluations * per_evaluation
+    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * step / 3 + plan.SAVE_S
+    seconds += fitted.max_iters * step + evaluations * per_evaluation
     passes = fitted.max_iters * cfg.rows_per_step * cfg.block_size / tokens
     assert seconds <= 60 * minutes and evaluations >= 10
     assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(plan.EPOCHS, rel=0.05)
@@ -63,11 +81,41 @@ def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens):
     assert cfg.minutes == 0 and cfg.positions == "rotary" and fitted.warmup_iters < fitted.max_iters
 
 
+def test_a_shape_that_needs_too_much_memory_leaves_the_one_before_it(imagine):
+    def largest(memory: float, *argv: str) -> tuple[int, int, int]:
+        cfg = imagine(1e6, 10**9, *argv, memory=memory)[0]
+        return cfg.n_layer, cfg.n_embd, cfg.batch_size
+
+    sizes = [(layers, width, 4) for layers, _, width in plan.LADDER]
+    costs = [cost(train.TrainConfig(n_layer=n, n_embd=w, batch_size=4, block_size=256)) for n, w, _ in sizes]
+    assert costs == sorted(costs) and largest(math.inf) == sizes[-1]
+    assert [largest(seconds) for seconds in costs] == sizes
+    assert largest(costs[0] / 2) == (1, 128, 4) and largest(costs[0] / 20) == (1, 64, 1)
+    assert largest(costs[0] / 2, "--n_layer=2", "--n_embd=192", "--n_head=3") == (2, 192, 2)
+    with pytest.raises(ConfigError, match=r"^the GPU has too little memory; take "):
+        largest(costs[0] / 1000)
+
+
+def test_a_busy_machine_trains_a_smaller_model_rather_than_none(imagine):
+    given = ["--n_layer=3", "--n_head=3", "--n_embd=192"]
+    busy = 4 * 60 / 8 / cost(train.TrainConfig(n_layer=2, n_embd=192, batch_size=4, block_size=256))
+    cfg = imagine(4, 1_000_000, load=busy)[0]
+    assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.LEAST_STEPS
+    cfg = imagine(4, 1_000_000, *given, load=busy / 4)[0]
+    assert cfg.batch_size < 4 and cfg.max_iters >= plan.LEAST_STEPS
+
+
+def test_what_is_timed_is_compiled_by_the_run_alone_and_programs_beside_it_count_little(imagine):
+    tried: list[train.TrainConfig] = []
+    cfg = imagine(30, 10_000_000, "--compile=true", tried=tried)[0]
+    assert {each.compile for each in tried} == {"false"} and cfg.compile == "true"
+    assert len(tried) == len(set(tried)) > 1  # each once
+
+
 def test_more_minutes_or_more_text_never_choose_a_smaller_model(imagine):
-    choose, _ = imagine
 
     def weights(minutes, tokens):
-        cfg, _ = choose(minutes, tokens)
+        cfg = imagine(minutes, tokens)[0]
         return cfg.n_layer * cfg.n_embd**2
 
     by_minutes = [weights(minutes, 1_000_000) for minutes in (1, 4, 16, 64, 256)]
@@ -77,45 +125,41 @@ def test_more_minutes_or_more_text_never_choose_a_smaller_model(imagine):
 
 
 def test_what_is_given_stays(imagine):
-    choose, _ = imagine
     argv = "--n_layer=5 --n_head=1 --n_embd=64 --dropout=0.3 --batch_size=3 --eval_iters=7 --positions=learned"
-    cfg, _ = choose(5, 100_000, *argv.split(), "--max_iters=11", "--block_size=32", "--patience=2")
+    cfg = imagine(5, 100_000, *argv.split(), "--max_iters=11", "--block_size=32", "--patience=2")[0]
     found = (cfg.n_layer, cfg.n_embd, cfg.dropout, cfg.batch_size, cfg.eval_iters, cfg.positions, cfg.max_iters)
     assert found == (5, 64, 0.3, 3, 7, "learned", 11) and (cfg.block_size, cfg.patience) == (32, 2)
-    cfg, _ = choose(500, 100_000, "--epochs=2")
+    cfg = imagine(500, 100_000, "--epochs=2")[0]
     assert cfg.max_iters == pytest.approx(200_000 / (4 * 256), abs=1) and cfg.epochs == 0
 
 
 def test_weights_to_start_from_take_gentle_rates(imagine):
-    choose, _ = imagine
     ours, theirs = (Start(content, None, False) for content in ({"model_extra": {}}, {"model": {}}))
-    cfg, _ = choose(5, 20_000, start=ours)
+    cfg = imagine(5, 20_000, start=ours)[0]
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.EPOCHS_FROM_WEIGHTS + 1) * 20_000
-    cfg, _ = choose(5, 20_000, start=theirs)
+    cfg = imagine(5, 20_000, start=theirs)[0]
     assert (cfg.optimizer, cfg.learning_rate) == ("adamw", 3e-4)
 
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):
-    choose, _ = imagine
-    cfg, _ = choose(5, 20_480)
+    cfg = imagine(5, 20_480)[0]
     steps = 20_480 / cfg.tokens_per_step
     assert steps == 40
     kept = (1 - cfg.peak_lr * cfg.weight_decay) ** steps
     assert kept == pytest.approx(math.exp(-1 / 0.7), rel=0.1) and cfg.muon_weight_decay == 0.1
-    cfg, _ = choose(5, 100_000_000)
+    cfg = imagine(5, 100_000_000)[0]
     assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, 0.1)
-    cfg, _ = choose(5, 20_480, "--weight_decay=0.7")
+    cfg = imagine(5, 20_480, "--weight_decay=0.7")[0]
     assert cfg.weight_decay == cfg.muon_weight_decay == 0.7
     for argv, start in ((["--optimizer=adamw"], NEW), ([], Start({"model_extra": {}}, None, False))):
-        cfg, _ = choose(5, 20_480, *argv, start=start)
+        cfg = imagine(5, 20_480, *argv, start=start)[0]
         assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, -1)
 
 
 def test_too_few_minutes_and_several_ranks_are_refused(imagine):
-    choose, _ = imagine
-    with pytest.raises(ConfigError, match=r"^minutes: 0.01 are too few, a step takes \d+\.\d s here"):
-        choose(0.01, 10**6)
+    with pytest.raises(ConfigError, match=r"^minutes: 0.0001 are too few, a step takes \d+\.\d s here"):
+        imagine(0.0001, 10**6)
     two = dataclasses.replace(CPU, world_size=2)
     with pytest.raises(ConfigError, match=r"^minutes: is for one process"):
         plan.fit_minutes(train.TrainConfig(minutes=1), NEW, None, two, None)

@@ -4,23 +4,28 @@ That rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
 """
 
 import functools
+import gc
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
 
 from configurator import ConfigError, revise
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
+from robopoet.training.memory import less_memory
 from robopoet.training.schedule import evaluation_interval
 from robopoet.training.start import SHAPE, Start, check_fit
 from robopoet.weights import checkpoint
 
 Config = TypeVar("Config")  # a TrainConfig
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
-LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))  # layers, heads, width
+SIZES = ("n_layer", "n_head", "n_embd")
+LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
+SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets fewer than ENOUGH_STEPS, as on a busy machine
 CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.5  # for each of the blocks: read in the time; of a text, in all its passes
 EPOCHS, EPOCHS_FROM_WEIGHTS = 24, 3  # passes after which a text teaches nothing more
@@ -29,7 +34,8 @@ DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many pass
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
 PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
-LEAST_STEPS, TRIAL_S = 10, 2.0  # of a run, and seconds of a measurement
+LEAST_STEPS, ENOUGH_STEPS = 10, 40  # of a run; what fewer than the second teach, a smaller model learns better
+TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
 CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
 CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
 
@@ -49,13 +55,13 @@ def from_base(cfg: Config, meta: Meta) -> Config:
 def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: Callable[[Config], Trial]) -> Config:
     """`cfg` with what was not given chosen for a run of cfg.minutes, or of fewer if the text teaches nothing more.
 
-    trial: makes what is timed on this machine. Raises ConfigError if the minutes are too few for LEAST_STEPS steps,
-    or if there are several ranks.
+    trial: makes what is timed on this machine. Raises ConfigError if there are several ranks, or if minutes or memory
+    are too few for LEAST_STEPS steps of the smallest choice.
     """
     if machine.world_size > 1:
         raise ConfigError("minutes: is for one process; under torchrun give the keys that it would choose")
     on_cpu = machine.device.type == "cpu"
-    end, tokens = time.monotonic() + 60 * PLANNED * cfg.minutes, meta.splits["train"].tokens
+    end, tokens = time.perf_counter() + 60 * PLANNED * cfg.minutes, meta.splits["train"].tokens
     if start.content is None:
         cfg, epochs = _choose(cfg, positions="rotary", block_size=CONTEXT), EPOCHS
     else:
@@ -69,11 +75,15 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     most = (cfg.epochs or epochs) * tokens
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
-    if start.content is None and not cfg.given.intersection(("n_layer", "n_head", "n_embd")):
-        uncompiled = "auto" if on_cpu else "false"  # auto compiles on CUDA alone
-        cfg = _climb(cfg, most, end, lambda tried: seconds(revise(tried, compile=uncompiled)))
+    ways: list[dict[str, int]] = []
+    if start.content is None and not cfg.given.intersection(SIZES):
+        cfg = _climb(cfg, most, end, seconds)
+        ways = [dict(zip(SIZES, shape, strict=True)) for shape in SMALLER]
+    ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
+    while ways and (end - time.perf_counter()) / seconds(cfg)[0] < min(_last(cfg, most), ENOUGH_STEPS):
+        cfg = _choose(cfg, **ways.pop(0))
     step_s, batch_s = seconds(cfg)
-    cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.monotonic())
+    cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.perf_counter())
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
@@ -127,49 +137,75 @@ def _decay(cfg: Config, tokens: int) -> float:
 
 
 def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) -> list[float]:
-    """Seconds of a step, and of a batch of an evaluation: medians of up to four, after one to warm up."""
-    medians = []
-    for work in trial(cfg):
-        found: list[float] = []
-        while len(found) < 2 or (len(found) < 5 and sum(found) < TRIAL_S):
-            begin = time.perf_counter()
-            work(len(found))
-            machine.synchronize()
-            found.append(time.perf_counter() - begin)
-        medians.append(statistics.median(found[1:]))
-    return medians
+    """Seconds of a step, and of a batch of an evaluation; infinite if they don't fit into the memory.
+
+    The least of up to five, as other programs only add to it. Nothing is compiled: the run does that, once.
+    """
+    gc.collect()  # an earlier trial's model may hold itself
+    least = []
+    try:
+        for work in trial(revise(cfg, compile="false")):
+            found: list[float] = []
+            for spent in (LONG_S, LONG_S, TRIAL_S, TRIAL_S, TRIAL_S):
+                if sum(found) < spent:
+                    begin = time.perf_counter()
+                    work(len(found))
+                    machine.synchronize()
+                    found.append(time.perf_counter() - begin)
+            least.append(min(found))
+    except torch.OutOfMemoryError:
+        return [math.inf, math.inf]
+    return least
 
 
 def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
-    """`cfg` with the largest shape of the LADDER that the text and the time left can train."""
-    chosen = cfg
-    for layers, heads, width in LADDER:
-        weights = 12 * layers * width**2
-        if chosen is not cfg and most < REREAD_A_WEIGHT * weights:
-            break
-        tried = revise(cfg, n_layer=layers, n_head=heads, n_embd=width)
+    """`cfg` with the largest shape of the LADDER that the text, the time left and the memory can train."""
+    chosen, step_s = cfg, 0.0
+
+    def reads_enough(weights: int) -> bool:
+        read = (end - time.perf_counter()) / step_s * cfg.tokens_per_step
+        return read >= min(TOKENS_A_WEIGHT * weights, most / 2)
+
+    for shape in LADDER:
+        tried = revise(cfg, **dict(zip(SIZES, shape, strict=True)))
+        weights = 12 * tried.n_layer * tried.n_embd**2
+        if chosen is not cfg and (most < REREAD_A_WEIGHT * weights or not reads_enough(weights)):
+            break  # the larger shape is slower still
         step_s, _ = seconds(tried)
-        read = (end - time.monotonic()) / step_s * cfg.tokens_per_step
-        if chosen is not cfg and read < min(TOKENS_A_WEIGHT * weights, most / 2):
+        if chosen is not cfg and not reads_enough(weights):
             break
         chosen = tried
     return chosen
 
 
+def _last(cfg: Config, most: float) -> int:
+    """The last step that was given, or that reads the last of at `most` so many tokens."""
+    return cfg.max_iters if "max_iters" in cfg.given else math.ceil(most / cfg.tokens_per_step)
+
+
 def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, seconds: float) -> Config:
     """`cfg` with the steps, and the batches of an evaluation, that fit into so many seconds."""
-    a_step, given = cfg.tokens_per_step, "max_iters" in cfg.given
-    last = cfg.max_iters if given else math.ceil(most / a_step)
-
-    def within(seconds: float) -> int:
-        return last if given else min(last, int(seconds / step_s))
-
-    steps = within(seconds)
+    last, per_epoch = _last(cfg, most), meta.splits["train"].tokens / cfg.tokens_per_step
+    steps = last if "max_iters" in cfg.given else min(last, int(seconds / step_s))
+    if math.isinf(step_s):
+        raise ConfigError(less_memory(cfg))
     if steps < min(last, LEAST_STEPS):
         raise ConfigError(f"minutes: {cfg.minutes:g} are too few, a step takes {step_s:.1f} s here; give more")
-    evals = math.ceil(steps / (cfg.eval_interval or evaluation_interval(steps, meta.splits["train"].tokens / a_step)))
+
+    def interval(steps: int) -> int:
+        return cfg.eval_interval or evaluation_interval(steps, per_epoch)
+
     batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
-    fits = max(int(EVALUATING * steps * step_s / evals / batch_s), 1)
-    steps = max(within(seconds - evals * (min(batches, fits) * batch_s + SAVE_S)), 1)
+    fits = max(int(EVALUATING * min(interval(steps), steps) * step_s / batch_s), 1)
+    within = _steps_within(seconds, step_s, min(batches, fits) * batch_s + SAVE_S, interval)
+    steps = last if "max_iters" in cfg.given else min(last, within)
     warmup = max(min(cfg.warmup_iters, steps // 5), 1)
     return _choose(cfg, max_iters=steps, warmup_iters=warmup, eval_iters=fits if fits < batches else 0)
+
+
+def _steps_within(seconds: float, step_s: float, pause_s: float, interval: Callable[[int], int]) -> int:
+    """How many steps fit into so many seconds, at least 1; after each interval(steps) of them comes a pause."""
+    steps = max(int(seconds / step_s), 1)
+    for _ in range(5):  # fewer steps have a shorter interval, so more pauses
+        steps = max(int(seconds / (step_s + pause_s / min(interval(steps), steps))), 1)
+    return steps
