@@ -153,7 +153,7 @@ def _convert(kind: Any, value: Any) -> Any:
         values = tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(item, str) for item in values):
             raise ValueError(f"found {value!r}, must be a list of texts")
-        return values
+        return tuple(_convert(str, item) for item in values)
     if not isinstance(value, str):
         raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, must be one value")
     if get_origin(kind) is Literal:
@@ -172,6 +172,8 @@ def _convert(kind: Any, value: Any) -> Any:
             if math.isfinite(number) and (kind is float or number.is_integer()):
                 return kind(number)
         raise ValueError(f"found {value!r}, must be {'a whole number' if kind is int else 'a number'}")
+    if re.search(r"[\ud800-\udfff]", value):  # what Python makes of bytes on the command line that are not UTF-8
+        raise ValueError(f"found {value!r}, which is not UTF-8; rename it if it is a file")
     return value
 
 

@@ -6,6 +6,7 @@ import random
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import read_all, within
 from hypothesis import given, settings
@@ -344,7 +345,13 @@ def test_parquet_is_read_row_by_row(tmp_path):
 
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[:-20])
-    refused("a.parquet: is damaged or no Parquet file")
+    refused("a.parquet: after row 0: damaged, or no Parquet file")
+    offsets, text = np.array([0, 3, 6], dtype="<i4"), b"abcd\xffe"
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(text)]
+    )
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    refused(r"a.parquet: after row 0: damaged, .*UTF8.* index 1")
     for table, message in (({"words": rows}, "found words"), ({"text": [1]}, "found text"), ({"text": []}, "text")):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
         refused(f"a.parquet: .*{message}")

@@ -196,6 +196,13 @@ def test_a_value_of_the_wrong_type_names_key_and_value(write, key, text):
     assert text in message
 
 
+@pytest.mark.parametrize("key", ["name", "many"])
+def test_bytes_that_are_not_utf_8_are_refused(key):
+    assert error(Toy, os.fsdecode(b"--%s=out/\xff" % key.encode())).startswith(
+        rf"--{key}: found 'out/\udcff', which is"
+    )
+
+
 def test_a_wrong_choice_lists_all_choices():
     assert all(word in error(Toy, "--mode=slow") for word in ("off", "on", "fast"))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -328,3 +329,16 @@ def test_best_pt_is_this_runs_best_on_the_disk_though_a_better_one_could_not_be_
     run(small, max_iters=8, eval_interval=2)
     best = checkpoint.load(out / "best.pt")
     assert (best["iter_num"], best["best_iter"], best["best_val_loss"]) == (6, 6, 2.5) and failed
+
+
+def test_a_runs_config_yaml_gives_a_command_that_a_shell_can_run(small, tmp_path):
+    out = tmp_path / "mein ?'s"
+    run(small | {"out_dir": str(out)})
+    command = (out / "config.yaml").read_text().splitlines()[0]
+    assert shlex.split(command, comments=False) == ["#", "python", "train.py", str(out / "config.yaml")]
+
+
+def test_an_out_dir_of_two_lines_is_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"out_dir: found '.*a\\nb', must be a single line"):
+        run(small | {"out_dir": f"{tmp_path}/a\nb"})
+    assert not list(tmp_path.glob("a*"))

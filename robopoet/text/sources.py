@@ -366,10 +366,11 @@ def _parquet_rows(path: str) -> Iterator[RawDocument]:
             if "text" not in columns.names or str(columns.field("text").type) not in ("string", "large_string"):
                 raise DataError(f"{path}: must have a column of strings named text, found {', '.join(columns.names)}")
             for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                batch.validate(full=True)  # raises ArrowException on what is not UTF-8
                 for text in batch["text"].to_pylist():
                     number += 1
                     yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "")
     except (ArrowException, OSError) as e:
-        raise DataError(f"{path}: is damaged or no Parquet file ({untrusted.describe(e)})") from None
+        raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({untrusted.describe(e)})") from None
     if not number:
         raise DataError(f"{path}: holds no text")

@@ -71,6 +71,8 @@ class Run:
     """
 
     def __init__(self, out: Path, config: dict[str, Any], meta: Meta, machine: Machine):
+        if len(str(out).splitlines()) > 1:
+            raise ConfigError(f"out_dir: found {str(out)!r}, must be a single line")
         self.machine, self.best_loss = machine, math.inf  # best.pt's, if it is this run's
         self.about = {"config": config, "tokenizer": meta.tokenizer.to_json()}
         self.about |= {"text_sha256": meta.text_sha256, "licences": list(meta.licences)}
@@ -128,7 +130,7 @@ class Run:
         text = yaml.safe_dump({key: value for key, (value, default) in values.items() if value != default})
         try:
             with replacing(self.out / "config.yaml") as f:
-                f.write(f"# python train.py {self.out}/config.yaml\n{text}".encode())
+                f.write(f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n{text}".encode())
         except OSError as e:
             warn(f"config.yaml could not be written: {describe(e)}")
 
