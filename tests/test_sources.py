@@ -198,7 +198,7 @@ def test_other_keys_of_a_line_are_ignored(tmp_path):
 
 def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path):
     path, part = tmp_path / "bomb.jsonl.gz", gzip.compress(bytes(10 * 2**20))
-    path.write_bytes(gzip.compress(b'{"text": "') + part * 100)  # 1 MB; 1 GB on one line
+    path.write_bytes(gzip.compress(b'{"text": "') + part * 120)  # 1.2 MB; 1.2 GB on one line
     with memory_below(300 * 2**20), within(5), pytest.raises(DataError, match=r"bomb\.jsonl\.gz: line 1: is longer"):
         read_all(corpus.manifest_of_files((str(path),)))
     lines = gzip.compress((json.dumps({"text": "x" * 1000}) + "\n").encode() * 20_000)  # 20 MB in many
