@@ -95,7 +95,7 @@ class TrainConfig:
     min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
     # evaluation and logs
     eval_interval: int = 0  # steps between evaluations, each of which saves (0: a half epoch, or a tenth of the run)
-    eval_iters: int = 0  # batches of an evaluation (0: the full split)
+    eval_iters: int = 0  # batches of an evaluation, spread over the split (0: the full split)
     patience: int = 0  # evaluations without a better val loss before stopping (0: never)
     log_interval: int = 10  # steps between status lines
     sample_tokens: int = 60  # of a sample at each evaluation, for loggers, and on a terminal or if given (0: none)
@@ -415,7 +415,8 @@ def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
     costs = compare_tags(model, split, meta.styles, plan, machine) if len(meta.styles) in range(2, 9) else {}
     if machine.is_main:
         print(f"{machine}, parameters: {model.num_params():,}")
-        print(f"{start.path} on {split.path}: {describe(result)}")
+        part = f"at most {cfg.eval_iters} batches, spread over " if cfg.eval_iters else ""
+        print(f"{start.path} on {part}{split.path}: {describe(result)}")
         for (style, other), (more, error) in costs.items():
             print(f"{style} under {other}'s tag: {more:+.4f} ± {error:.4f} nats/token")
     machine.leave()

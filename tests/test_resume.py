@@ -17,6 +17,7 @@ import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
+from robopoet.text.dataset import read_meta
 from robopoet.training.log import Meter
 from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress
@@ -99,6 +100,17 @@ def test_evaluating_takes_the_dataset_from_the_checkpoint(small, capsys):
     best = Path(small["out_dir"]) / "best.pt"
     run({"out_dir": small["out_dir"]}, eval_only=True, init_from=best, split="test")
     assert f"{best} on {small['dataset']}/test.bin: loss" in capsys.readouterr().out
+
+
+def test_evaluating_reads_the_full_split_unless_told_otherwise_and_then_says_so(small, capsys):
+    run(small | {"eval_iters": 1, "batch_size": 2})
+    split, best = read_meta(Path(small["dataset"])).splits["val"], str(Path(small["out_dir"]) / "best.pt")
+    whole = split.tokens - len(split.documents)  # a document's first token is no target
+    for given, expected, n in (({}, "", whole), ({"eval_iters": 2}, "at most 2 batches, spread over ", 4 * 32)):
+        capsys.readouterr()
+        run({"out_dir": small["out_dir"]}, eval_only=True, init_from=best, **given)
+        out = capsys.readouterr().out
+        assert f"{best} on {expected}{small['dataset']}/val.bin: loss" in out and f"; {n:,} tokens in" in out
 
 
 def test_evaluating_the_latest_of_an_empty_folder_is_one_line(small, tmp_path):

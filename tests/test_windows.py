@@ -1,6 +1,7 @@
 """Batches are pure functions of a row's number: every window once per epoch, every target once per evaluation."""
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -220,8 +221,7 @@ def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypa
 @pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_the_batches_of_an_evaluation(split, limit, world_size):
-    alone = list(eval_batches(split, EvalPlan(T, 4), ALONE))
-    alone = alone[:limit] if limit else alone
+    alone = list(eval_batches(split, EvalPlan(T, 4, limit), ALONE))
     plan, ranks = EvalPlan(T, 4, limit), [Machine(CPU, torch.float32, rank, world_size) for rank in range(world_size)]
     shared = [list(eval_batches(split, plan, rank)) for rank in ranks]
     even = [list(eval_batches(split, dataclasses.replace(plan, even=True), rank)) for rank in ranks]
@@ -234,6 +234,19 @@ def test_ranks_share_the_batches_of_an_evaluation(split, limit, world_size):
         assert torch.equal(batch.inputs, other.inputs)
         assert torch.equal(batch.targets, other.targets)
         assert np.array_equal(batch.span, other.span)
+
+
+@pytest.mark.parametrize("limit, batch_size", [(1, 2), (2, 2), (2, 5), (1, 28), (7, 4), (9, 3), (10_000, 4)])
+def test_a_limited_evaluation_is_spread_evenly_over_the_split(split, limit, batch_size):
+    """Each of as many equal parts of the split as windows are read gives the one in its middle, in order."""
+    rows, found = naive_evaluation(split, T), []
+    plan = EvalPlan(T, batch_size, limit)
+    for batch in eval_batches(split, plan, ALONE):
+        for row, n in enumerate((batch.targets >= 0).sum(1)):
+            found.append((batch.span[row], batch.inputs[row, :n].tolist(), batch.targets[row, :n].tolist()))
+    n = min(limit * batch_size, len(rows))
+    assert found == [rows[int(Fraction(2 * i + 1, 2) * len(rows) / n)] for i in range(n)]
+    assert n < 4 or {span for span, *_ in found} >= {0, 2, 5}  # all of the long documents
 
 
 def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):

@@ -65,8 +65,9 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """How an evaluation reads a split: the shape of its batches, and how many (limit 0: the full split).
+    """How an evaluation reads a split: the shape of its batches, and how many.
 
+    limit: of the batches, whose windows are spread evenly over the split, the same ones each time (0: the full split).
     even: all ranks get the same number of batches, as sharded models need. A rank that would have one batch fewer gets
     a last batch of one row whose `span` is empty; it must not be counted.
     """
@@ -96,8 +97,11 @@ def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[Eva
     document = np.repeat(np.arange(len(counts)), counts)  # of each window
     offsets = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * plan.block_size
     starts, remaining = first[document] + offsets, lengths[document] - offsets
+    if plan.limit and plan.limit * plan.batch_size < len(starts):
+        count = plan.limit * plan.batch_size
+        chosen = (2 * np.arange(count) + 1) * len(starts) // (2 * count)  # the middle of each of `count` equal parts
+        document, starts, remaining = document[chosen], starts[chosen], remaining[chosen]
     n_batches = math.ceil(len(starts) / plan.batch_size)
-    n_batches = min(n_batches, plan.limit) if plan.limit else n_batches
     padded = n_batches + (-n_batches % machine.world_size if plan.even else 0)
     for i in range(machine.rank, padded, machine.world_size):
         rows = slice(i * plan.batch_size, (i + 1) * plan.batch_size) if i < n_batches else slice(1)

@@ -81,6 +81,8 @@ def complete(cfg: Config, start: Start) -> Config:
     if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
         saved = convert(start.content["config"], type(cfg), start.path, CheckpointError, "its config is damaged")
         taken = {**dataclasses.asdict(saved), **taken}
+        if cfg.eval_only:
+            del taken["eval_iters"]  # the full split, however much of it the run read
         if "max_iters" in given:
             taken["epochs"] = 0.0  # it would override max_iters
     return revise(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
