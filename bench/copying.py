@@ -1,5 +1,7 @@
 """What --max_copy costs, and the longest run of words that passages copy with it and without, by a plain search.
 
+Words are those of originality.fold: without case and punctuation.
+
 python -m bench.copying out/demo/best.pt --max_copy=8
 """
 
@@ -14,7 +16,7 @@ from bench.common import markdown, origin, show, spread, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.dataset import find_dataset
-from robopoet.writing.originality import read_texts
+from robopoet.writing.originality import fold, read_texts
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import Poet
 
@@ -39,7 +41,7 @@ class CopyingConfig(Settings):
 def main(cfg: CopyingConfig) -> None:
     """Generate in turns, search every passage, print a table and write the result."""
     poet = Poet(cfg.checkpoint, cfg.device)
-    works = [f" {' '.join(text.split())} " for text in read_texts(find_dataset(poet.dataset), "train")]
+    works = [f" {' '.join(fold(text).split())} " for text in read_texts(find_dataset(poet.dataset), "train")]
     settings = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Settings)}
     runs: dict[int, Any] = {0: [], cfg.max_copy: []}
     poet.write(n=cfg.together, **settings)  # the index is built, and all is warm
@@ -69,7 +71,7 @@ def main(cfg: CopyingConfig) -> None:
 
 def longest_copy(text: str, works: list[str]) -> int:
     """The words of the longest run in `text` that stands in a work."""
-    words, longest = text.split(), 0
+    words, longest = fold(text).split(), 0
     for i in range(len(words)):
         while i + longest < len(words) and any(f" {' '.join(words[i : i + longest + 1])} " in work for work in works):
             longest += 1

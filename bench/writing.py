@@ -43,7 +43,7 @@ class WritingConfig:
     max_new_tokens: int = 200  # tokens of each, and of each passage of the test split
     temperature: float = Settings.temperature  # below 1: likely tokens become likelier
     repetition_penalty: float = Settings.repetition_penalty  # above 1: tokens already in the text become less likely
-    max_copy: int = Settings.max_copy  # never so many words in a row that stand in the training text (0: off)
+    max_copy: int = Settings.max_copy  # never so many words in a row of the training text (0: off)
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
     out: str = ""  # name of the result (writing_RUN_DEVICE unless given)

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 import prepare
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
-from robopoet.writing.originality import Originality
+from robopoet.writing.originality import Originality, fold
 
-WORDS = "a b to be, née — \u2019tis".split()
+WORDS = "a b to be, née — \u2019tis well-known".split()
+APOSTROPHES = "'’‘ʼ＇`´"
+FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f"  # letters and marks that nobody sees
 
 
 def make_folder(folder, seed):
@@ -28,19 +31,32 @@ def make_folder(folder, seed):
     return folder / "bins"
 
 
+def plain_words(text):
+    """The words of a text, character by character: letters, digits and marks, without case and apostrophes."""
+    words = [""]
+    for char in unicodedata.normalize("NFD", text.casefold()):
+        kind = unicodedata.category(char)
+        if "CJK UNIFIED" in unicodedata.name(char, ""):
+            words += [char, ""]
+        elif char not in APOSTROPHES and kind != "Cf" and not "\ufe00" <= char <= "\ufe0f":
+            words += [""] if kind[0] not in "LMN" else []
+            words[-1] += char if kind[0] in "LMN" else ""
+    return [word for word in words if word]
+
+
 def sha256_of(folder):
     return json.loads((folder / "meta.json").read_text())["text_sha256"]
 
 
 def works_of(folder):
-    """The train split's works, decoded token by token; white space, and either end, becomes one space."""
+    """The words of the train split's works, decoded token by token, each between spaces."""
     meta = json.loads((folder / "meta.json").read_text())
     tok, ids = tokenizer.from_json(meta["tokenizer"]), np.fromfile(folder / "train.bin", "<u2").tolist()
     spans = [(doc["name"], doc["start"], doc["stop"]) for doc in meta["splits"]["train"]["documents"]]
     texts = [
         (name, "".join(tok.chars[id] for id in ids[start:stop] if id < len(tok.chars))) for name, start, stop in spans
     ]
-    return {name: f" {' '.join(text.split())} " for name, text in texts}
+    return {name: f" {' '.join(plain_words(text))} " for name, text in texts}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +76,7 @@ def works(folder):
 
 PIECES = st.one_of(
     st.tuples(st.sampled_from(["one", "two"]), st.integers(0, 900), st.integers(0, 80)),  # a copy, cut anywhere
-    st.sampled_from([*WORDS, "new", " ", "\n\n\t", "\u00a0", "é", ""]),
+    st.sampled_from([*WORDS, *"BE Ne\u0301e tis NÉE! b\u2014a Well known".split(), "new", "\n\n\t", "\u00a0", ""]),
 )
 
 
@@ -68,7 +84,7 @@ PIECES = st.one_of(
 @given(st.lists(PIECES, max_size=8))
 def test_it_finds_what_a_search_for_every_run_of_words_finds(index, works, pieces):
     text = " ".join(piece if isinstance(piece, str) else works[piece[0]][piece[1] :][: piece[2]] for piece in pieces)
-    words = text.split()
+    words = plain_words(text)
 
     def occurs(run):
         return any(f" {run} " in work for work in works.values())
@@ -87,10 +103,35 @@ def test_it_finds_what_a_search_for_every_run_of_words_finds(index, works, piece
 def test_a_planted_copy_is_found_however_its_lines_break(index, works):
     run = " ".join(works["two"].split()[20:40])
     assert run not in works["one"]
-    report = index.check(f"quite new\n{run.replace(' ', chr(10), 7)}\tand again")
+    report = index.check(f"quite new\n{run.replace(' ', ',' + chr(10), 7).upper()}\tand again")
     assert (report.longest, report.work) == (run, "two")
     assert report.new == {4: 4 / 21, 8: 4 / 17, 12: 4 / 13}
     assert report.describe().startswith(f'longest copy: {len(run)} characters, "{run[:20]}')
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("I will\n  proclaim THEE, thou\u2014", "i will proclaim thee thou"),
+        ("O’er o'er oʼer \u2018tis", "oer oer oer tis"),
+        ("well-known \u2013 _both_ (1,599) & ...", "well known both 1 599"),
+        ("Straße STRASSE Σίσυφος ΣΊΣΥΦΟΣ", "strasse strasse σι\u0301συφοσ σι\u0301συφοσ"),
+        ("na\u00efve nai\u0308ve co\u00adop ŉ", "nai\u0308ve nai\u0308ve coop n"),
+        ("床前明月光,疑 コー", "床 前 明 月 光 疑 コ ー"),
+        ("हिन्दी می\u200cروم ❤\ufe0f", "हिन्दी میروم"),
+    ],
+)
+def test_words_are_what_a_reader_compares(text, words):
+    assert fold(text).split() == unicodedata.normalize("NFD", words).split()
+    for i in range(len(text)):
+        assert fold(text[:i]) + fold(text[i:]) == fold(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs", "Cn"), max_codepoint=0x2E7F, exclude_characters=FILLERS)))
+def test_the_words_of_any_text_are_those_found_character_by_character(text):
+    found = [unicodedata.normalize("NFD", word) for word in fold(text).split()]
+    assert found == plain_words(text)
 
 
 def test_new_text_is_reported_as_new(index):

@@ -54,7 +54,7 @@ def test_texts_are_poets(served, prompt, given):
 def test_max_copy_is_poets_too(served, monkeypatch):
     """By a training text in which each single letter follows any two words; the rest is Copies' own."""
     letters = frozenset(bytes([letter]) for letter in range(ord("a"), ord("z") + 1))
-    monkeypatch.setitem(served.poet.__dict__, "originality", SimpleNamespace(followers=lambda words: letters))
+    monkeypatch.setitem(served.poet.__dict__, "originality", SimpleNamespace(followers=lambda words, count: letters))
     monkeypatch.setattr(served.poet, "_copies", {})
     prompt, keys = "to be or ", {"n": 3, "seed": 4}
     settings = {"until": "tokens", "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 40, "seed": 4}

@@ -1,35 +1,58 @@
 """Generating without copying: which tokens would complete a run of words that stands in the training text."""
 
 import bisect
+import codecs
 import functools
 from typing import Self
 
 from robopoet.text.tokenizer import Tokenizer
-from robopoet.writing.originality import Originality
+from robopoet.writing.originality import Originality, fold
 
 
-class FirstWords:
-    """The ids of tokens by the first word of their text."""
+class Written:
+    """Tokens by the words that they write, joined by spaces: by all of them and by the first few."""
 
     def __init__(self):
         self.found: dict[bytes, list[int]] = {}
 
     @functools.cached_property
     def ordered(self) -> list[bytes]:
-        """The words, sorted; asked for once all tokens are added."""
+        """What is written, sorted; asked for once all tokens are added."""
         return sorted(self.found)
 
-    def add(self, word: bytes, id: int) -> None:
+    def add(self, words: list[str], id: int) -> None:
         """Add a token."""
-        self.found.setdefault(word, []).append(id)
+        for n in range(1, len(words) + 1):
+            self.found.setdefault(" ".join(words[:n]).encode(), []).append(id)
 
-    def ids(self, word: bytes, cut: bool) -> list[int]:
-        """The tokens whose first word is `word`; cut: or begins with it. None if it is empty."""
-        if not word or not cut:
-            return self.found.get(word, [])
-        first = bisect.bisect_left(self.ordered, word)
-        last = bisect.bisect_left(self.ordered, word + b"\xff", lo=first)  # no byte of UTF-8
+    def ids(self, words: bytes, cut: bool) -> list[int]:
+        """The tokens whose first words are these; cut: or begin with these. None if there are none."""
+        if not words or not cut:
+            return self.found.get(words, [])
+        first = bisect.bisect_left(self.ordered, words)
+        last = bisect.bisect_left(self.ordered, words + b"\xff", lo=first)  # no byte of UTF-8
         return [id for longer in self.ordered[first:last] for id in self.found[longer]]
+
+
+class Continuations:
+    """What the tokens write that can follow the bytes of an unfinished character, `begun`.
+
+    joining: they go on with a word. opening: they begin another. most: words that a token writes at most. long: tokens
+    that write `n` words or more, which is a copy if the tokens were learned from the text.
+    """
+
+    def __init__(self, tokens: list[bytes], begun: bytes, n: int):
+        self.joining, self.opening = Written(), Written()
+        self.most, self.long = 1, []
+        for id, token in enumerate(tokens):
+            if (0x80 <= token[0] < 0xC0) == bool(begun):
+                text = fold(_decode(begun + token)[0])
+                words = text.split()
+                if len(words) >= n:
+                    self.long.append(id)
+                elif words:
+                    (self.opening if text[0] == " " else self.joining).add(words, id)
+                    self.most = max(self.most, len(words))
 
 
 class Copies:
@@ -42,15 +65,7 @@ class Copies:
     def __init__(self, originality: Originality, tok: Tokenizer, n: int, cut: bool = False):
         self.n, self.cut, self.tokens = n, cut, tok.tokens
         self.followers = functools.lru_cache(maxsize=10_000)(originality.followers)
-        self.joining, self.opening = FirstWords(), FirstWords()  # tokens that go on with a word; that open one
-        self.several: list[int] = []  # tokens that hold several words: left out, whatever they would complete
-        for id, token in enumerate(tok.tokens):
-            text = _decode(token)
-            words = text.split()
-            if len(words) > 1:
-                self.several.append(id)
-            elif words:
-                (self.opening if text[0].isspace() else self.joining).add(_encode(words[0]), id)
+        self.continuations = functools.lru_cache(maxsize=1_000)(lambda begun: Continuations(tok.tokens, begun, n))
 
 
 class Copied:
@@ -63,12 +78,13 @@ class Copied:
         self.copies = copies
         self.words: tuple[bytes, ...] = ()  # the last n - 1 before the unfinished one
         self.unfinished = b""
+        self.begun = b""  # the bytes of an unfinished character
         self._push(text.encode())
 
     def fork(self) -> Self:
         """The same text, to grow on its own."""
         other = type(self)(self.copies)
-        other.words, other.unfinished = self.words, self.unfinished
+        other.words, other.unfinished, other.begun = self.words, self.unfinished, self.begun
         return other
 
     def push(self, id: int) -> None:
@@ -78,30 +94,32 @@ class Copied:
 
     def ids(self) -> list[int]:
         """The ids that would complete a run."""
-        copies, found = self.copies, list(self.copies.several)
-        for word in self._followers(self.words):
-            if word.startswith(self.unfinished):
-                found += copies.joining.ids(word[len(self.unfinished) :], copies.cut)
-        for word in self._followers((*self.words, self.unfinished) if self.unfinished else self.words):
-            found += copies.opening.ids(word, copies.cut)
+        cut, continuations = self.copies.cut, self.copies.continuations(self.begun)
+        before = (*self.words, self.unfinished) if self.unfinished else self.words
+        found = list(continuations.long)
+        for count in range(1, continuations.most + 1):  # the run ends with the token's word of this number
+            for words in self._followers(self.words, count):
+                if words.startswith(self.unfinished):
+                    found += continuations.joining.ids(words[len(self.unfinished) :], cut)
+            for words in self._followers(before, count):
+                found += continuations.opening.ids(words, cut)
         return found
 
     def _push(self, more: bytes) -> None:
-        text = _decode(self.unfinished + more)
-        words = [_encode(word) for word in text.split()]
-        self.unfinished = words.pop() if words and not text[-1].isspace() else b""
+        text, self.begun = _decode(self.begun + more)
+        text = self.unfinished.decode() + fold(text)
+        words = [word.encode() for word in text.split()]
+        self.unfinished = words.pop() if words and text[-1] != " " else b""
         if words:
             self.words = (*self.words, *words)[-(self.copies.n - 1) :]
 
-    def _followers(self, words: tuple[bytes, ...]) -> frozenset[bytes]:
-        """The words that follow the last n - 1 of these in the training text."""
-        before = words[-(self.copies.n - 1) :]
-        return self.copies.followers(before) if len(before) == self.copies.n - 1 else frozenset()
+    def _followers(self, words: tuple[bytes, ...], count: int) -> frozenset[bytes]:
+        """The next `count` words wherever the last of these stand in the training text, n words in all."""
+        before = words[-(self.copies.n - count) :]
+        return self.copies.followers(before, count) if len(before) == self.copies.n - count else frozenset()
 
 
-def _decode(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+def _decode(raw: bytes) -> tuple[str, bytes]:
+    """The text of these bytes, and those of a character that is unfinished at the end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(raw), decoder.getstate()[0]

@@ -6,11 +6,13 @@ print(Originality(Path("data/robopoet"), text_sha256).check(passage).describe())
 
 import bisect
 import textwrap
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
 from robopoet.errors import DataError
@@ -19,16 +21,41 @@ from robopoet.text.dataset import open_split, read_meta
 
 LENGTHS = (4, 8, 12)  # of word sequences
 SEPARATOR = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
+WORD = regex.compile(r"[\p{L}\p{M}\p{N}]")
+SILENT = regex.compile(r"['’‘ʼ＇`´\p{Default_Ignorable_Code_Point}]")  # apostrophes, soft hyphens, joiners: in no word
+SPACELESS = regex.compile(r"(?V1)[[\p{Han}\p{Hiragana}\p{Katakana}]&&[\p{L}\p{N}]]")  # each character stands for a word
+
+
+class _Folds(dict[int, str]):
+    """What each code point is in the normal form of a text, worked out when it is first met."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        parts = unicodedata.normalize("NFD", char.casefold())
+        folded = "".join("" if SILENT.match(part) else part if WORD.match(part) else " " for part in parts)
+        self[code] = f" {char} " if SPACELESS.match(char) else folded
+        return self[code]
+
+
+_folds = _Folds()
+
+
+def fold(text: str) -> str:
+    """The text as a reader compares it: words of letters, digits and their marks, without case, parted by spaces.
+
+    Apostrophes are dropped, so that o'er is one word; all else parts words, so that well-known is two. A Chinese
+    character or a kana is a word. Character by character, so that fold(a + b) is fold(a) + fold(b).
+    """
+    return text.translate(_folds)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `Originality.check` finds. Words are split at white space, so `thee,` and `thee` are different words.
+    """What `Originality.check` finds. Words are those of fold(): without case and punctuation.
 
     longest: the longest run of words that also occurs in the training text, joined by spaces; "" if none does.
     work: the first work that contains it. new: for n = 4, 8 and 12, the share of the passage's n-word sequences that
-    do not occur in the training text; None if the passage has fewer than n words. Case and punctuation count; any
-    white space counts as one space, on both sides.
+    do not occur in the training text; None if the passage has fewer than n words.
     """
 
     longest: str
@@ -61,12 +88,13 @@ class Originality:
                 f"{text_sha256 or 'an unknown text'}; name the dataset that it was trained on"
             )
         self._works = [doc.name for doc in meta.splits["train"].documents]
-        self._text = SEPARATOR.join(f" {' '.join(text.split())} ".encode() for text in read_texts(folder, "train"))
+        texts = (" ".join(fold(text).split()) for text in read_texts(folder, "train"))
+        self._text = SEPARATOR.join(f" {text} ".encode() for text in texts)
         self._suffixes = _suffix_array(self._text)  # where each suffix starts, in the suffixes' order
 
     def check(self, text: str) -> Report:
         """How much of `text` occurs in the training text."""
-        words = text.split()
+        words = fold(text).split()
         passage = f" {' '.join(words)} ".encode()
         # where each space is: one before each word, and one at the end
         spaces = np.cumsum([0] + [len(word.encode()) + 1 for word in words]).tolist()
@@ -78,8 +106,8 @@ class Originality:
         longest = max(runs, key=len, default="")
         return Report(longest, self._work(longest) if longest else "", {n: _share_new(lengths, n) for n in LENGTHS})
 
-    def followers(self, words: tuple[bytes, ...]) -> frozenset[bytes]:
-        """The words that stand right after these words in the training text, and what ends a work."""
+    def followers(self, words: tuple[bytes, ...], count: int = 1) -> frozenset[bytes]:
+        """The next `count` words, joined by spaces, wherever these words stand in the training text."""
         query = b" %b " % b" ".join(words)
         prefix = self._prefix(len(query))
         first = bisect.bisect_left(self._suffixes, query, key=prefix)
@@ -87,8 +115,15 @@ class Originality:
             return frozenset()
         last = bisect.bisect_right(self._suffixes, query, lo=first, key=prefix)
         begins = (self._suffixes[first:last] + len(query)).tolist()
-        found = (self._text[begin : max(self._text.find(b" ", begin), begin)] for begin in begins)
-        return frozenset(found)
+        return frozenset(self._text[begin : self._end(begin, count)] for begin in begins)
+
+    def _end(self, begin: int, count: int) -> int:
+        """Where `count` words from `begin` on end; `begin` itself where the text has no more."""
+        end = begin - 1
+        for _ in range(count):
+            if (end := self._text.find(b" ", end + 1)) < 0:
+                return begin
+        return end
 
     def _match_length(self, query: bytes) -> int:
         """Length in bytes of the longest prefix of `query` that occurs in the training text."""

@@ -43,7 +43,7 @@ class Settings:
     # sampling, in this order
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice (0: off)
-    max_copy: int = 0  # never so many words in a row that stand in the training text (0: off)
+    max_copy: int = 0  # never so many words in a row of the training text, whatever their case and punctuation (0: off)
     temperature: float = 0.9  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # sample from the k likeliest tokens (0: all)
     top_p: float = 0.95  # sample from the likeliest tokens whose probabilities add up to this (1: all)
