@@ -1,15 +1,20 @@
 import copy
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier, get_ident
 
 import pytest
 import torch
+import torch.nn as nn
 
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
 from robopoet.training import optimizer
 from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize, share
+from robopoet.training.run import Progress
+from robopoet.training.start import Start, restore
 from train import TrainConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -209,3 +214,20 @@ def test_ranks_have_equal_shares_of_the_work():
         found = loads(width, layers, ranks)
         assert max(found) <= excess * sum(found) / ranks
     assert sorted(loads(64, 1, 8))[:4] == [0] * 4  # fewer matrices than ranks: one each
+
+
+@pytest.mark.parametrize(("capturable", "place"), [(True, "meta"), (False, "cpu")])
+def test_a_step_count_is_restored_to_where_this_runs_settings_keep_it(capturable, place):
+    """A run saved on another device, whose AdamW had other settings; the meta device stands for this one's."""
+    saved, here = (nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
+    theirs = torch.optim.AdamW(saved.parameters(), 0.5, fused=False)
+    saved(torch.ones(3)).sum().backward()
+    theirs.step()
+    theirs.param_groups[0]["capturable"] = not capturable
+    ours = torch.optim.AdamW(here.parameters(), 0.25, capturable=capturable)
+    content = dataclasses.asdict(Progress(1)) | {"optimizer_states": [theirs.state_dict()], "scaler": {}}
+    restore(Start(content, Path("ckpt.pt"), True), [ours], torch.amp.GradScaler("cpu", enabled=False), None)
+    for state in ours.state.values():
+        assert state["step"].device.type == place and state["exp_avg"].device.type == "meta"
+    (group,) = ours.param_groups
+    assert (group["capturable"], group["fused"], group["lr"]) == (capturable, None, 0.25)

@@ -134,12 +134,12 @@ def restore(
     """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come."""
     try:
         for optimizer, saved in zip(optimizers, start.content["optimizer_states"], strict=True):
-            settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
             params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
             states = {i: {k: shard_like(v, params[i]) for k, v in state.items()} for i, state in saved["state"].items()}
-            optimizer.load_state_dict({**saved, "state": states})
-            for group, configured in zip(optimizer.param_groups, settings, strict=True):
-                group.update(configured)  # rates and decay come from the config, which may have changed
+            both = zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+            # rates and decay come from the config, which may have changed, and `fused`, which places the states, too
+            groups = [{**ours, "params": theirs["params"]} for theirs, ours in both]
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
         if average and start.content.get("average"):  # a run may begin to average when it is resumed
             average.load(start.content["average"])
         if start.content["scaler"]:  # empty unless that run was in float16
