@@ -244,7 +244,7 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
         print(f"{script}: {describe(e) if isinstance(e, OSError) else e}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, and torch is not imported here
+        if not is_out_of_memory(e):
             raise
         print(
             f"{script}: the GPU has too little memory; halve batch_size and double gradient_accumulation_steps (the "
@@ -261,6 +261,11 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
                 stream.flush()
             except OSError:  # nobody reads it any more; spare Python's own flush at exit the same error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU has too little memory: PyTorch has a type of its own for CUDA's error, but not for MPS's."""
+    return "out of memory" in str(error)
 
 
 def warn(message: str) -> None:

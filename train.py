@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from configurator import ConfigError, bounds, warn
+from configurator import ConfigError, bounds, is_out_of_memory, warn
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
@@ -306,8 +306,10 @@ def main(cfg: TrainConfig) -> None:
     cfg = complete(cfg, start)
     try:
         evaluate_checkpoint(cfg, start) if cfg.eval_only else train(cfg, start)
-    except torch.OutOfMemoryError:
-        raise ConfigError(less_memory(cfg)) from None
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise ConfigError(less_memory(cfg)) from None
+        raise
 
 
 def train(cfg: TrainConfig, start: Start) -> None:

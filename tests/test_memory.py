@@ -53,14 +53,25 @@ def test_the_losses_are_the_same_bits(small, tmp_path, optimizer):
         ({"batch_size": 1, "recompute": True}, "take a block_size below 32"),
     ],
 )
-def test_too_little_memory_is_told_with_the_keys_to_change(small, monkeypatch, keys, advice):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (MPS allocated")]
+)
+def test_too_little_memory_is_told_with_the_keys_to_change(small, monkeypatch, capsys, keys, advice, error):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(configurator.ConfigError) as caught:
-        run(small | keys)
-    assert str(caught.value).startswith("the GPU has too little memory; take ") and advice in str(caught.value)
+    assert advice in last_words(small | keys, monkeypatch, capsys)
+
+
+def last_words(keys: dict, monkeypatch, capsys) -> str:
+    """What train.py prints when the GPU has too little memory for a run with those keys; test_cuda.py asks a GPU."""
+    monkeypatch.setattr("sys.argv", ["train.py", *(f"--{key}={value}" for key, value in keys.items())])
+    with pytest.raises(SystemExit) as end:
+        configurator.launch(train.main, train.TrainConfig)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "train.py: the GPU has too little memory; take " in said
+    return said
 
 
 @pytest.mark.parametrize(
