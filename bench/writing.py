@@ -205,7 +205,7 @@ def main(cfg: WritingConfig) -> None:
     path = Path(cfg.checkpoint)
     saved, poet = checkpoint.load(path), Poet(cfg.checkpoint, cfg.device, cfg.dtype)
     folder = find_dataset(saved["config"]["dataset"])
-    originality = Originality(folder, saved["text_sha256"])
+    originality = Originality(folder, saved["text_sha256"], saved.get("identity"))
     meta = read_meta(folder)
     known, val, test = (Texts(folder, name, meta, poet.tokenizer) for name in SPLITS)
 

@@ -193,7 +193,17 @@ def trained(small: dict) -> Path:
 def arguments(small: dict, folder: Path) -> Door:
     saved = checkpoint.load(trained(small))
     path = folder / "best.pt"
-    keys = ("model_args", "model_extra", "tokenizer", "config", "iter_num", "best_val_loss", "licences", "text_sha256")
+    keys = (
+        "model_args",
+        "model_extra",
+        "tokenizer",
+        "config",
+        "iter_num",
+        "best_val_loss",
+        "licences",
+        "text_sha256",
+        "identity",
+    )
     content = {key: saved[key] for key in keys if key in saved}
 
     def dump(content: Any) -> bytes:

@@ -151,6 +151,8 @@ def test_a_dataset_with_another_text_than_the_checkpoints_is_refused(folder, tmp
     for sha256 in ("0" * 64, ""):
         with pytest.raises(DataError, match=r"meta\.json: text_sha256 is .*name the dataset"):
             Originality(folder, sha256)
+    with pytest.raises(DataError, match=r"train split is not the checkpoint's \(7 characters -> [\d,]+ characters\)"):
+        Originality(folder, sha256_of(folder), {"train": "7 characters", "val": "8 characters"})
     with pytest.raises(DataError, match=r"meta\.json: not found; run"):
         Originality(tmp_path, sha256_of(folder))
     shutil.copytree(folder, tmp_path / "bins")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import at_step, records
 
 import configurator
@@ -21,6 +22,7 @@ from robopoet.text.dataset import read_meta
 from robopoet.training.log import Meter
 from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress
+from robopoet.training.start import check_fit, find_start
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -118,6 +120,53 @@ def test_evaluating_the_latest_of_an_empty_folder_is_one_line(small, tmp_path):
         with pytest.raises((ConfigError, CheckpointError), match=r"ckpt\.pt"):
             run(small, eval_only=True, init_from=start, out_dir=str(tmp_path / "empty"))
         assert not (tmp_path / "empty").exists()
+
+
+@pytest.fixture
+def cut_elsewhere(small, tmp_path) -> str:
+    """The dataset of `small`, prepared with other splits; its val split was in the other's train split."""
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    books = [{"style": path.stem, "file": str(path)} for path in sorted(Path(small["dataset"]).parent.glob("*.txt"))]
+    (folder / "corpus.yaml").write_text(yaml.safe_dump({"sources": books, "splits": [0.5, 0.4, 0.1]}))
+    prepare.main(prepare.PrepareConfig(input=(str(folder),), tokenizer="char"))
+    return str(folder)
+
+
+def test_a_run_is_resumed_with_its_own_splits_alone(small, cut_elsewhere, tmp_path):
+    ours, theirs = (read_meta(Path(folder)) for folder in (small["dataset"], cut_elsewhere))
+    assert (ours.text_sha256, ours.tokenizer) == (theirs.text_sha256, theirs.tokenizer)
+    run(small)
+    change = f"{ours.splits['val'].characters:,} characters -> {theirs.splits['val'].characters:,} characters"
+    with pytest.raises(CheckpointError, match=rf"another cut of .*, train .*, val {change}, test .*; prepare that"):
+        run(small, dataset=cut_elsewhere, init_from="resume", max_iters=9)
+    latest = Path(small["out_dir"]) / "ckpt.pt"
+    saved = checkpoint.load(latest)
+    del saved["identity"]  # as in an older checkpoint
+    checkpoint.save(latest, saved)
+    run(small, dataset=cut_elsewhere, init_from="resume", max_iters=9)
+    assert checkpoint.load(latest)["identity"] == theirs.identity
+
+
+def test_a_run_without_tags_is_not_resumed_with_tags(small):
+    run(small)
+    meta = read_meta(Path(small["dataset"]))
+    untagged = dataclasses.replace(meta, styles={})
+    start = find_start("resume", Path(small["out_dir"]), eval_only=False)
+    with pytest.raises(CheckpointError, match="tags alpha, beta -> none"):
+        check_fit(start, "mine", "muon", untagged)
+
+
+def test_weights_that_may_have_read_the_val_split_are_told_of(small, cut_elsewhere, tmp_path, capsys):
+    run(small)
+    best = str(Path(small["out_dir"]) / "best.pt")
+    other = {"dataset": cut_elsewhere, "out_dir": str(tmp_path / "other")}
+    for keys in ({"init_from": best}, {"init_from": best, "eval_only": True}, {"teacher": best}):
+        for changes, told in ((other, 1), ({"out_dir": other["out_dir"]}, 0)):
+            capsys.readouterr()
+            run(small | changes, **keys)
+            said = capsys.readouterr().err
+            assert said.count(f"{best} was trained on another cut of {cut_elsewhere}'s text and may have read") == told
 
 
 def test_a_new_run_may_shorten_the_context_and_change_nothing_else_of_the_shape(small, shapeless, tmp_path):

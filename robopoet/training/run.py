@@ -75,7 +75,7 @@ class Run:
             raise ConfigError(f"out_dir: found {str(out)!r}, must be a single line")
         self.machine, self.best_loss = machine, math.inf  # best.pt's, if it is this run's
         self.about = {"config": config, "tokenizer": meta.tokenizer.to_json()}
-        self.about |= {"text_sha256": meta.text_sha256, "licences": list(meta.licences)}
+        self.about |= {"text_sha256": meta.text_sha256, "identity": meta.identity, "licences": list(meta.licences)}
         self.folder = Folder(out, machine.is_main)
 
     @property

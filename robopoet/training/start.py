@@ -10,7 +10,7 @@ import torch
 
 from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
-from robopoet.text.dataset import Meta
+from robopoet.text.dataset import SPLITS, Meta
 from robopoet.training.average import Average
 from robopoet.training.folder import earlier_runs
 from robopoet.training.run import Progress
@@ -120,12 +120,29 @@ def check_fit(start: Start, dataset: str, optimizer: str, meta: Meta) -> None:
     theirs, ours = checkpoint.tokenizer_of(start.content, path).to_json(), meta.tokenizer.to_json()
     if not start.resumes:  # a new run may add special tokens to the checkpoint's
         ours["specials"] = ours["specials"][: len(theirs["specials"])]
-    if theirs != ours:
+    header = read_header(start.content, path)
+    if start.resumes and (changes := meta.changes(header.identity)):
+        problems.append(f"it was trained on another cut of {dataset}'s text, {_list(changes)}; prepare that as it was")
+    elif theirs != ours:
         problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
-    if start.resumes and (saved := read_header(start.content, path).config.optimizer) != optimizer:
+    elif not start.resumes:
+        warn_of_other_splits(start.content, path, dataset, meta)
+    if start.resumes and (saved := header.config.optimizer) != optimizer:
         problems.append(f"optimizer: the checkpoint has {saved}, the config {optimizer}")
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
+
+
+def warn_of_other_splits(content: dict[str, Any], path: Path, dataset: str, meta: Meta) -> None:
+    """Warn that a checkpoint may have read what it is evaluated on: it was trained on other splits of the same text."""
+    header = read_header(content, path)
+    changes = meta.changes({key: length for key, length in header.identity.items() if key in SPLITS})
+    if changes and header.text_sha256 == meta.text_sha256:
+        warn(f"{path} was trained on another cut of {dataset}'s text and may have read its val split: {_list(changes)}")
+
+
+def _list(changes: dict[str, str]) -> str:
+    return ", ".join(f"{key} {change}" for key, change in changes.items())
 
 
 def restore(

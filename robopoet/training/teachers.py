@@ -9,6 +9,7 @@ from configurator import ConfigError
 from model import Sample
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
+from robopoet.training.start import warn_of_other_splits
 from robopoet.weights import checkpoint
 
 
@@ -26,6 +27,7 @@ class Teachers:
             content = checkpoint.load(path)
             if checkpoint.tokenizer_of(content, path).to_json() != meta.tokenizer.to_json():
                 raise ConfigError(f"teacher: {path} has another tokenizer than {cfg.dataset}")
+            warn_of_other_splits(content, path, cfg.dataset, meta)
             model = checkpoint.build_model(content, path).requires_grad_(False).to(machine.device).eval()
             if (context := model.config.block_size) < cfg.block_size:
                 raise ConfigError(

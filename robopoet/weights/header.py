@@ -1,6 +1,6 @@
 """The part of a checkpoint beside its tensors, with types and ranges checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,7 @@ class Header:
     iter_num: Count = 0
     best_val_loss: float | None = None
     text_sha256: str = ""
+    identity: dict[str, str] = field(default_factory=dict)  # of the dataset; older checkpoints have none
     licences: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

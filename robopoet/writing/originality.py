@@ -75,18 +75,20 @@ class Report:
 class Originality:
     """A searchable index of the text that a model was trained on: the train split and its suffix array.
 
-    folder: of the dataset's bins. text_sha256: the hash of the training text, from the checkpoint. Manber & Myers 1990,
-    "Suffix arrays"; sorted by Yuta Mori's divsufsort. Raises DataError when the dataset is not prepared, is damaged or
-    holds another text, or pydivsufsort is not installed.
+    folder: of the dataset's bins. text_sha256, identity: of that dataset, from the checkpoint. Manber & Myers 1990,
+    "Suffix arrays"; sorted by Yuta Mori's divsufsort. Raises DataError when the dataset is not prepared, is damaged,
+    holds another text or cuts it elsewhere, or pydivsufsort is not installed.
     """
 
-    def __init__(self, folder: Path, text_sha256: str):
+    def __init__(self, folder: Path, text_sha256: str, identity: dict[str, str] | None = None):
         meta = read_meta(folder)
         if meta.text_sha256 != text_sha256:
             raise DataError(
                 f"{folder}/meta.json: text_sha256 is {meta.text_sha256}, the checkpoint was trained on "
                 f"{text_sha256 or 'an unknown text'}; name the dataset that it was trained on"
             )
+        if change := meta.changes(identity or {}).get("train"):
+            raise DataError(f"{folder}: its train split is not the checkpoint's ({change}); prepare it as it was")
         self._works = [doc.name for doc in meta.splits["train"].documents]
         texts = (" ".join(fold(text).split()) for text in read_texts(folder, "train"))
         self._text = SEPARATOR.join(f" {text} ".encode() for text in texts)

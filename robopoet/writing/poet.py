@@ -45,6 +45,7 @@ class Poet:
         self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
         prepack(self.model)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
+        self.identity = content.get("identity", {})
         self.styles = styles(self.tokenizer)
         forbidden = [id for name, id in self.tokenizer.specials.items() if name != END]
         forbidden += range(self.tokenizer.vocab_size, self.model.config.vocab_size)  # nanoGPT's padding
@@ -62,7 +63,7 @@ class Poet:
         """An index of the text that the model was trained on; raises DataError when that is not available."""
         if not self.text_sha256:
             raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
-        return Originality(find_dataset(self.dataset), self.text_sha256)
+        return Originality(find_dataset(self.dataset), self.text_sha256, self.identity)
 
     def copied(self, settings: Settings, prompt: str) -> Copied | None:
         """What a passage that continues `prompt` would copy; None without max_copy.

@@ -46,5 +46,5 @@ class Preview:
         """The index of the training text, unless it is too large or can't be sorted here."""
         with contextlib.suppress(DataError):
             if self.meta.splits["train"].bytes <= LARGEST:
-                return Originality(self.folder, self.meta.text_sha256)
+                return Originality(self.folder, self.meta.text_sha256, self.meta.identity)
         return None
