@@ -5,6 +5,7 @@ curl localhost:8000/v1/completions -H 'content-type: application/json' \
     -d '{"model": "demo", "prompt": "JULIET", "max_tokens": 60}'
 """
 
+import functools
 import signal
 import sys
 import tempfile
@@ -16,11 +17,14 @@ import torch
 
 import configurator
 from configurator import ConfigError, bounds
+from robopoet import portable
 from robopoet.errors import CheckpointError, DataError
 from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits
 from robopoet.weights import checkpoint, html
 from robopoet.writing.poet import Dtype, Poet
+
+OWN_FILES = 32  # that a process has open beside its connections
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,16 @@ def make_server(poet: Poet, cfg: ServeConfig) -> Any:
         from robopoet.serving.api import Api
         from robopoet.serving.connection import Connection
     except ImportError as e:
-        raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn httptools") from None
+        raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn h11") from None
+    most = max(8, (portable.most_open_files() - OWN_FILES) // 2)
     engine = Engine(poet, cfg.max_rows, poet.model.config.block_size + cfg.max_tokens)
     api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_page(poet))
     config = uvicorn.Config(
         api.app,
         cfg.host,
         cfg.port,
-        http=Connection,
+        http=functools.partial(Connection, most),
+        backlog=max(1, most // 4),  # asyncio accepts so many before one of them is counted
         ws="none",
         timeout_keep_alive=cfg.client_s,
         timeout_graceful_shutdown=cfg.grace_s,

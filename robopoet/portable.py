@@ -31,6 +31,12 @@ def peak_resident_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def most_open_files() -> int:
+    """How many files and connections this process may have open; 2,048 where there is no limit or none is told."""
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit if 0 <= limit < 2048 else 2048
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries, such as a rename, to the disk, where a folder can be opened."""
     if (folder := open_folder(path)) is not None:

@@ -6,6 +6,7 @@ import threading
 import time
 
 import httpx
+import torch
 
 from robopoet.writing.poet import Poet
 from serve import ServeConfig, make_server
@@ -19,7 +20,8 @@ class Served:
     def __init__(self, path, dtype="float64", **keys):
         self.poet = Poet(str(path), "cpu", dtype)
         self.server = make_server(self.poet, ServeConfig(checkpoint=str(path), name="tiny", port=0, **keys))
-        self.engine = self.server.config.app.app.router.lifespan_context.__self__.engine
+        self.api = self.server.config.app.app.router.lifespan_context.__self__
+        self.engine = self.api.engine
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -58,6 +60,12 @@ class Served:
     def request(self, **keys) -> bytes:
         body = json.dumps({"model": "tiny", "prompt": "o romeo"} | keys).encode()
         return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def endless(server):
+    """Let no text end by itself."""
+    server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))
+    return server
 
 
 def wait_until(holds):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import save_random
-from served import Served, wait_until
+from served import Served, endless, wait_until
 
 from bench.storm import storm
 from configurator import ConfigError
@@ -32,12 +32,6 @@ def served(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("bounded") / "best.pt", positions="rotary")
-
-
-def endless(server):
-    """Let no text end by itself."""
-    server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))
-    return server
 
 
 def test_a_storm_is_answered_rightly_or_refused(served):
@@ -157,7 +151,7 @@ def test_clients_that_dawdle_are_cut_and_hold_no_row(path):
             for _ in range(20):
                 large.sendall(b"x: " + b"y" * 10_000 + b"\r\n")
         with contextlib.suppress(ConnectionError):
-            assert b"the headers have over" in large.recv(1000)
+            assert b"is too long" in large.recv(1000)
         reader = socket.socket()
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         reader.connect(("127.0.0.1", server.port))

@@ -123,7 +123,7 @@ class Completion:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, within the time that it has."""
-        self.send, self.abort, self.sent = send, scope.get("extensions", {}).get("abort"), 0
+        self.send, self.sent = send, 0
         watcher = asyncio.create_task(self._watch(receive))
         self.api.engine.submit(self.reply.choices)
         try:
@@ -175,15 +175,8 @@ class Completion:
                 await asyncio.sleep(0 if done else EVENT_S)
 
     async def _send(self, message: Message) -> None:
-        """Send, unless the client does not read: then its connection ends."""
-        try:
-            async with asyncio.timeout(self.api.limits.client_s):
-                await self.send(message)
-                self.sent += 1
-        except TimeoutError:
-            self.is_left = True
-            if self.abort:
-                self.abort()
+        await self.send(message)
+        self.sent += 1
 
     async def _end_late(self) -> None:
         """Tell that the time is over."""

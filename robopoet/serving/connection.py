@@ -1,66 +1,70 @@
-"""uvicorn's HTTP connections, with bounds on what uvicorn waits for without any: headers, and readers that stall."""
+"""uvicorn's HTTP connections, bounded in time and number; h11 bounds what stands before, in and behind a body."""
 
-import asyncio
+import time
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from configurator import warn
 from robopoet.serving.protocol import RequestError, error_body
 
-HEADER_BYTES = 2**16
+FULL_S = 60.0  # between two lines that say that all connections are taken
 
 
-class Connection(HttpToolsProtocol):
-    """A connection whose headers must come within config.timeout_keep_alive seconds and 64 KB.
+class Connection(H11Protocol):
+    """A connection that ends unless a request's head arrives within config.timeout_keep_alive seconds.
 
-    A response that stays unread for as long after its end is dropped. A request's scope has `abort` in its extensions:
-    it ends the connection at once.
+    The same holds for a client that stops reading its response. most: connections; beyond them the one that has waited
+    longest for a request ends, or the new one if all have requests.
     """
 
-    header_bytes = 0
-    deadline: asyncio.TimerHandle | None = None
+    said_full = -FULL_S
+
+    def __init__(self, most: int, **given: Any):
+        super().__init__(**given)
+        self.most = most
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._await_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.deadline.cancel()
-        super().connection_lost(exc)
+        self._await_request()
+        if len(self.connections) > self.most:
+            waiting = [c for c in self.connections if c is not self and c.timeout_keep_alive_task is not None]
+            ending = min(waiting, key=lambda c: c.timeout_keep_alive_task.when(), default=self)
+            ending.transport.abort()
+            ending._unset_keepalive_if_required()
+            if time.monotonic() - Connection.said_full > FULL_S:
+                Connection.said_full = time.monotonic()
+                warn(f"all {self.most} connections are taken: those that wait for a request end, then new ones do")
 
     def data_received(self, data: bytes) -> None:
-        reads_headers = self.deadline is not None and not self.deadline.cancelled()
-        self.header_bytes += len(data) if reads_headers else 0
-        super().data_received(data)
-        if not self.deadline.cancelled() and self.header_bytes > HEADER_BYTES:
-            self.send_400_response(f"the headers have over {HEADER_BYTES:,} bytes")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {"abort": self.transport.abort}
-
-    def on_headers_complete(self) -> None:
-        self.deadline.cancel()
-        super().on_headers_complete()
+        """Hand on what came; unlike uvicorn's, this leaves the clock running until the head is whole."""
+        self.conn.receive_data(data)
+        self.handle_events()
 
     def on_response_complete(self) -> None:
-        if not self.pipeline:
-            self._await_headers()
+        self._await_request()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stalled.cancel()
+
     def timeout_keep_alive_handler(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.abort()
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what is not HTTP, in OpenAI's form."""
-        body = error_body(RequestError(msg))
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        """Refuse what is not HTTP in OpenAI's form, unless a response has begun."""
+        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            body = error_body(RequestError("the request is not HTTP, or one of its parts is too long"))
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+        self._await_request()
 
-    def _await_headers(self) -> None:
-        if self.deadline is not None:
-            self.deadline.cancel()
-        self.header_bytes = 0
-        self.deadline = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+    def _await_request(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
