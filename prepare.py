@@ -252,7 +252,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             yield part, text
 
     unfinished = {name: dataset.part_of(out, name) for name in corpus.SPLITS}
-    with contextlib.ExitStack() as stack:
+    with files.named(out), contextlib.ExitStack() as stack:
         bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
         for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
             size, spans = sizes[part.split], documents[part.split]

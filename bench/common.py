@@ -19,7 +19,7 @@ import torch
 import train
 from configurator import ConfigError, warn
 from model import GPT
-from robopoet import untrusted
+from robopoet import files, untrusted
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
@@ -234,5 +234,6 @@ def write_result(result: dict[str, Any], name: str) -> None:
     """
     path = RESULTS / f"{name.replace('DEVICE', slug(result['machine']['device']))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with files.replacing(path) as f:
+        f.write(json.dumps(result, indent=2, sort_keys=True).encode() + b"\n")
     print(f"\nwritten: {path.parent.name}/{path.name}")

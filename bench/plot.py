@@ -21,6 +21,7 @@ import configurator
 from bench import common
 from bench.learn import Curve, curve_of
 from configurator import ConfigError
+from robopoet import files
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
 
@@ -54,7 +55,8 @@ def main(cfg: PlotConfig) -> None:
     figure = draw_runs(cfg.runs) if cfg.runs else draw_results()
     figure.tight_layout()
     for path in cfg.paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        with files.replacing(path) as f:
+            figure.savefig(f, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     print(f"written: {', '.join(map(str, cfg.paths))}")
 

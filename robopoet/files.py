@@ -1,13 +1,41 @@
 """The room that replaces files and appends to them: what was there stays whole until what is new is whole."""
 
 import contextlib
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from robopoet import portable
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """The system's errors in this block name `path`: what a disk that is full says does not."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+
+
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """A name for a new file or folder, which becomes `path` once it is whole, and is removed if anything fails.
+
+    Raises OSError, which names `path`, also if that exists.
+    """
+    with named(path):
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists; choose another name, or remove it")
+        folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent))
+        try:
+            yield folder / path.name
+            os.replace(folder / path.name, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -19,16 +47,15 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "w+b") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-        portable.sync_folder(path.parent)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+        with named(path):
+            with open(part, "w+b") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(part, path)
+            portable.sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -49,7 +76,7 @@ def append_lines(path: Path, lines: bytes) -> None:
 
     If its last line was cut off before its line break, that line is ended first. Raises OSError, which names `path`.
     """
-    with open(path, "a+b", buffering=0) as f:
+    with named(path), open(path, "a+b", buffering=0) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(size - 1, 0))
         if f.read(1) not in (b"", b"\n"):
@@ -57,7 +84,7 @@ def append_lines(path: Path, lines: bytes) -> None:
         try:
             while lines:  # a disk that is almost full takes a part
                 lines = lines[f.write(lines) :]
-        except OSError as e:
+        except OSError:
             with contextlib.suppress(OSError):
                 f.truncate(size)
-            raise OSError(e.errno, e.strerror, str(path)) from None
+            raise

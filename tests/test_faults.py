@@ -212,7 +212,29 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, m
     at_step(monkeypatch, 5, lambda: seen.append((newest(out), list(out.glob("*.part")))))
     train.main(TrainConfig(**small | {"eval_interval": 2}))
     assert steps == [2, 4, 6] and seen == [(2, [])] and newest(out) == 6
-    assert "step 4 could not be saved" in (said := capsys.readouterr().out) and "File too large" in said
+    assert f"step 4 could not be saved: {out}/best.pt: File too large" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_config_yaml_and_metrics_as_they_were(small, monkeypatch, capsys):
+    """A file of the same size as the old one may be written, to a `.part`, but not a longer one."""
+    train.main(TrainConfig(**small | {"lr_decay_iters": 9}))
+    out, keep, write = Path(small["out_dir"]), Run.keep_config, log.append_lines
+    config, metrics = (out / "config.yaml").read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+    def cramped(call, size: int):
+        def limited(*args):
+            with largest_file(size):
+                return call(*args)
+
+        return limited
+
+    monkeypatch.setattr(Run, "keep_config", cramped(keep, 10))
+    monkeypatch.setattr(log, "append_lines", cramped(write, len(metrics) + 10))
+    train.main(TrainConfig(**small | {"init_from": "auto", "max_iters": 9, "lr_decay_iters": 9}))
+    assert (out / "config.yaml").read_bytes() == config and (out / "metrics.jsonl").read_bytes() == metrics
+    told = capsys.readouterr().err
+    assert f"warning: {out}/config.yaml: File too large\n" in told and newest(out) == 9
+    assert f"warning: a record of step 7 is lost: {out}/metrics.jsonl: File too large\n" in told
 
 
 def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):

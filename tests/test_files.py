@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from robopoet.files import append_lines, replacing
+from robopoet.files import append_lines, creating, link, replacing
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -36,6 +36,33 @@ def test_the_old_file_is_kept_on_request(tmp_path):
         with replacing(path, keep=kept) as f:
             f.write(content)
     assert (path.read_bytes(), kept.read_bytes()) == (b"3", b"2")
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_new_file_or_folder_is_there_once_it_is_whole(tmp_path, is_folder):
+    path = tmp_path / "new"
+    with creating(path) as part:
+        if is_folder:
+            part.mkdir()
+        (part / "a.txt" if is_folder else part).write_bytes(b"new")
+        assert not path.exists()
+    assert os.listdir(tmp_path) == ["new"] and (path / "a.txt" if is_folder else path).read_bytes() == b"new"
+    with pytest.raises(FileExistsError, match=f"exists; choose another name, or remove it: '{path}'"), creating(path):
+        pass
+    with pytest.raises(OSError, match=f"No space left on device: '{path}2'"), creating(tmp_path / "new2") as part:
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(part))
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_link_takes_the_place_of_what_has_its_name(tmp_path, monkeypatch):
+    path, name = tmp_path / "a", tmp_path / "b"
+    for content, links in ((b"1", True), (b"2", False)):
+        path.write_bytes(content)
+        if not links:
+            monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "none")))
+        link(path, name)
+        assert name.read_bytes() == content and path.samefile(name) == links
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Weights and tokenizers in Hugging Face's format, both ways, against transformers and tokenizers."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.generate import generate
 from sample import Poet, SampleConfig
 from train import TrainConfig
@@ -111,9 +113,26 @@ def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, caps
     card = (tmp_path / "export" / "README.md").read_text()
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()} == {0o644}
     assert "Validation loss: " in card and "- alpha: " in card and "`<|beta|>`" in card
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises((CheckpointError, OSError), match="exists"):
         export(best, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_a_full_disk_leaves_nothing_and_the_export_is_named(tmp_path, bpe):
+    resource = pytest.importorskip("resource")
+    model, tok, content = checkpoint.load_model(
+        make_checkpoint(tmp_path / "best.pt", bpe), torch.device("cpu"), torch.float32
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1000, 100_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises((CheckpointError, OSError)) as raised:
+                huggingface.export(model, tok, content, "a passage", tmp_path / "export")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert re.match(rf"{tmp_path}/export: .*File too large", configurator.describe(raised.value))
+        assert os.listdir(tmp_path) == ["best.pt"]
 
 
 @pytest.fixture(scope="module")

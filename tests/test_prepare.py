@@ -364,3 +364,16 @@ def test_a_style_that_looks_like_a_number_keeps_its_tag(tmp_path):
     run(str(folder), "--tokenizer=char")
     meta, _ = read(folder)
     assert {span["style"] for span in meta["splits"]["train"]["documents"]} <= set(meta["styles"])
+
+
+def test_a_full_disk_names_the_folder_and_leaves_none_of_the_bins(books, capsys):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(OSError, match=rf"File too large: '{books.parent}/out'"):
+                run_on(books)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(books.parent / "out") == [".lock"]

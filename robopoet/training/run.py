@@ -132,7 +132,7 @@ class Run:
             with replacing(self.out / "config.yaml") as f:
                 f.write(f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n{text}".encode())
         except OSError as e:
-            warn(f"config.yaml could not be written: {describe(e)}")
+            warn(describe(e))
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The full tensor, on the main rank's CPU if it is sharded: one at a time, no device holds the full model."""

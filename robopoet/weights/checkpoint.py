@@ -5,15 +5,12 @@ config) and ours (model_extra, tokenizer, text_sha256, ...). torch.save writes a
 comment, which torch.load, nanoGPT and other zip readers skip.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,28 +49,6 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
         f.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, so far 0
         f.write(COMMENT_BYTES.to_bytes(2, "little"))
         f.write(LABEL + _digest(f, f.tell()))
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path` at the end, and is removed if anything fails.
-
-    Raises CheckpointError if `path` exists or can't be written.
-    """
-    if path.exists():
-        raise CheckpointError(f"{path}: exists; choose another name, or remove it")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.absolute().parent)
-        os.close(handle)
-        part = Path(name)
-        try:
-            yield part
-            part.chmod(0o644)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as e:
-        raise CheckpointError(f"{path}: can't be written: {e.strerror}") from None
 
 
 def _digest(f: BinaryIO, size: int) -> bytes:

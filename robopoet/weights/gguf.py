@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from model import GPT, GPTConfig
+from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
-from robopoet.weights import checkpoint, huggingface
+from robopoet.weights import huggingface
 from robopoet.weights.header import ExportDtype
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
     """Write a new GGUF file; returns a line that says who loads it, and how long its texts may be.
 
     content: the checkpoint. passage: a sample for the description. dtype: of the matrices; vectors and positions are
-    float32, as llama.cpp's converter has them. Raises CheckpointError if the file exists or can't be written, if a
-    weight is too large for float16, and as check() does.
+    float32, as llama.cpp's converter has them. Raises OSError if the file exists or can't be written, CheckpointError
+    if a weight is too large for float16, and as check() does.
     """
     check(tok)
     import gguf
 
     c = model.config
-    with checkpoint.new_file(path) as part:
+    with files.creating(path) as part:
         writer = gguf.GGUFWriter(part, "gpt2" if c.positions == "learned" else "starcoder2")
         try:
             writer.add_type("model")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
+from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer
 from robopoet.weights import checkpoint
@@ -72,7 +73,7 @@ def export(
         "engine": (HERE / "poet.js").read_text(encoding="utf-8"),
     }
     before, after = (re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], part) for part in page.split("{{weights}}"))
-    with checkpoint.new_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
+    with files.creating(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
         f.write(before)
         f.writelines(_weights(model, dtype))
         f.write(after)

@@ -5,8 +5,6 @@ A folder holds config.json, model.safetensors (or several, with an index) and to
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +15,7 @@ import safetensors.torch
 import torch
 
 from model import GPT
-from robopoet import untrusted
+from robopoet import files, untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
@@ -133,15 +131,14 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str, folder: Path) -> None:
     """Write a new folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
-    content: the checkpoint. passage: a sample for the model card. Raises CheckpointError if the folder exists.
+    content: the checkpoint. passage: a sample for the model card. Raises OSError or CheckpointError if the folder
+    exists or can't be written.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists; choose another folder, or remove it")
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
     kind = next(kind for kind in ARCHITECTURES.values() if model.config.positions == kind.POSITIONS)
     special = {"bos_token": END, "eos_token": END} if end is not None else {}
-    files = {
+    contents = {
         "config": kind.config_of(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
         "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends},
         "tokenizer_config": {
@@ -152,19 +149,17 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         },
         "tokenizer": tokenizer_json.to_huggingface(tok),
     }
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.absolute().parent))
-    try:
+    with files.creating(folder) as part:
+        part.mkdir()
         weights = {name: w.contiguous() for name, w in kind.theirs(with_biases(model)).items()}
-        safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
-        for name, value in files.items():
+        try:
+            safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
+        except safetensors.SafetensorError as e:  # it wraps the system's
+            raise CheckpointError(f"{folder}: {untrusted.describe(e)}") from None
+        (part / "model.safetensors").chmod(0o644)
+        for name, value in contents.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
-        for path in part.iterdir():
-            path.chmod(0o644)
-        part.chmod(0o755)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def with_biases(model: GPT) -> Weights:
