@@ -6,7 +6,10 @@ curl localhost:8000/v1/completions -H 'content-type: application/json' \
 """
 
 import functools
+import ipaddress
+import os
 import signal
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from robopoet.serving.protocol import Limits
 from robopoet.weights import checkpoint, html
 from robopoet.writing.poet import Dtype, Poet
 
+API_KEY = "ROBOPOET_API_KEY"  # in the environment
 OWN_FILES = 32  # that a process has open beside its connections
 
 
@@ -35,18 +39,50 @@ class ServeConfig(Limits):
     checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
     name: str = ""  # of the model in the API; its folder's unless given
     # server
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: on all, for anyone who can reach this machine
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: on all, which needs an api_key
     port: int = 8000  # 0: a free one
+    api_key: str = ""  # clients must send it as a Bearer token; better in the environment, as ROBOPOET_API_KEY
+    allow_hosts: tuple[str, ...] = ()  # names of this machine that clients use, beside localhost; repeatable
+    allow_origins: tuple[str, ...] = ()  # web pages that may use the API, such as https://my.example; repeatable
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
     dtype: Dtype = "auto"  # of the weights; auto: the fastest
 
+    @property
+    def key(self) -> str:
+        """The API key, "" if there is none."""
+        return self.api_key or os.environ.get(API_KEY, "")
+
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = super().problems() + bounds(self, "port", 0, 65_535)
+        if not self.key and not is_loopback(self.host):
+            advice = f"set {API_KEY} in the environment (or --api_key), or listen on 127.0.0.1"
+            found.append(f"host: found {self.host}, where other machines may reach it; {advice}")
         if ":" in self.name:
             found.append(f"name: found {self.name!r}, must have no colon, which parts a model from its style")
         return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(cfg: ServeConfig) -> socket.socket:
+    """A socket that listens on the address; raises ConfigError if that can't be had."""
+    try:
+        found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as e:
+        reason = (getattr(e, "strerror", None) or str(e)).partition(" (while")[0]
+        raise ConfigError(
+            f"port: can't listen on {cfg.host}, port {cfg.port}: {reason}; --port=0 is a free one"
+        ) from None
 
 
 def model_name(checkpoint: str) -> str:
@@ -69,21 +105,22 @@ def make_page(poet: Poet) -> bytes:
 
 
 def make_server(poet: Poet, cfg: ServeConfig) -> Any:
-    """A uvicorn.Server for this model; raises ConfigError where a package is missing."""
+    """A uvicorn.Server for this model, to run on a listening socket; raises ConfigError where a package is missing."""
     try:
         import uvicorn
+        from starlette.middleware.cors import CORSMiddleware
 
-        from robopoet.serving.api import Api
+        from robopoet.serving.api import Api, Log
         from robopoet.serving.connection import Connection
+        from robopoet.serving.guard import Guard
     except ImportError as e:
         raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn h11") from None
     most = max(8, (portable.most_open_files() - OWN_FILES) // 2)
     engine = Engine(poet, cfg.max_rows, poet.model.config.block_size + cfg.max_tokens)
     api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_page(poet))
+    guarded = Guard(api.app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
     config = uvicorn.Config(
-        api.app,
-        cfg.host,
-        cfg.port,
+        Log(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",))),
         http=functools.partial(Connection, most),
         backlog=max(1, most // 4),  # asyncio accepts so many before one of them is counted
         ws="none",
@@ -92,21 +129,23 @@ def make_server(poet: Poet, cfg: ServeConfig) -> Any:
         access_log=False,
         log_level="warning",
         server_header=False,
+        headers=[("x-frame-options", "DENY"), ("x-content-type-options", "nosniff")],
     )
     return uvicorn.Server(config)
 
 
 def main(cfg: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    listener = listen(cfg)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
     _ = poet.sha256  # read once, before the first request
     server = make_server(poet, cfg)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
-    print(f"serving {poet.path} at http://{cfg.host}:{cfg.port}/v1", file=sys.stderr)
-    server.run()
-    if not server.started:
-        raise SystemExit(2)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    print(f"serving {poet.path} at http://{address}:{port}/v1", file=sys.stderr)
+    server.run([listener])
 
 
 if __name__ == "__main__":

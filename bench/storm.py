@@ -19,8 +19,8 @@ MALFORMED += [
 
 def post(body: bytes) -> bytes:
     """A POST of /v1/completions whose connection ends with the answer."""
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
 async def answer(port: int, sent: bytes, pause_s: float = 0.0) -> tuple[int, bytes]:

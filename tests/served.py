@@ -9,9 +9,10 @@ import httpx
 import torch
 
 from robopoet.writing.poet import Poet
-from serve import ServeConfig, make_server
+from serve import ServeConfig, listen, make_server
 
 PATIENCE_S = 60
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 class Served:
@@ -19,15 +20,20 @@ class Served:
 
     def __init__(self, path, dtype="float64", **keys):
         self.poet = Poet(str(path), "cpu", dtype)
-        self.server = make_server(self.poet, ServeConfig(checkpoint=str(path), name="tiny", port=0, **keys))
-        self.api = self.server.config.app.app.router.lifespan_context.__self__
+        cfg = ServeConfig(checkpoint=str(path), name="tiny", **{"port": 0} | keys)
+        assert cfg.problems() == []
+        self.listener, self.server = listen(cfg), make_server(self.poet, cfg)
+        app = self.server.config.app
+        while not hasattr(app, "router"):
+            app = app.app
+        self.api = app.router.lifespan_context.__self__
         self.engine = self.api.engine
 
     def __enter__(self):
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
         self.thread.start()
+        self.port = self.listener.getsockname()[1]
         wait_until(lambda: self.server.started)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         return self
 
@@ -59,7 +65,7 @@ class Served:
 
     def request(self, **keys) -> bytes:
         body = json.dumps({"model": "tiny", "prompt": "o romeo"} | keys).encode()
-        return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+        return HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
 def endless(server):

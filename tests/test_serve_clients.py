@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import save_random
-from served import Served, endless, wait_until
+from served import HEAD, Served, endless, wait_until
 
 from bench.storm import storm
 from configurator import ConfigError
@@ -103,13 +103,13 @@ def test_an_error_in_one_text_or_step_stops_no_other(served, monkeypatch, capfd)
 
 
 def test_a_client_that_leaves_before_its_request_has_arrived_is_no_failure(served, capfd):
-    served.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{").close()
+    served.raw(HEAD + b"content-length: 100\r\n\r\n{").close()
     wait_until(lambda: " 400 in " in capfd.readouterr().err)
 
 
 def test_a_client_that_sends_too_much_reads_why_when_it_has_sent_it(path):
     with Served(path, max_body=2000) as server:
-        client = server.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 6000\r\n\r\n")
+        client = server.raw(HEAD + b"content-length: 6000\r\n\r\n")
         for _ in range(6):
             time.sleep(0.02)
             client.sendall(b"a" * 1000)
@@ -120,7 +120,7 @@ def test_bounds_refuse_in_form(path):
     with Served(path, max_rows=1, max_waiting=1, max_body=2000, request_s=1.0, max_tokens=10**6) as server:
         endless(server)
         assert server.post("a" * 3000).status_code == 413
-        chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n"
         client = server.raw(chunked + b"3e8\r\n" + b"a" * 1000 + b"\r\n")
         with contextlib.suppress(ConnectionError):
             for _ in range(8):
@@ -143,7 +143,7 @@ def test_clients_that_dawdle_are_cut_and_hold_no_row(path):
     with Served(path, client_s=0.3, max_tokens=10**6) as server:
         endless(server)
         silent, slow = server.raw(b""), server.raw(b"POST /v1/completions HTTP/1.1\r\nhost")
-        body = server.raw(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        body = server.raw(HEAD + b"content-length: 50\r\n\r\n{")
         assert silent.recv(100) == slow.recv(100) == b""
         assert body.recv(100).startswith(b"HTTP/1.1 408")
         large = server.raw(b"GET / HTTP/1.1\r\n")

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 from conftest import save_random
-from served import Served, endless, wait_until
+from served import HEAD, Served, endless, wait_until
 
 from robopoet import portable
 
@@ -15,7 +15,7 @@ def path(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("connections") / "best.pt", positions="rotary")
 
 
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 ENDLESS = {
     "line": (b"GET /", b"x" * 4096),
     "headers": (b"GET / HTTP/1.1\r\n", b"a: " + b"b" * 4096 + b"\r\n"),

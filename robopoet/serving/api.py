@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from robopoet.serving.engine import Engine
+from robopoet.serving.guard import refusal
 from robopoet.serving.protocol import Limits, Reply, RequestError, error_body, model_ids, read_request
 
 LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
@@ -42,7 +43,8 @@ class Api:
             *([Route("/", self.index)] if page else []),
         ]
         handlers = {RequestError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _left, Exception: _fail}
-        self.app: ASGIApp = Log(Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
+        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        self.app.router.redirect_slashes = False
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -89,10 +91,15 @@ class Api:
             raise
 
     async def _read(self, request: Request) -> bytes:
-        """A request's body; refused if too slow or too long: read to its end first, unless that is far off.
+        """A request's JSON; refused if too slow or too long: read to its end first, unless that is far off.
 
         A connection that ends while its client still sends may take the answer with it.
         """
+        kind, coding = (request.headers.get(f"content-{key}", "") for key in ("type", "encoding"))
+        if kind.partition(";")[0].strip().lower() != "application/json":  # a web page may send others unasked
+            raise RequestError(f"content-type: found {kind[:100]!r}, must be application/json", 415)
+        if coding not in ("", "identity"):
+            raise RequestError(f"content-encoding: found {coding[:100]!r}, must be left out", 415)
         most, parts, size = self.limits.max_body, [], 0
         too_long = RequestError(f"request: has over {most:,} bytes", 413)
         with contextlib.suppress(ValueError):
@@ -223,8 +230,7 @@ async def _respond(send: Send, body: bytes, status: int = 200) -> None:
 
 
 def _refuse(request: Request, e: RequestError) -> Response:
-    headers = {429: {"retry-after": "1"}, 408: {"connection": "close"}, 413: {"connection": "close"}}.get(e.status)
-    return Response(error_body(e), e.status, headers, "application/json")
+    return refusal(e)
 
 
 def _left(request: Request, e: ClientDisconnect) -> Response:
