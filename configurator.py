@@ -10,13 +10,15 @@ import dataclasses
 import difflib
 import importlib.metadata
 import inspect
+import itertools
 import math
 import os
 import platform
 import re
+import shlex
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,6 +29,7 @@ HOME = Path(__file__).parent  # holds the scripts, config/ and data/
 JSON_BYTES = 100 * 2**20  # largest file that read_bytes reads by default
 YAML_BYTES = 2**20
 YAML_EVENTS, YAML_DEPTH = 100_000, 20
+MOST_COMPARED = 1000  # characters of a word, and words, among which the most similar is looked for
 SHOWN_PROBLEMS = 20  # most problems in one message
 SHOWN_CHARS = 300  # longest line of a message; some quote user input
 BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no objects
@@ -76,7 +79,7 @@ def _parse(argv: list[str], hints: dict[str, Any], positional: str | None) -> tu
     found: Found = {}
     flags: dict[str, Any] = {}
     problems: list[str] = []
-    args = list(argv)
+    args, extra = list(argv), []
     while args:
         arg = args.pop(0)
         if arg.startswith("--"):
@@ -97,8 +100,20 @@ def _parse(argv: list[str], hints: dict[str, Any], positional: str | None) -> tu
         elif positional and positional not in flags and (arg == "-" or arg[:1] != "-"):
             flags[positional] = arg
         else:
-            problems.append(f"{arg}: is one argument too many; write --key=value, or name a .yaml file")
+            extra.append(arg)
+    if extra:
+        problems.append(_too_many(extra, flags.get(positional, ""), hints))
     return found | {key: (value, f"--{key}") for key, value in flags.items()}, problems
+
+
+def _too_many(extra: list[str], before: str, hints: dict[str, Any]) -> str:
+    """What is wrong with bare arguments for which there is no key; before: the bare argument that has one."""
+    many = "is one argument" if len(extra) == 1 else f"are {len(extra)} arguments"
+    advice = f"write --key=value, or name a .yaml file{did_you_mean_path(extra[0])}"
+    if "prompt" in hints:
+        words = extra if before.endswith(".pt") or os.path.exists(before) else [before, *extra]
+        advice = f"if this is a prompt, write --prompt={shlex.quote(' '.join(words))}"
+    return f"{' '.join(extra)}: {many} too many; {advice}"
 
 
 def _take_value(key: str, args: list[str], hints: dict[str, Any]) -> tuple[str | None, str]:
@@ -109,7 +124,7 @@ def _take_value(key: str, args: list[str], hints: dict[str, Any]) -> tuple[str |
         return args.pop(0), ""
     if is_flag:
         return "true", ""
-    if args and kind in (str, tuple[str, ...]) and not _nearest(args[0][2:].partition("=")[0], hints):
+    if args and kind in (str, tuple[str, ...]) and not did_you_mean(args[0][2:].partition("=")[0], hints):
         value = args.pop(0)  # begins with -- but resembles no key
         return None, f"--{key}: has no value; if that is {value}, write --{key}={value}"
     return None, f"--{key}: has no value; write --{key}=VALUE"
@@ -132,19 +147,14 @@ def _convert_all(found: Found, hints: dict[str, Any], problems: list[str]) -> di
     values = {}
     for key, (value, where) in found.items():
         if key not in hints:
-            near = _nearest(key, hints) if len(problems) < SHOWN_PROBLEMS else None  # the search is slow
-            problems.append(f"{where}: no such key; " + (f"did you mean {near}?" if near else "--help lists all"))
+            near = did_you_mean(key, hints) if len(problems) < SHOWN_PROBLEMS else ""  # the search is slow
+            problems.append(f"{where}: no such key{near or '; --help lists all'}")
             continue
         try:
             values[key] = _convert(hints[key], value)
         except ValueError as e:
             problems.append(f"{where}: {e}")
     return values
-
-
-def _nearest(key: str, hints: dict[str, Any]) -> str | None:
-    """The key that the unknown `key` may be a misspelling of."""
-    return next(iter(difflib.get_close_matches(key, hints, n=1)), None)
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -158,7 +168,8 @@ def _convert(kind: Any, value: Any) -> Any:
         raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, must be one value")
     if get_origin(kind) is Literal:
         if value.lower() not in get_args(kind):
-            raise ValueError(f"found {value!r}, must be one of {', '.join(get_args(kind))}")
+            near = did_you_mean(value.lower(), get_args(kind))
+            raise ValueError(f"found {value!r}, must be one of {', '.join(get_args(kind))}{near}")
         return value.lower()
     if kind is bool:
         if value.lower() not in BOOLS:
@@ -278,6 +289,32 @@ def warn(message: str) -> None:
 # files and messages, bounded
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What a message adds about a `word` that is not among the `known` ones: the most similar of them, if any is."""
+    return f"; did you mean {near}?" if (near := _nearest(word, known)) else ""
+
+
+def did_you_mean_path(path: str | Path) -> str:
+    """What a message adds about a missing path: the most similar one, here or beside the scripts, if there is any."""
+    path = Path(path)
+    with contextlib.suppress(OSError, ValueError):
+        for missing in (*reversed(path.parents), path):
+            if not beside_scripts(missing).exists():  # the first folder that is missing, or else the file
+                rest = path.relative_to(missing)
+                folders = filter(os.path.isdir, (missing.parent, HOME / missing.parent))
+                names = itertools.chain.from_iterable(map(os.listdir, folders))
+                there = (name for name in names if beside_scripts(missing.with_name(name) / rest).exists())
+                near = _nearest(missing.name, there)
+                return f"; did you mean {missing.with_name(near) / rest}?" if near else ""
+    return ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The most similar of the `known` words, or "" if none is similar."""
+    first = [*itertools.islice(known, MOST_COMPARED)]
+    return next(iter(difflib.get_close_matches(word[:MOST_COMPARED], first, n=1)), "")
+
+
 def beside_scripts(path: str | Path) -> Path:
     """`path`, or if it does not exist, the same path beside the scripts if that does."""
     return HOME / path if not os.path.exists(path) and os.path.exists(HOME / path) else Path(path)
@@ -288,7 +325,8 @@ def check_regular(path: Path, error: type[Exception]) -> int:
     try:
         found = os.stat(path)
     except (OSError, ValueError) as e:
-        raise error(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+        near = did_you_mean_path(path) if isinstance(e, FileNotFoundError) else ""
+        raise error(f"{path}: {getattr(e, 'strerror', None) or e}{near}") from None
     if not stat.S_ISREG(found.st_mode):
         raise error(f"{path}: is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}; name a file")
     return found.st_size

@@ -61,10 +61,10 @@ class PrepareConfig:
         elif not self.out and not self.folder:
             try:
                 corpus.manifest_of_files(self.input)
-            except DataError as e:
+                name = corpus.style_name(self.input[0])
+                found.append(f"out: is missing; say where the bins go, e.g. --out=data/{name}")
+            except DataError as e:  # a corpus, which has a place for its bins, may have been meant
                 found.append(str(e))
-            name = corpus.style_name(self.input[0])
-            found.append(f"out: is missing; say where the bins go, e.g. --out=data/{name}")
         if self.encoding and self.folder:
             found.append(f"encoding: is a key of a source in {self.folder}/corpus.yaml")
         return found
@@ -155,10 +155,13 @@ def main(cfg: PrepareConfig) -> None:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the checkpoint at `path`; raises ConfigError when it has none."""
+    wanted = f"tokenizer: found {str(path)!r}, must be {', '.join(TOKENIZERS)} or a checkpoint"
+    if not path.exists() and (near := configurator.did_you_mean(str(path), TOKENIZERS)):
+        raise ConfigError(wanted + near)
     try:
         return checkpoint.tokenizer_of(checkpoint.load(path), path)
     except CheckpointError as e:
-        raise ConfigError(f"tokenizer: must be {', '.join(TOKENIZERS)} or a checkpoint; {e}") from None
+        raise ConfigError(f"{wanted}; {e}") from None
 
 
 def _with_specials(given: Tokenizer, specials: list[str], characters: str) -> Tokenizer:

@@ -52,6 +52,8 @@ class SampleConfig(Settings):
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
+        if " " in self.checkpoint and not Path(self.checkpoint).exists():
+            found.append(f"checkpoint: {self.checkpoint!r} is no file; a prompt is --prompt={self.checkpoint!r}")
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         unused = {"interactive": "prompt num_samples verbose check save export export_dtype".split(), "replay": changed}
         for mode, keys in unused.items():

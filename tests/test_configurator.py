@@ -83,6 +83,42 @@ def test_positional_argument_goes_to_its_key():
     assert load(Toy, ["-", "a"], "many").many == ("-", "a")
 
 
+@pytest.mark.parametrize(
+    "argv, advice",
+    [
+        (["config/demo.ymal"], "; did you mean config/demo.yaml?"),
+        (["config/dmo.yaml"], "; did you mean config/demo.yaml?"),
+        (["confg/demo.yaml"], "; did you mean config/demo.yaml?"),
+        (["nothing/of/the.yaml"], "No such file or directory"),
+        (["x", "y"], "x y: are 2 arguments too many; write --key=value, or name a .yaml file"),
+    ],
+)
+def test_a_path_that_is_missing_names_the_nearest_one_from_any_folder(tmp_path, monkeypatch, argv, advice):
+    monkeypatch.chdir(tmp_path)
+    assert error(train.TrainConfig, *argv).endswith(advice)
+
+
+def test_bare_words_for_sample_py_may_be_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.bin").touch()
+    for argv, prompt in (
+        (["To", "be", "or"], "'To be or'"),
+        (["a.pt", "To", "be"], "'To be'"),
+        (["model.bin", "To"], "To"),
+        (["To be"], "'To be'"),
+    ):
+        assert error(sample.SampleConfig, *argv, positional="checkpoint").endswith(f"--prompt={prompt}")
+
+
+def test_the_nearest_path_is_looked_for_in_the_first_folder_that_is_missing(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demon").mkdir()
+    (tmp_path / "demon" / "best.pt").touch()
+    assert configurator.did_you_mean_path(tmp_path / "demos/best.pt") == f"; did you mean {tmp_path}/demon/best.pt?"
+    assert configurator.did_you_mean_path(tmp_path / "demo/best.pt") == ""
+    assert configurator.did_you_mean_path("x" * 5000) == configurator.did_you_mean_path("a\0/b") == ""
+
+
 # --- what a value may be
 
 
@@ -205,6 +241,7 @@ def test_bytes_that_are_not_utf_8_are_refused(key):
 
 def test_a_wrong_choice_lists_all_choices():
     assert all(word in error(Toy, "--mode=slow") for word in ("off", "on", "fast"))
+    assert error(Toy, "--mode=fats").endswith("; did you mean fast?")
 
 
 @pytest.mark.parametrize("value", ["[1, 2]", "{a: 1}"])

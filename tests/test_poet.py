@@ -15,6 +15,7 @@ import sample
 from configurator import ConfigError
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END
+from robopoet.writing import poet as poet_module
 from robopoet.writing.batch import Batch
 from robopoet.writing.generate import window_start
 from robopoet.writing.sampler import Sampler
@@ -252,7 +253,8 @@ def test_unknown_characters_are_named(poet):
 
 def test_for_a_missing_checkpoint_the_existing_ones_are_listed(random_pt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="not found; train one first: make poem"):
+    monkeypatch.setattr(poet_module, "HOME", tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"not found; train one first: make poem, in .*/nowhere, trains"):
         Poet(device="cpu")
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "best.pt").write_bytes(random_pt.read_bytes())
@@ -260,6 +262,10 @@ def test_for_a_missing_checkpoint_the_existing_ones_are_listed(random_pt, tmp_pa
         Poet(device="cpu")
     advice = str(e.value).rsplit("sample.py ", 1)[1]
     assert Poet(advice, device="cpu").write("a", max_new_tokens=2)
+    monkeypatch.chdir(tmp_path / "out" / "mine")
+    monkeypatch.setattr(poet_module, "HOME", tmp_path)
+    with pytest.raises(CheckpointError, match=f"not found; there is {tmp_path}/out/mine/best.pt; try: "):
+        Poet(device="cpu")
     makefile = (Path(sample.__file__).parent / "Makefile").read_text()
     assert "\npoem:" in makefile
     with pytest.raises(CheckpointError, match="not found; train first"):

@@ -162,8 +162,23 @@ def test_a_missing_input_is_reported_with_or_without_out(tmp_path):
     for argv in ([f"{tmp_path}/none"], [f"{tmp_path}/none*.txt"], [f"--input={tmp_path}/none", f"--out={tmp_path}/o"]):
         assert f"--input: no file matches {tmp_path}/none" in advice(*argv)
     assert "empty: holds no .txt, .md, .html" in advice(f"{tmp_path}/empty")
-    assert "out: is missing" in advice(f"{tmp_path}/none")  # and so is this
+    assert "out:" not in advice(f"{tmp_path}/none")  # a corpus needs none
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, near",
+    [
+        (["data/robopot"], "data/robopoet"),
+        (["data/robopot", "--out=x"], "data/robopoet"),
+        (["--corpus=data/robopot"], "data/robopoet/corpus.yaml"),
+    ],
+)
+def test_what_is_misspelled_names_the_nearest(tmp_path, monkeypatch, argv, near):
+    monkeypatch.chdir(tmp_path)
+    assert f"; did you mean {near}?" in advice(*argv)
+    with pytest.raises(ConfigError, match=r"tokenizer: found 'chr', must be auto, .* checkpoint; did you mean char\?"):
+        run("data/robopoet", "--out=x", "--tokenizer=chr")
 
 
 def test_losses_and_copies_are_warned_of_unless_the_text_is_pinned(tmp_path, capsys):

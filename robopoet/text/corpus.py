@@ -78,7 +78,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `folder/corpus.yaml`; raises DataError with every key that is wrong."""
     path = folder / "corpus.yaml"
     if not os.path.exists(path):
-        raise DataError(f"{path}: not found; name a folder that holds one, or pass the texts: --input={folder}")
+        near = configurator.did_you_mean_path(path)
+        raise DataError(f"{path}: not found{near}; name a folder that holds one, or pass the texts: --input={folder}")
     content = configurator.read_yaml(path, DataError)
     problems = _unknown_keys(content, Manifest)
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
@@ -96,7 +97,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _unknown_keys(entry: object, kind: type) -> list[str]:
     known = [field.name for field in dataclasses.fields(kind) if field.name != "folder"]
     given = entry if isinstance(entry, dict) else ()
-    return [f"{key[:100]}: no such key; known are {', '.join(known)}" for key in given if key not in known]
+    unknown = [key[:100] for key in given if key not in known]
+    known_are = f"; known are {', '.join(known)}"
+    return [f"{key}: no such key{configurator.did_you_mean(key, known) or known_are}" for key in unknown]
 
 
 def _source_problems(source: Source) -> list[str]:

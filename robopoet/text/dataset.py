@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 
-from configurator import HOME
+from configurator import HOME, did_you_mean
 from robopoet import untrusted
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
@@ -35,12 +35,13 @@ def find_dataset(name: str) -> Path:
     for folder in (Path(name), *(place / name for place in places)):
         if name and (folder / "meta.json").is_file():
             return folder
-    known = ", ".join(sorted({path.parent.name for place in places for path in place.glob("*/meta.json")}))
+    known = sorted({path.parent.name for place in places for path in place.glob("*/meta.json")})
     has_manifest = any((place / name / "corpus.yaml").is_file() for place in places)
     advice = f"data/{name}" if has_manifest else f"--input='my/*.txt' --out=data/{Path(name).name or 'mine'}"
+    near = did_you_mean(Path(name).name, known) or f"; run `python prepare.py {advice}`"
     raise DataError(
-        f"dataset: {name!r} is not prepared (prepared: {known or 'none'}); run `python prepare.py {advice}`, or if it "
-        "is in another folder, use --dataset=PATH, or run this where the model was trained"
+        f"dataset: {name!r} is not prepared (prepared: {', '.join(known) or 'none'}){near}, or if it is in another "
+        "folder, use --dataset=PATH, or run this where the model was trained"
     )
 
 

@@ -23,6 +23,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from configurator import did_you_mean_path
 from robopoet import untrusted
 from robopoet.errors import DataError
 from robopoet.files import replacing
@@ -131,7 +132,8 @@ def own_files(patterns: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else _glob(pattern)
         if not matches:
-            raise DataError(f"--input: no file matches {pattern}; name texts, a folder of texts or a corpus")
+            advice = did_you_mean_path(pattern) or "; name texts, a folder of texts or a corpus"
+            raise DataError(f"--input: no file matches {pattern}{advice}")
         if len(patterns) > 1 and os.path.exists(os.path.join(pattern, "corpus.yaml")):
             raise DataError(f"--input: {pattern}: holds a corpus.yaml; prepare it alone, or name its files")
         for match in matches:

@@ -89,8 +89,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_EXTENSIONS:
-            name = configurator.shorten(str(path))
-            raise CheckpointError(f"{name}: not found; train first, or name another checkpoint")
+            name, near = configurator.shorten(str(path)), configurator.did_you_mean_path(path)
+            raise CheckpointError(f"{name}: not found{near or '; train first, or name another checkpoint'}")
         path = huggingface.fetch(str(path))
     if os.path.isfile(path / "config.json"):
         return huggingface.load(path)

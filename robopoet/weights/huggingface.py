@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from configurator import did_you_mean_path
 from model import GPT
 from robopoet import files, untrusted
 from robopoet.errors import CheckpointError, DataError
@@ -50,17 +51,18 @@ def fetch(name: str) -> Path:
 
     Raises CheckpointError when huggingface_hub is not installed or the download fails.
     """
+    missing = f"{name}: no such file or folder{did_you_mean_path(name)}"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"{name}: no such file or folder; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
+            f"{missing}; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as e:  # many classes, and they change with the network library
         raise CheckpointError(
-            f"{name}: no such file or folder, and the Hugging Face Hub could not be asked for it ({type(e).__name__})"
+            f"{missing}; the Hugging Face Hub could not be asked for it ({type(e).__name__})"
         ) from None
 
 

@@ -1,7 +1,6 @@
 """A passage: its settings, its text as it grows, and where it ends."""
 
 import dataclasses
-import difflib
 import re
 from array import array
 from dataclasses import dataclass
@@ -78,8 +77,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
     """The defaults, overridden by `given`; raises ConfigError for an unknown name or a wrong type or value."""
     values = dataclasses.asdict(Settings()) | given
     for name in given.keys() - get_type_hints(Settings).keys():
-        near = difflib.get_close_matches(name, get_type_hints(Settings), n=1)
-        raise ConfigError(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(f"{name}: no such setting{configurator.did_you_mean(name, get_type_hints(Settings))}")
     saved = untrusted.convert(values, SavedSettings, "settings", ConfigError, "see sample.py --help")
     settings = Settings(**msgspec.structs.asdict(saved))
     if problems := settings.problems():

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from configurator import ConfigError
+from configurator import HOME, ConfigError, did_you_mean, did_you_mean_path
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import find_machine
 from robopoet.text.dataset import find_dataset
@@ -41,7 +41,7 @@ class Poet:
         self.machine = find_machine(device, dtype, trains=False)
         self.path, self.record = Path(checkpoint_path), record
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
-            raise CheckpointError(f"{self.path}: not found; {_advice()}")
+            raise CheckpointError(f"{self.path}: not found{did_you_mean_path(self.path) or f'; {_advice()}'}")
         self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
         prepack(self.model)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
@@ -151,8 +151,8 @@ class Poet:
         for part in style.split(",") if style else ():
             name, _, share = part.strip().partition(":")
             if name not in self.styles:
-                known = ", ".join(self.styles) or "none"
-                raise ConfigError(f"style: found {name[:100]!r}, must be one of the model's: {known}")
+                known, near = ", ".join(self.styles) or "none", did_you_mean(name, self.styles)
+                raise ConfigError(f"style: found {name[:100]!r}, must be one of the model's: {known}{near}")
             try:
                 shares[self.styles[name]] = float(share or 1)
             except ValueError:
@@ -195,6 +195,6 @@ class Poet:
 
 def _advice() -> str:
     """What to do about a missing checkpoint."""
-    if found := sorted(map(str, Path("out").glob("*/best.pt"))):
+    if found := sorted(map(str, [*Path("out").glob("*/best.pt")] or HOME.glob("out/*/best.pt"))):
         return f"there {'are' if len(found) > 1 else 'is'} {', '.join(found[:10])}; try: python sample.py {found[0]}"
-    return "train one first: make poem trains the demo"
+    return f"train one first: make poem, in {HOME}, trains the demo"
