@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import socket
 import sys
 import time
@@ -186,3 +187,20 @@ def test_a_missing_package_is_named(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"serve\.py needs uvicorn: pip install"):
         make_server(Poet(str(path), "cpu", "float32"), ServeConfig())
+
+
+def test_the_servers_end_cuts_requests_with_an_error_and_no_traceback(path, capfd):
+    with Served(path, grace_s=0.3, client_s=30.0, max_tokens=10**6) as server:
+        endless(server)
+        streams = [server.raw(server.request(max_tokens=10**6, stream=True)) for _ in range(4)]
+        wholes = [server.raw(server.request(max_tokens=10**6, n=8)) for _ in range(4)]
+        half = server.raw(server.request()[:-5])
+        wait_until(lambda: server.api.requests == 8 and all(text.passage for text in server.engine.running))
+        assert all(client.recv(100).startswith(b"HTTP/1.1 200") for client in streams)
+    for client in (*wholes, half):
+        head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503") and json.loads(body)["error"]["type"] == "server_error"
+    for client in streams:
+        rest = b"".join(iter(lambda: client.recv(4096), b""))
+        assert b'data: {"error":{"message":"the server ends' in rest and rest.endswith(b"\r\n0\r\n\r\n")
+    assert "Traceback" not in capfd.readouterr().err

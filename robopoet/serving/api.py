@@ -137,8 +137,9 @@ class Completion:
             async with asyncio.timeout(self.api.limits.request_s):
                 await (self._stream() if self.reply.streams else self._whole())
         except TimeoutError:
-            self.reply.error = RequestError(f"the request took over {self.api.limits.request_s:g} s", 504)
-            await self._end_late()
+            await self._cut(RequestError(f"the request took over {self.api.limits.request_s:g} s", 504))
+        except asyncio.CancelledError:
+            await self._cut(ended())
         finally:
             self.api.requests -= 1
             self.api.engine.cancel(self.reply.choices)
@@ -185,16 +186,22 @@ class Completion:
         await self.send(message)
         self.sent += 1
 
-    async def _end_late(self) -> None:
-        """Tell that the time is over."""
+    async def _cut(self, error: RequestError) -> None:
+        """End with an error, before the texts are whole."""
+        self.reply.error = error
         if not self.sent:
-            await _respond(self._send, error_body(self.reply.error), 504)
+            await _respond(self._send, error_body(error), error.status)
         elif self.reply.streams:
             await self._send({"type": "http.response.body", "body": self.reply.chunks(), "more_body": False})
 
 
+def ended() -> RequestError:
+    """What uvicorn's cancelling of a task means: the server ends, and grace_s is over."""
+    return RequestError("the server ends; send the request again", 503)
+
+
 class Log:
-    """Prints a line on stderr for each request: never what it says."""
+    """Prints a line on stderr for each request, never what it says; answers those that the server's end cuts off."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -212,6 +219,9 @@ class Log:
 
         try:
             await self.app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not status:
+                await refusal(ended())(scope, receive, noting)
         finally:
             note = f", {scope['note']}" if "note" in scope else ""
             path = scope["path"][:60].encode("unicode_escape").decode()
