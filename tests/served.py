@@ -68,6 +68,11 @@ class Served:
         return HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
+def rest_of(client: socket.socket) -> bytes:
+    """What comes until the connection ends."""
+    return b"".join(iter(lambda: client.recv(4096), b""))
+
+
 def endless(server):
     """Let no text end by itself."""
     server.poet.forbidden = torch.tensor(list(server.poet.tokenizer.specials.values()))

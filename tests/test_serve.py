@@ -86,6 +86,17 @@ def test_without_a_seed_one_is_drawn_and_told(served):
     assert again["choices"] == first["choices"] and again["system_fingerprint"] == first["system_fingerprint"]
 
 
+def test_without_a_seed_the_same_prompt_is_drawn_anew_each_time_and_with_one_it_is_not(served):
+    keys = {"n": 2, "max_tokens": 40, "temperature": 2.0}
+    drawn = served.post(["o romeo"] * 3, **keys).json()
+    pairs = [[choice["text"] for choice in drawn["choices"][i : i + 2]] for i in (0, 2, 4)]
+    assert pairs[0] != pairs[1] != pairs[2] != pairs[0]
+    for i, pair in enumerate(pairs):  # each can be had again
+        assert [choice["text"] for choice in served.choices(seed=drawn["seed"] + i, **keys)] == pair
+    seeded = [choice["text"] for choice in served.choices(["o romeo"] * 3, seed=drawn["seed"], **keys)]
+    assert seeded == pairs[0] * 3
+
+
 def test_defaults_finish_reasons_and_usage(served):
     seed = next(i for i in range(99) if len(served.choices(seed=i, logprobs=0)[0]["logprobs"]["tokens"]) == 16)
     answer = served.post(seed=seed).json()

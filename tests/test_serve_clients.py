@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import save_random
-from served import HEAD, Served, endless, wait_until
+from served import HEAD, Served, endless, rest_of, wait_until
 
 from bench.storm import storm
 from configurator import ConfigError
@@ -114,7 +114,7 @@ def test_a_client_that_sends_too_much_reads_why_when_it_has_sent_it(path):
         for _ in range(6):
             time.sleep(0.02)
             client.sendall(b"a" * 1000)
-        assert b"request: has over 2,000 bytes" in b"".join(iter(lambda: client.recv(4096), b""))
+        assert b"request: has over 2,000 bytes" in rest_of(client)
 
 
 def test_bounds_refuse_in_form(path):
@@ -198,9 +198,9 @@ def test_the_servers_end_cuts_requests_with_an_error_and_no_traceback(path, capf
         wait_until(lambda: server.api.requests == 8 and all(text.passage for text in server.engine.running))
         assert all(client.recv(100).startswith(b"HTTP/1.1 200") for client in streams)
     for client in (*wholes, half):
-        head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+        head, _, body = rest_of(client).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503") and json.loads(body)["error"]["type"] == "server_error"
     for client in streams:
-        rest = b"".join(iter(lambda: client.recv(4096), b""))
+        rest = rest_of(client)
         assert b'data: {"error":{"message":"the server ends' in rest and rest.endswith(b"\r\n0\r\n\r\n")
     assert "Traceback" not in capfd.readouterr().err

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 from conftest import save_random
-from served import HEAD, Served, endless, wait_until
+from served import HEAD, Served, endless, rest_of, wait_until
 
 from robopoet import portable
 
@@ -84,5 +84,5 @@ def test_an_answer_that_nobody_reads_ends_with_its_connection(path, monkeypatch)
 def test_http_1_0_gets_a_stream_without_chunks(path):
     with Served(path) as server:
         client = server.raw(server.request(max_tokens=5, stream=True).replace(b"HTTP/1.1", b"HTTP/1.0"))
-        head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+        head, _, body = rest_of(client).partition(b"\r\n\r\n")
         assert b"chunked" not in head.lower() and body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")

@@ -3,7 +3,7 @@
 import re
 import secrets
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, get_type_hints
 
@@ -141,7 +141,8 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
     within("prompt: texts times n", len(prompts) * n, 1, limits.max_choices)
     reply = Reply(body.model, poet, bool(body.stream), settings.seed)
     reply.tells_usage = bool(body.stream_options and body.stream_options.include_usage)
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
+        drawn = settings if body.seed is not None else replace(settings, seed=settings.seed + i)
         text, ids = _read_prompt(prompt, poet)
         within("prompt: tokens", len(ids), 1, limits.max_prompt)
         scores_prompt = bool(body.echo) and body.logprobs is not None and bool(prompt)
@@ -151,7 +152,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
             raise RequestError(message, param="prompt", code="context_length_exceeded")
         reply.prompt_tokens += len(ids) if prompt else 0
         for number in range(n):
-            choice = Choice(ids, text, settings, number, max_tokens, body.logprobs, scores_prompt, reply.gain)
+            choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain)
             reply.add(choice, text if body.echo else "")
     return reply
 
@@ -242,7 +243,7 @@ class Reply:
             "created": int(datetime.now(UTC).timestamp()),
             "model": model,
             "system_fingerprint": f"robopoet-{VERSION}-{poet.sha256[:12]}-{str(poet.machine.dtype)[6:]}",
-            "seed": seed,  # ours: with it, the same request gives the same texts
+            "seed": seed,  # ours; of the first prompt: if it was not given, the next one's is one more
         }
 
     @property
