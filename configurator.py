@@ -194,9 +194,10 @@ def _convert(kind: Any, value: Any) -> Any:
 
 def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
     """A problem for each of the space-separated `keys` whose value lies outside [low, high]."""
-    wanted = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    wanted = f"at least {low:g}" + (f" and at most {high:,}" if high < math.inf else "")
     values = {key: getattr(cfg, key) for key in keys.split()}
-    return [f"{key}: found {value}, must be {wanted}" for key, value in values.items() if not low <= value <= high]
+    outside = {key: value for key, value in values.items() if not low <= value <= high or value == math.inf}
+    return [f"{key}: found {value}, must be {wanted}" for key, value in outside.items()]
 
 
 def revise(cfg: Any, **values: Any) -> Any:

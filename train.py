@@ -130,7 +130,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
-        found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1)
+        found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1, 2**20)
         found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens grad_clip", 0)
         found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes min_lr weight_decay", 0)
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)

@@ -50,7 +50,7 @@ def convert(value: Any, kind: type[T], where: object, error: type[Exception], ad
     """Convert dicts, lists and numbers into a `kind`; raises `error` as `decode_json` does."""
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, AttributeError) as e:  # it takes a tensor for a mapping
         raise error(f"{where}: {describe(e)}; {advice}") from None
 
 

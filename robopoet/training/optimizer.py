@@ -130,6 +130,13 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
     return optimizers
 
 
+def state_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
+    """Of what `optimizer`, Muon or AdamW, keeps once it has stepped: "3.exp_avg", of its parameter 3, -> shape."""
+    names = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq", "step")
+    params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+    return {f"{i}.{name}": p.shape if name != "step" else torch.Size() for i, p in enumerate(params) for name in names}
+
+
 def set_rates(optimizers: list[torch.optim.Optimizer], scale: float | torch.Tensor) -> None:
     """Set each group's learning rate to its peak times `scale`."""
     for optimizer in optimizers:

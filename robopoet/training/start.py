@@ -13,11 +13,12 @@ from robopoet.errors import CheckpointError
 from robopoet.text.dataset import SPLITS, Meta
 from robopoet.training.average import Average
 from robopoet.training.folder import earlier_runs
+from robopoet.training.optimizer import state_shapes
 from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
 from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
-from robopoet.weights.header import NANOGPT_ARGS, read_header
+from robopoet.weights.header import NANOGPT_ARGS, SavedOptimizer, read_header, read_run
 
 Config = TypeVar("Config")  # a TrainConfig
 SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
@@ -67,6 +68,8 @@ def complete(cfg: Config, start: Start) -> Config:
     """
     if start.content is None:
         return cfg
+    if start.resumes and not cfg.eval_only:
+        read_run(start.content, start.path)  # raises if there is none
     given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
     shape = read_header(start.content, start.path).shape
     taken = {key: shape[key] for key in SHAPE}
@@ -85,7 +88,10 @@ def complete(cfg: Config, start: Start) -> Config:
             del taken["eval_iters"]  # the full split, however much of it the run read
         if "max_iters" in given:
             taken["epochs"] = 0.0  # it would override max_iters
-    return revise(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+    cfg = revise(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+    if problems := cfg.problems():
+        raise CheckpointError(f"{start.path}: " + "; ".join(problems))
+    return cfg
 
 
 def differences(cfg: Config, saved: dict[str, Any]) -> str:
@@ -148,21 +154,46 @@ def _list(changes: dict[str, str]) -> str:
 def restore(
     start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, average: Average | None
 ) -> Progress:
-    """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come."""
-    try:
-        for optimizer, saved in zip(optimizers, start.content["optimizer_states"], strict=True):
-            params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-            states = {i: {k: shard_like(v, params[i]) for k, v in state.items()} for i, state in saved["state"].items()}
-            both = zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
-            # rates and decay come from the config, which may have changed, and `fused`, which places the states, too
-            groups = [{**ours, "params": theirs["params"]} for theirs, ours in both]
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
-        if average and start.content.get("average"):  # a run may begin to average when it is resumed
-            average.load(start.content["average"])
-        if start.content["scaler"]:  # empty unless that run was in float16
-            scaler.load_state_dict(start.content["scaler"])
-        newer = {"run_id": "", "first_val_loss": math.inf, "best_iter": 0}  # fields that older checkpoints lack
-        progress = newer | start.content
-        return Progress(**{field.name: progress[field.name] for field in dataclasses.fields(Progress)})
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise CheckpointError(f"{start.path}: holds no run to resume ({e}); use --init_from={start.path}") from None
+    """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come.
+
+    Raises CheckpointError unless those are such as this run itself would save.
+    """
+    path, saved = start.path, read_run(start.content, start.path)
+    if any(weight.dtype is not torch.float32 for weight in start.content["model"].values()):
+        raise CheckpointError(f"{path}: its weights are not all float32, as a run's are; use --init_from={path}")
+    if len(saved.optimizer_states) != len(optimizers):
+        found = len(saved.optimizer_states)
+        raise CheckpointError(f"{path}: has the states of {found} optimizers, the run has {len(optimizers)}")
+    for i, (optimizer, state) in enumerate(zip(optimizers, saved.optimizer_states, strict=True)):
+        _restore_optimizer(optimizer, state, f"the states of its optimizer {i}", path, saved.iter_num)
+    if average and (saved.average or saved.config.ema):  # a run may begin to average when it is resumed
+        shapes = {name: weight.shape for name, weight in average.weights.items()}
+        checkpoint.check_tensors(saved.average, shapes, "its averages", path, (torch.float32,))
+        average.load(saved.average)
+    if scaler.is_enabled() and saved.scaler:
+        scaler.load_state_dict(scaler.state_dict() | dataclasses.asdict(saved.scaler))
+    return Progress(**{field.name: getattr(saved, field.name) for field in dataclasses.fields(Progress)})
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int
+) -> None:
+    """Give `optimizer` what it kept of each parameter.
+
+    Its settings stay: rates and decay, as the config may have changed, and `fused`, which places the states.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [list(group.params) for group in saved.param_groups] != [group["params"] for group in groups]:
+        raise CheckpointError(f"{path}: {what} are not of this model's parameters")
+    kept = {f"{i}.{name}": tensor for i, state in saved.state.items() for name, tensor in state.items()}
+    checkpoint.check_tensors(kept, state_shapes(optimizer), what, path, (torch.float32,))
+    for name, tensor in kept.items():
+        least, most = {"step": (0, steps), "exp_avg_sq": (0, math.inf)}.get(name.split(".")[1], (-math.inf, math.inf))
+        if not ((tensor >= least) & (tensor <= most)).all():
+            raise CheckpointError(f"{path}: {what}: {name} is below {least} or above {most}")
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    states = {  # contiguous: fused AdamW assumes it
+        i: {name: shard_like(tensor.contiguous(), params[i]) for name, tensor in state.items()}
+        for i, state in saved.state.items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -215,24 +215,41 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
             raise ValueError(f"there are {len(weights)} tensors, must be {n_tensors}{note}")
         for i in range(1, config.n_layer):
             shapes |= {name.replace(".h.0.", f".h.{i}."): shapes[name] for name in of_block}
-        held, used = {}, 0
-        for name, shape in shapes.items():
-            w = weights.get(name)
-            if not isinstance(w, torch.Tensor) or w.layout is not torch.strided or w.dtype not in DTYPES or w.is_meta:
-                raise ValueError(f"{name} is missing, or not a tensor of numbers")
-            if w.shape != shape:
-                raise ValueError(f"{name} is {tuple(w.shape)}, must be {tuple(shape)}")
-            held[w.untyped_storage().data_ptr()] = w.untyped_storage().nbytes()
-            used += w.nbytes if name != "lm_head.weight" else 0  # tied: the embedding's own bytes
-        if used > sum(held.values()):
-            raise ValueError("its tensors claim more numbers than the file holds")
-    except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # tensors of odd kinds raise these too
+    except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # GPT() raises these, too
         raise CheckpointError(f"{path}: its weights don't fit its model_args ({untrusted.describe(e)})") from None
-    if not_finite := [name for name, w in weights.items() if not w.isfinite().all()]:
-        raise CheckpointError(f"{path}: {not_finite[0]} is not finite; the run diverged, or the file is damaged")
+    check_tensors(weights, shapes, "its weights", path)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise CheckpointError(f"{path}: its lm_head is not tied to its embeddings, as this model's is")
     return weights
+
+
+def check_tensors(
+    tensors: dict[str, Any], shapes: dict[str, torch.Size], what: str, path: Path, dtypes: tuple = DTYPES
+) -> None:
+    """Raise CheckpointError unless `tensors` are just those of `shapes`, of `dtypes`, finite, with bytes of their own.
+
+    what: what they are, in the plural, as the message says.
+    """
+    try:
+        if extra := tensors.keys() - shapes.keys():
+            raise ValueError(f"there is no {min(map(str, extra))}")
+        held, used = {}, 0
+        for name, shape in shapes.items():
+            t = tensors.get(name)
+            if not isinstance(t, torch.Tensor) or t.layout is not torch.strided or t.dtype not in dtypes or t.is_meta:
+                raise ValueError(f"{name} is missing, or not a tensor of {' or '.join(map(str, dtypes))}")
+            if t.shape != shape:
+                raise ValueError(f"{name} is {tuple(t.shape)}, must be {tuple(shape)}")
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            used += t.nbytes if name != "lm_head.weight" else 0  # tied: the embedding's own bytes
+        if used > sum(held.values()):
+            raise ValueError("they claim more numbers than the file holds")
+    except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # tensors of odd kinds raise these too
+        raise CheckpointError(f"{path}: {what} don't fit its model_args ({untrusted.describe(e)})") from None
+    if not_finite := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise CheckpointError(
+            f"{path}: {what}: {not_finite[0]} is not finite; the run diverged, or the file is damaged"
+        )
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT, tokenizer.Tokenizer, dict[str, Any]]:

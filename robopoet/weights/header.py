@@ -1,5 +1,6 @@
 """The part of a checkpoint beside its tensors, with types and ranges checked."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
 ExportDtype = Literal["float16", "float32"]  # of the weights in a file for another program
 
 
@@ -86,3 +88,68 @@ def read_header(content: dict[str, Any], path: Path) -> Header:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # nanoGPT saves a tensor
         content = content | {"best_val_loss": float(loss)}
     return untrusted.convert(content, Header, path, CheckpointError, "it is not a checkpoint, or is damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the state of a run; its tensors are checked where it is restored
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """The keys without which a config is none, and what else we read; train.py checks them all by its own rules."""
+
+    dataset: str
+    optimizer: str
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """What we read of an optimizer's group: the numbers of its parameters. Its settings come from the config."""
+
+    params: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """An optimizer's state_dict(). state: the number of a parameter -> name -> tensor."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: tuple[SavedGroup, ...]
+
+
+@dataclass(frozen=True)
+class SavedScaler:
+    """What changes of a GradScaler."""
+
+    scale: Annotated[float, msgspec.Meta(ge=2.0**-126, le=2.0**127)]
+    _growth_tracker: Count
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint holds to resume a run. average: name -> tensor; empty if there is none.
+
+    What has a default is missing in older checkpoints.
+    """
+
+    model_extra: ModelExtra
+    config: SavedConfig
+    optimizer_states: tuple[SavedOptimizer, ...]
+    scaler: SavedScaler | None  # of a run in float16
+    iter_num: Count
+    best_val_loss: Amount
+    bad_evals: Count
+    seconds: Amount
+    first_val_loss: Amount = math.inf
+    best_iter: Count = 0
+    run_id: str = ""
+    average: dict[str, Any] = field(default_factory=dict)
+
+
+def read_run(content: dict[str, Any], path: Path) -> SavedRun:
+    """The state of the run in `content`, which was loaded from `path`; raises CheckpointError if it has none."""
+    if content.get("scaler") == {}:
+        content = content | {"scaler": None}
+    advice = f"it holds no run to resume; use --init_from={path}"
+    return untrusted.convert(content, SavedRun, path, CheckpointError, advice)
