@@ -28,10 +28,12 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, Signals, find_machine
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import TrainWindows
+from robopoet.training.folder import earlier_runs
 from robopoet.training.run import Progress, Run
 from robopoet.training.start import find_start
+from robopoet.weights import checkpoint
 
-FAULTS = ("kill", "terminate", "flip a bit", "cut")
+FAULTS = ("kill", "terminate", "flip a bit", "cut", "begin anew")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ def run_until(command: list[str], after_s: float, number: signal.Signals) -> tup
         if line.startswith("saved ") and line.endswith("\n"):
             saved = int(line.split()[-1])
     return saved, process.wait()
+
+
+def begin_anew(command: list[str], out: Path, after_s: float) -> int:
+    """Start a new run where there is one, and kill it some seconds after it begins to put that aside; returns how many
+    checkpoints are lost."""
+    before, runs = {checkpoint.sha256(path) for path in out.rglob("*.pt")}, len(earlier_runs(out))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "previous.part").exists() and len(earlier_runs(out)) == runs:
+        time.sleep(1e-4)
+    time.sleep(after_s)
+    process.kill()
+    process.wait()
+    return len(before - {checkpoint.sha256(path) for path in out.rglob("*.pt")})
 
 
 def damage(path: Path, fault: str, rng: random.Random) -> None:
@@ -123,14 +138,19 @@ def main(cfg: TortureConfig) -> None:
     """Torture a run, make the same steps unbroken, print a table and write the result."""
     machine, rng = find_machine("cpu", "auto"), random.Random(cfg.seed)
     counts = dict.fromkeys([*FAULTS, "resumes", "checkpoints verified", "losses compared"], 0)
-    wrong = {"lost steps": 0, "losses that differ": 0, "codes that are wrong": 0}
+    wrong = {"lost steps": 0, "losses that differ": 0, "codes that are wrong": 0, "lost checkpoints": 0}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tortured"
         keys = shape(cfg, out)
         command, seen, announced = train_command(keys, init_from="auto"), {}, 0
+        anew = train_command(keys, init_from="scratch")
         end = time.monotonic() + 60 * cfg.minutes
         while time.monotonic() < end:
             fault = rng.choice(FAULTS)
+            if fault == "begin anew" and (out / "ckpt.pt").exists():
+                wrong["lost checkpoints"] += begin_anew(anew, out, rng.uniform(0, 0.005))
+                start = find_start("auto", out, eval_only=False).content
+                announced = start["iter_num"] if start else 0
             number = signal.SIGTERM if fault == "terminate" else signal.SIGKILL
             saved, code = run_until(command, rng.uniform(0, 6), number)
             counts[fault] += 1

@@ -34,7 +34,7 @@ class Folder:
         """Whether it is our lock that lies in `path`."""
         try:
             return os.path.samestat(os.stat(path / ".lock"), self.held)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def where(self) -> Path:

@@ -118,7 +118,7 @@ class Run:
                 self.best_loss = val_loss
             checkpoint.save(out / "ckpt.pt", latest, keep=out / "ckpt.prev.pt")
         except (OSError, ConfigError) as e:
-            kept = "the previous checkpoint is kept" if (self.out / "ckpt.pt").exists() else "there is none"
+            kept = "the previous checkpoint is kept" if os.path.exists(self.out / "ckpt.pt") else "there is none"
             return f"step {progress.iter_num} could not be saved: {describe(e)}; {kept}"
         return ""
 
