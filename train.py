@@ -340,9 +340,10 @@ def train(cfg: TrainConfig, start: Start) -> None:
     state = build_state(cfg, machine, model, split, meta)
 
     # --- resume, or start a new run
-    progress = Progress(run_id=secrets.token_hex(4))
+    progress, teachers = Progress(run_id=secrets.token_hex(4)), state.teachers.sha256 if state.teachers else {}
+    run.about["teachers"] = teachers
     if start.resumes:
-        progress = restore(start, state.optimizers, state.scaler, state.average)
+        progress = restore(start, state.optimizers, state.scaler, state.average, teachers)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None, progress)
     run.keep_config(cfg)

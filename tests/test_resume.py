@@ -224,6 +224,47 @@ def test_the_default_warmup_is_shortened_for_a_short_run_and_one_that_is_given_i
         train.main(configurator.load(TrainConfig, args))
 
 
+# --- config.yaml
+
+
+def losses(out: Path) -> list[tuple]:
+    return [(record["kind"], record["iter"], record["loss"]) for record in records(out)]
+
+
+@pytest.fixture
+def weights(small, tmp_path) -> Path:
+    """A checkpoint with a longer context than the default."""
+    run(small, out_dir=tmp_path / "base", block_size=160)
+    return tmp_path / "base" / "best.pt"
+
+
+@pytest.mark.parametrize("begins", ["auto", "weights", "minutes"])
+def test_config_yaml_repeats_a_run_whatever_resumed_it(small, shapeless, weights, tmp_path, begins):
+    out, again = tmp_path / "a run", tmp_path / "again"
+    keys = {"auto": {**small, "init_from": "auto", "epochs": 0.1}, "minutes": {**small, "minutes": 0.05}}
+    keys["weights"] = {**shapeless, "init_from": weights, "block_size": 128}  # the default, but shorter than theirs
+    run(keys[begins], out_dir=out, dropout=0.1)
+    begun = (out / "config.yaml").read_text()
+    run({"out_dir": out, "init_from": "auto"})
+    run({"out_dir": out, "init_from": "resume", "minutes": 9})
+    assert (out / "config.yaml").read_text() == begun
+    train.main(configurator.load(TrainConfig, [str(out / "config.yaml"), f"--out_dir={again}"]))
+    assert losses(again) == losses(out)
+    assert (
+        checkpoint.load(again / "best.pt")["config"] | {"out_dir": str(out)}
+        == checkpoint.load(out / "best.pt")["config"]
+    )
+
+
+def test_config_yaml_has_the_keys_of_the_last_resume_and_where_the_run_began(shapeless, weights, tmp_path):
+    out = tmp_path / "out"
+    run(shapeless, init_from=weights, max_iters=3)
+    begun = (out / "config.yaml").read_text()
+    run({"out_dir": out, "init_from": "auto", "max_iters": 5})
+    assert (out / "config.yaml").read_text() == begun.replace("max_iters: 3", "max_iters: 5")
+    assert f"\ninit_from: {weights}\n" in begun
+
+
 # --- from any folder
 
 

@@ -84,3 +84,42 @@ def test_teachers_that_do_not_fit_are_refused(small, teachers, tmp_path):
     prepare.main(prepare.PrepareConfig(input=(str(tmp_path / "other.txt"),), out=str(other), vocab_size=300))
     with pytest.raises(ConfigError, match=r"has another tokenizer than .*other"):
         run(small, teacher=teachers, dataset=str(other))
+
+
+def test_a_teacher_that_the_run_would_replace_is_refused(small, tmp_path, monkeypatch):
+    run(small)
+    best = Path(small["out_dir"]) / "best.pt"
+    before = best.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(best)
+    for teacher in (best, "out/best.pt", "out/../out/ckpt.pt", "link"):
+        with pytest.raises(
+            ConfigError, match=f"^teacher: {teacher} is what this run replaces; choose another out_dir$"
+        ):
+            run(small, teacher=str(teacher))
+        with pytest.raises(ConfigError, match=f"^init_from: {teacher} is what this run replaces; choose another"):
+            run(small, init_from=str(teacher))
+    with pytest.raises(ConfigError, match="is what this run replaces"):
+        run(small, init_from="resume", teacher=str(best), max_iters=8)
+    assert best.read_bytes() == before and not (best.parent / "previous").exists()
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(before)
+    run(small, init_from=str(copy), teacher=str(copy))
+
+
+def test_a_teacher_that_is_another_model_after_a_resume_is_refused(small, teachers):
+    first, second = (Path(name) for name in teachers.split(","))
+    out = run(small, teacher=teachers, max_iters=3)
+    found = checkpoint.load(out / "ckpt.pt")
+    assert found["teachers"].keys() == set(teachers.split(","))
+    whole = first.read_bytes()
+    checkpoint.save(first, checkpoint.load(first) | {"iter_num": 0})  # another file, but the same model
+    run(small, teacher=teachers, init_from="resume", max_iters=4)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"^teacher: {first} is not the model that has taught .* a new run$"):
+        run(small, teacher=teachers, init_from="resume")
+    first.write_bytes(whole)
+    run(small, teacher=teachers, init_from="resume", max_iters=5)
+    run(small, teacher=str(second), init_from="resume")  # asked for by name
+    checkpoint.save(out / "ckpt.pt", {key: value for key, value in found.items() if key != "teachers"})  # an older one
+    run(small, teacher=teachers, init_from="resume")

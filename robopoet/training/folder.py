@@ -73,6 +73,11 @@ class Folder:
             self.descriptor = None
 
 
+def replaces(out: Path, path: Path) -> bool:
+    """Whether a run in `out` writes a file of its own in the place of `path`."""
+    return path.resolve() in {(out / name).resolve() for name in (*CHECKPOINTS, "best.pt")}
+
+
 def lock_folder(path: Path) -> BaseFileLock:
     """Make the folder and lock it until the lock is released, or the process ends; raises ConfigError if it can't."""
     try:

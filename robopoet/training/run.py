@@ -123,11 +123,15 @@ class Run:
         return ""
 
     def keep_config(self, cfg: Any) -> None:
-        """Write the keys of `cfg` that differ from their defaults to config.yaml, with which train.py runs the same."""
+        """Write the keys of `cfg` that differ from their defaults to config.yaml, with which train.py runs the same.
+
+        block_size is always there, as it may shorten that of init_from.
+        """
         if not self.machine.is_main:
             return
         values = {field.name: (getattr(cfg, field.name), field.default) for field in dataclasses.fields(cfg)}
-        text = yaml.safe_dump({key: value for key, (value, default) in values.items() if value != default})
+        kept = {key: value for key, (value, default) in values.items() if value != default or key == "block_size"}
+        text = yaml.safe_dump(kept)
         try:
             with replacing(self.out / "config.yaml") as f:
                 f.write(f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n{text}".encode())

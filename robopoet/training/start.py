@@ -12,7 +12,7 @@ from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.text.dataset import SPLITS, Meta
 from robopoet.training.average import Average
-from robopoet.training.folder import earlier_runs
+from robopoet.training.folder import earlier_runs, replaces
 from robopoet.training.optimizer import state_shapes
 from robopoet.training.run import Progress
 from robopoet.training.sharding import shard_like
@@ -50,6 +50,8 @@ def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
             warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={kept[-1]} resumes the one there")
         return Start(None, latest, False)
     if init_from not in ("resume", "auto"):
+        if not eval_only and replaces(out, Path(init_from)):
+            raise ConfigError(f"init_from: {init_from} is what this run replaces; choose another out_dir")
         return Start(checkpoint.load(Path(init_from)), Path(init_from), False)
     try:
         return Start(checkpoint.load(latest), latest, True)
@@ -67,7 +69,7 @@ def complete(cfg: Config, start: Start) -> Config:
     contradicts that shape; only a new run may shorten block_size.
     """
     if start.content is None:
-        return cfg
+        return revise(cfg, init_from="scratch")  # auto found nothing
     if start.resumes and not cfg.eval_only:
         read_run(start.content, start.path)  # raises if there is none
     given = cfg.given | {field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default}
@@ -88,7 +90,10 @@ def complete(cfg: Config, start: Start) -> Config:
             del taken["eval_iters"]  # the full split, however much of it the run read
         if "max_iters" in given:
             taken["epochs"] = 0.0  # it would override max_iters
-    cfg = revise(cfg, **{key: value for key, value in taken.items() if key not in given | {*OWN}})
+    taken = {key: value for key, value in taken.items() if key not in given | {*OWN}}
+    if start.resumes and not cfg.eval_only:  # where the run began, and what chose its keys then, stay
+        taken |= {"init_from": saved.init_from, "minutes": saved.minutes}
+    cfg = revise(cfg, **taken)
     if problems := cfg.problems():
         raise CheckpointError(f"{start.path}: " + "; ".join(problems))
     return cfg
@@ -152,13 +157,22 @@ def _list(changes: dict[str, str]) -> str:
 
 
 def restore(
-    start: Start, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, average: Average | None
+    start: Start,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    average: Average | None,
+    teachers: dict[str, str],
 ) -> Progress:
     """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come.
 
-    Raises CheckpointError unless those are such as this run itself would save.
+    teachers: name -> SHA-256. Raises CheckpointError unless all are such as this run itself would save.
     """
     path, saved = start.path, read_run(start.content, start.path)
+    for name in teachers.keys() & saved.teachers.keys():
+        if teachers[name] != saved.teachers[name]:
+            raise CheckpointError(
+                f"teacher: {name} is not the model that has taught this run so far; put that back, or begin a new run"
+            )
     if any(weight.dtype is not torch.float32 for weight in start.content["model"].values()):
         raise CheckpointError(f"{path}: its weights are not all float32, as a run's are; use --init_from={path}")
     if len(saved.optimizer_states) != len(optimizers):

@@ -128,9 +128,10 @@ class SavedScaler:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a checkpoint holds to resume a run. average: name -> tensor; empty if there is none.
+    """What a checkpoint holds to resume a run.
 
-    What has a default is missing in older checkpoints.
+    average: name -> tensor; empty if there is none. teachers: name -> SHA-256. What has a default is
+    missing in older checkpoints.
     """
 
     model_extra: ModelExtra
@@ -145,6 +146,7 @@ class SavedRun:
     best_iter: Count = 0
     run_id: str = ""
     average: dict[str, Any] = field(default_factory=dict)
+    teachers: dict[str, str] = field(default_factory=dict)
 
 
 def read_run(content: dict[str, Any], path: Path) -> SavedRun:
