@@ -121,6 +121,7 @@ def test_bounds_refuse_in_form(path):
     with Served(path, max_rows=1, max_waiting=1, max_body=2000, request_s=1.0, max_tokens=10**6) as server:
         endless(server)
         assert server.post("a" * 3000).status_code == 413
+        assert "number of styles: found 2" in server.post(style="alice,bard").json()["error"]["message"]
         chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n"
         client = server.raw(chunked + b"3e8\r\n" + b"a" * 1000 + b"\r\n")
         with contextlib.suppress(ConnectionError):

@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from robopoet.writing.poet import Poet
 from robopoet.writing.sampler import Sampler
 
 FAILED = "the server failed to generate this text"
+TURN = 32  # tokens that a text gains before it may be paused for a request that has no rows
 
 
 class Scored(NamedTuple):
@@ -48,7 +49,8 @@ class Choice:
 
     prompt: its ids; the same list for all that share it. number: of its random stream. max_tokens: 0 only scores the
     prompt. top: how many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell
-    the prompt's too. gain: called in the event loop. cancelled: nobody waits for it any more.
+    the prompt's too. gain: called in the event loop. cancelled: nobody waits for it any more. request: its first text.
+    paused: its rows while they are out of the engine's. turn_start: the tokens it had when it last got its rows.
     """
 
     prompt: list[int]
@@ -65,10 +67,21 @@ class Choice:
     rows: list[Row] = field(default_factory=list)  # one for each style
     passage: Passage | None = None
     sampler: Sampler | None = None
+    request: "Choice | None" = None
+    paused: list[Row] = field(default_factory=list)
+    turn_start: int = 0
+
+    @property
+    def gained(self) -> int:
+        """Its tokens since it last got its rows."""
+        return len(self.passage.ids) - self.turn_start
 
 
 class Engine(threading.Thread):
     """Generates what it is given, max_rows rows at a time; start() it, submit(), and in the end stop().
+
+    Each request has an equal share of the rows, and of those that others leave free. Texts beyond their request's share
+    are paused for one that has less; where there are more requests than rows, they take turns.
 
     furthest: the most tokens of a text, its window included.
     """
@@ -78,7 +91,7 @@ class Engine(threading.Thread):
         self.poet, self.loop = poet, None
         self.rows = Rows(poet.model, max_rows, furthest)
         self.inbox: queue.SimpleQueue[list[Choice] | None] = queue.SimpleQueue()
-        self.waiting: deque[Choice] = deque()
+        self.waiting: dict[Choice, deque[Choice]] = {}  # a request's first text -> its texts without rows
         self.running: list[Choice] = []
         self.gains: list[Gain] = []
         self.filters: Filters | None = None  # of those that run; made again when one joins or leaves
@@ -126,27 +139,75 @@ class Engine(threading.Thread):
         """Take what was submitted, waiting for it if there is nothing to do, and drop what was cancelled."""
         idle = not self.running and not self.waiting
         while idle or not self.inbox.empty():
-            self.waiting += self.inbox.get() or ()
-            idle = False
+            choices, idle = self.inbox.get() or [], False
+            for choice in choices:
+                choice.request = choices[0]
+                self.waiting.setdefault(choices[0], deque()).append(choice)
         for choice in [choice for choice in self.running if choice.cancelled]:
             self._leave(choice)
 
     def _admit(self) -> None:
-        """Read the first waiting prompt, if there are rows for it; texts that share it join at once."""
-        while self.waiting and self.waiting[0].cancelled:
-            self.waiting.popleft()
-        first = None
-        while self.waiting and len(self.waiting[0].tags) <= self.rows.free:
-            choice = self.waiting[0]
-            if first and (choice.prompt is not first.prompt or not first.rows or choice.cancelled):
-                return
-            self.waiting.popleft()
+        """Give rows to texts of the request that has the fewest; at most one prompt is read, for all that share it."""
+        self.waiting = {request: texts for request, texts in self.waiting.items() if not request.cancelled}
+        if not self.waiting:
+            return
+        held = Counter()  # each request's rows
+        for choice in self.running:
+            held[choice.request] += len(choice.rows)
+        request = min(self.waiting, key=held.__getitem__)
+        share = max(1, self.rows.max_rows // len(held.keys() | self.waiting.keys()))
+        texts, first = self.waiting[request], None
+        while texts and self._make_room(texts[0], held, share):
+            choice = texts[0]
+            if first and not choice.paused and (choice.prompt is not first.prompt or not first.rows):
+                break
+            texts.popleft()
             try:
-                self._start(choice, first)
+                if choice.paused:
+                    self._resume(choice)
+                else:
+                    self._start(choice, first)
+                    first = first or choice
             except Exception:
                 traceback.print_exc()
                 self._fail(choice)
-            first = first or choice
+            held[request] += len(choice.rows)
+            if held[request] >= share and len(self.waiting) > 1:
+                break
+        if not texts:
+            del self.waiting[request]
+
+    def _make_room(self, choice: Choice, held: Counter, share: int) -> bool:
+        """Whether a text has room, once others are paused: those beyond their share, or that have had their turn."""
+        while self.rows.free < len(choice.tags):
+            ours, others = held[choice.request], [c for c in self.running if c.request is not choice.request]
+            over = [c for c in others if ours < share <= held[c.request] - len(c.rows)]
+            late = [c for c in others if not ours and c.gained >= TURN]
+            if not (over or late):
+                return False
+            victim = max(over or late, key=lambda c: (held[c.request], c.gained))
+            held[victim.request] -= len(victim.rows)
+            self._pause(victim)
+        return True
+
+    def _pause(self, choice: Choice) -> None:
+        """Take a text's rows from it; among requests without any, its own is now the last."""
+        choice.paused = choice.rows
+        for row in choice.rows:
+            self.rows.pause(row)
+        choice.rows = []
+        self._leave(choice)
+        texts = self.waiting.pop(choice.request, deque())
+        texts.appendleft(choice)
+        self.waiting[choice.request] = texts
+
+    def _resume(self, choice: Choice) -> None:
+        """Give a paused text its rows again."""
+        for row in choice.paused:
+            self.rows.resume(row)
+        choice.rows, choice.paused, choice.turn_start = choice.paused, [], len(choice.passage.ids)
+        self.running.append(choice)
+        self.filters = None
 
     def _start(self, choice: Choice, twin: Choice | None) -> None:
         """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""

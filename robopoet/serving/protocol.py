@@ -135,7 +135,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
     given |= {"style": style, "stop": [body.stop] if isinstance(body.stop, str) else body.stop or []}
     given |= {"seed": secrets.randbits(52) if body.seed is None else body.seed, "max_new_tokens": max(max_tokens, 1)}
     settings = make_settings(DEFAULTS | given)
-    poet.blend_of(style)  # raises for a style that the model lacks
+    within("style: number of styles", len(poet.blend_of(style)), 0, limits.max_rows)
     poet.copied(settings, "")  # raises if max_copy needs a training text that is not there
     prompts = _prompts(body.prompt)
     within("prompt: texts times n", len(prompts) * n, 1, limits.max_choices)

@@ -30,13 +30,15 @@ def round_up(n: int, step: int) -> int:
 class Row:
     """One text in the model. window: its ids, of which all but the last are cached. n: how many those are.
 
-    With rotary positions the window is not kept: `n` counts on, beyond block_size too. tag: of its style.
+    With rotary positions the window is not kept: `n` counts on, beyond block_size too. tag: of its style. kept: its
+    part of the cache while it is paused.
     """
 
     window: list[int]
     tag: int | None
     place: int
     n: int = 0
+    kept: tuple[torch.Tensor, ...] = ()
 
 
 class Slot(KVCache):
@@ -98,8 +100,25 @@ class Rows:
             self._move(last.place, row.place)
             self.rows[row.place], last.place = last, row.place
 
+    def pause(self, row: Row) -> None:
+        """Remove a row and keep its part of the cache in main memory: reading the text again would round otherwise."""
+        row.kept = tuple(part[:, row.place, :, : max(row.n, 1)].to("cpu", copy=True) for part in self._parts)
+        self.drop(row)
+
+    def resume(self, row: Row) -> None:
+        """Add a paused row again."""
+        row.place = len(self.rows)
+        for part, kept in zip(self._parts, row.kept, strict=True):
+            part[:, row.place, :, : kept.shape[2]] = kept
+        row.kept = ()
+        self.rows.append(row)
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        return self.cache.keys, self.cache.values, self.cache.first
+
     def _move(self, source: int, target: int) -> None:
-        for part in (self.cache.keys, self.cache.values, self.cache.first):
+        for part in self._parts:
             part[:, target] = part[:, source]
 
     def _read(self, row: Row) -> torch.Tensor:
