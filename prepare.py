@@ -192,7 +192,7 @@ def _is_prepared(out: Path, fingerprint: str) -> bool:
     try:
         meta = dataset.read_meta(out)
         for name in dataset.SPLITS:
-            dataset.check_bin(out, name, meta)
+            dataset.open_bin(out, name, meta).verify()
         return meta.fingerprint == fingerprint
     except DataError:
         return False

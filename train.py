@@ -387,6 +387,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
+        split.verified()
 
     # --- end
     bar.close()

@@ -67,9 +67,10 @@ def tile(folder: Path, out: Path) -> None:
 
 
 def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> None:
-    """Make `windows` read a memory-mapped file, however small, with no page of it in memory."""
-    with patch.object(dataset, "ON_DEVICE_BYTES", 0):  # a new mapping: touched pages can't be dropped
+    """Make `windows` read a file on the disk, however small, with no page of it in memory."""
+    with patch.object(dataset, "ON_DEVICE_BYTES", 0):
         windows.split = open_split(folder, "train", read_meta(folder), windows.block_size, machine.device)
+    windows.split.verified()  # which reads all of its pages
     if CAN_DROP:
         with open(folder / "train.bin", "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -103,7 +104,7 @@ def main(cfg: ScalingConfig) -> None:
     own_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # as in separate runs
     with tempfile.TemporaryDirectory() as scratch, own_shapes:
         tile(folder, tiled := Path(scratch))
-        larger_corpus = f"{TIMES}x the corpus, mapped" + (", cold" if CAN_DROP else "")
+        larger_corpus = f"{TIMES}x the corpus, on the disk" + (", cold" if CAN_DROP else "")
         from_disk = Variant(larger_corpus, cfg, steps, *build(cfg, machine, tiled))
         variants = [
             Variant("as configured", cfg, steps, *build(cfg, machine, folder)),
@@ -143,7 +144,7 @@ def main(cfg: ScalingConfig) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table of these results."""
     columns = list(dict.fromkeys(v["name"] for r in results for v in r["variants"]))
-    headers = [name.partition(", ") for name in columns]  # such as 4x the corpus, mapped, cold
+    headers = [name.partition(", ") for name in columns]  # such as 4x the corpus, on the disk, cold
     blocks = []
     for r in results:
         found = {v["name"]: v for v in r["variants"]}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 try:
@@ -15,12 +16,22 @@ except ImportError:
 SIGUSR1 = getattr(signal, "SIGUSR1", None)
 SIGHUP = getattr(signal, "SIGHUP", None)
 SIGALRM = getattr(signal, "SIGALRM", None)
+_reading = threading.Lock()  # where a file's position is set before it is read
 
 
 def set_alarm(seconds: float) -> None:
     """Send this process SIGALRM in so many seconds (0: cancel that); does nothing where there is no such signal."""
     if SIGALRM is not None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def read_at(file: int, size: int, place: int) -> bytes:
+    """Up to `size` bytes of an open file from `place` on; several threads may read at once."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    with _reading:
+        os.lseek(file, place, os.SEEK_SET)
+        return os.read(file, size)
 
 
 def peak_resident_mb() -> float:

@@ -22,7 +22,7 @@ from bench import (
 from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.dataset import read_meta
+from robopoet.text.dataset import Bin, read_meta
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_pat
     document = np.searchsorted(windows.split.stops, places, side="right")
     assert (tags[whole] == windows.split.tags[document]).all() and len(set(tags)) == 2
     scaling.read_from_disk(tiled, tmp_path, machine)
-    assert isinstance(tiled.split.tokens, np.memmap)
+    assert isinstance(tiled.split.tokens, Bin)
     assert (tiled.split.gather(starts, 17, machine.device) == in_memory).all()
 
 

@@ -1,17 +1,23 @@
 """A dataset is opened as it was prepared, or refused in one line."""
 
-import hashlib
+import contextlib
 import os
+import shutil
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from splits import DOCS, write_split
+from conftest import at_step, records
+from splits import DOCS, describe, write_split
 
+import train
 from robopoet.errors import DataError
 from robopoet.text import dataset
-from robopoet.text.dataset import bin_sha256, open_split
+from robopoet.text.dataset import Bin, Meta, Span, Split, open_split
 from robopoet.text.windows import TrainWindows
+from train import TrainConfig
 
 CPU = torch.device("cpu")
 T = 8
@@ -41,28 +47,140 @@ def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
     assert TrainWindows(split, T, 1, 0.0).rows(0, 5)[0].tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("hashed_bytes", [2**28, 100])
+@pytest.fixture(params=[2**30, 0], ids=["in memory", "on the disk"])
+def on_disk(request, monkeypatch) -> bool:
+    """Whether bins stay on the disk, as large ones do."""
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", request.param)
+    monkeypatch.setattr(dataset, "BLOCK_BYTES", 100)
+    return not request.param
+
+
+def gathered(split: Split) -> list[list[int]]:
+    return split.gather(np.arange(195), T, CPU).tolist()
+
+
 @pytest.mark.parametrize("place", [0, 1, 201, 405])
-def test_an_altered_bin_is_refused(tmp_path, monkeypatch, hashed_bytes, place):
-    """Of a large bin only some blocks are hashed, the first and the last among them."""
-    monkeypatch.setattr(dataset, "HASHED_BYTES", hashed_bytes)
-    monkeypatch.setattr(dataset, "BLOCK_BYTES", 20)
+def test_an_altered_bin_is_refused(tmp_path, on_disk, place):
     meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
     content = bytearray(path.read_bytes())
     assert len(content) == 406
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.bin: its SHA-256 does not match meta.*prepare\.py"):
-        open_split(tmp_path, "train", meta, T, CPU)
+    message = r"train\.bin: its SHA-256 does not match meta\.json; it was altered.*run prepare\.py --force"
+    with pytest.raises(DataError, match=message):
+        split = open_split(tmp_path, "train", meta, T, CPU)
+        split.verified()
+    if on_disk:
+        with pytest.raises(DataError, match=message):
+            gathered(split)
 
 
-def test_a_bins_hash_covers_all_bytes_or_if_large_blocks_from_end_to_end(tmp_path, monkeypatch):
-    path = tmp_path / "some.bin"
-    path.write_bytes(content := os.urandom(1001))
-    assert bin_sha256(path) == hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(dataset, "HASHED_BYTES", 300)
-    monkeypatch.setattr(dataset, "BLOCK_BYTES", 100)
-    assert bin_sha256(path) == hashlib.sha256(content[:100] + content[450:550] + content[901:]).hexdigest()
+def many_documents(folder: Path, seed: int) -> Meta:
+    """As write_split, of documents that share a span."""
+    meta = write_split(folder, DOCS, seed=seed)
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    tokens[[39, 40, 140, 149, 152, 202]] = end = 60_000
+    meta.splits["train"] = describe(folder / "train.bin", tokens, (Span("all", "alice", 0, 203),), end)
+    return meta
+
+
+def test_a_bin_that_is_replaced_while_it_is_open_is_read_on(tmp_path, on_disk):
+    meta, other = many_documents(tmp_path, 1), tmp_path / "other"
+    untouched = open_split(tmp_path, "train", meta, T, CPU)
+    expected = gathered(untouched), np.stack(untouched.documents).tolist()
+    assert expected[1][1] == [40, 41, 141, 150, 153, 203]
+    split = open_split(tmp_path, "train", meta, T, CPU)
+    other.mkdir()
+    write_split(other, [("king", 120)], seed=2)
+    os.replace(other / "train.bin", tmp_path / "train.bin")
+    assert (gathered(split), np.stack(split.documents).tolist()) == expected
+    split.verified()
+    os.utime(tmp_path / "train.bin", ns=(1, 1))
+    (tmp_path / "train.bin").unlink()
+    assert gathered(split) == expected[0]
+
+
+@pytest.mark.parametrize("change", ["overwritten", "shortened", "emptied", "lengthened", "touched"])
+def test_a_bin_on_the_disk_that_is_written_to_while_it_is_open_is_refused_unless_it_is_the_same(
+    tmp_path, monkeypatch, change
+):
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
+    split = open_split(tmp_path, "train", meta, T, CPU)
+    split.verified()
+    expected, content = gathered(split), path.read_bytes()
+    with open(path, "r+b") as f:  # the same inode
+        if change == "overwritten":
+            f.write(content[::-1])
+        f.truncate({"shortened": 300, "emptied": 0, "lengthened": 408}.get(change, 406))
+    os.utime(path, ns=(10**18, 10**18))
+    if change == "touched":
+        assert gathered(split) == expected
+        return
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train\.bin: its SHA-256 does not match meta\.json; it was altered"):
+            gathered(split)
+    if change in ("shortened", "emptied"):  # after it was looked at: a read that is too short, not a signal
+        with pytest.raises(DataError, match=r"train\.bin: was cut off while it was read"):
+            split.tokens.read(195, 203)
+
+
+@pytest.mark.parametrize("change", ["replaced", "overwritten"])
+def test_a_run_goes_on_with_the_bins_that_it_opened_or_ends_in_one_line(small, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    shutil.copytree(small["dataset"], bins := tmp_path / "bins")
+    losses, keys = {}, small | {"dataset": str(bins), "eval_interval": 6}
+
+    def change_bins() -> None:
+        for name in ("train", "val"):
+            content = (bins / f"{name}.bin").read_bytes()[::-1]
+            if change == "replaced":
+                (bins / f"{name}.bin").unlink()
+            (bins / f"{name}.bin").write_bytes(content)
+
+    for out in ("untouched", "touched"):
+        if out == "touched":
+            at_step(monkeypatch, 3, change_bins)
+        with (
+            pytest.raises(DataError, match=r"train\.bin: its SHA")
+            if (out, change) == ("touched", "overwritten")
+            else contextlib.nullcontext()
+        ):
+            train.main(TrainConfig(**keys | {"out_dir": str(tmp_path / out)}))
+        losses[out] = [record["loss"] for record in records(tmp_path / out)]
+    n = 3 if change == "overwritten" else 7
+    assert losses["touched"][:n] == losses["untouched"][:n] and len(losses["untouched"]) == 7
+
+
+@pytest.mark.parametrize("altered", ["train", "val"])
+def test_a_short_run_waits_until_its_bins_are_verified(small, tmp_path, monkeypatch, altered):
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    shutil.copytree(small["dataset"], bins := tmp_path / "bins")
+    content = (bins / f"{altered}.bin").read_bytes()
+    (bins / f"{altered}.bin").write_bytes(content[:-2] + content[:2])
+    verify, ended = Bin.verify, threading.Event()
+
+    def slowly(self: Bin) -> None:
+        if self.path.name == "train.bin":
+            assert ended.wait(60)
+        verify(self)
+
+    monkeypatch.setattr(Bin, "verify", slowly)
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda *args: (save(*args), args[4].iter_num < 6 or ended.set())[0])
+    with pytest.raises(DataError, match=rf"{altered}\.bin: its SHA-256 does not match"):
+        train.main(TrainConfig(**small | {"dataset": str(bins)}))
+
+
+def test_bins_are_read_where_a_file_has_one_position(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr(dataset, "BLOCK_BYTES", 1)
+    meta = write_split(tmp_path, DOCS)
+    expected = gathered(open_split(tmp_path, "train", meta, T, CPU))
+    monkeypatch.delattr(os, "pread")
+    split = open_split(tmp_path, "train", meta, T, CPU)
+    assert all(gathered(split) == expected for _ in range(20))  # while it is verified
+    split.verified()
 
 
 def test_a_bin_that_is_no_regular_file_is_refused(tmp_path):

@@ -21,7 +21,7 @@ sys.modules.update(dict.fromkeys(hidden))
 for name in [name for name in dir(signal) if name.startswith("SIG") and not name.startswith("SIG_")]:
     if name not in ("SIGINT", "SIGTERM", "SIGABRT", "SIGFPE", "SIGILL", "SIGSEGV"):
         delattr(signal, name)
-del signal.setitimer, signal.getitimer, signal.alarm, signal.pause, signal.ITIMER_REAL, os.O_DIRECTORY
+del signal.setitimer, signal.getitimer, signal.alarm, signal.pause, signal.ITIMER_REAL, os.O_DIRECTORY, os.pread
 for module in [name for name in sys.modules if name.split(".")[0] == "filelock"]:
     del sys.modules[module]  # torch has imported it with fcntl
 for command in commands:

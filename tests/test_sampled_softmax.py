@@ -114,10 +114,10 @@ def test_ids_are_drawn_once_each_as_often_as_they_should_and_estimate_the_sum_ov
     assert abs(np.mean(sums) - exact) < 5 * np.std(sums) / math.sqrt(draws) < 0.05 * exact
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("window, whole", [(128, True), (100, False)])  # as many windows of as many tokens at most
-def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, mapped, window, whole):
-    if mapped:
+def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, on_disk, window, whole):
+    if on_disk:
         monkeypatch.setattr("robopoet.text.dataset.ON_DEVICE_BYTES", 0)
     monkeypatch.setattr(sampled_softmax, "WINDOW", window)
     meta = read_meta(books)

@@ -12,7 +12,7 @@ import train
 from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import dataset
-from robopoet.text.dataset import Span, Split, open_split
+from robopoet.text.dataset import Bin, Span, Split, open_split
 from robopoet.text.windows import EvalPlan, TrainWindows, eval_batches
 
 CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ ALONE = Machine(CPU, torch.float32)
 T = 8
 
 
-@pytest.fixture(params=["in memory", "mapped"])
+@pytest.fixture(params=["in memory", "on the disk"])
 def split(request, tmp_path, monkeypatch) -> Split:
-    """The same split, in memory and memory-mapped."""
-    if request.param == "mapped":
+    """The same split, in memory and on the disk."""
+    if request.param == "on the disk":
         monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
     split = open_split(tmp_path, "train", write_split(tmp_path, DOCS), T, CPU)
-    assert isinstance(split.tokens, np.memmap) == (request.param == "mapped")
+    assert isinstance(split.tokens, Bin) == (request.param == "on the disk")
     return split
 
 

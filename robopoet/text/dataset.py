@@ -1,28 +1,30 @@
 """A prepared dataset: a folder with train.bin, val.bin and test.bin (uint16 token ids), and meta.json about them."""
 
+import contextlib
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from threading import Thread
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import torch
 
 from configurator import HOME, did_you_mean
-from robopoet import untrusted
+from robopoet import portable, untrusted
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 from robopoet.untrusted import Count, Positive, Sha256
 
 FORMAT = 3  # of bins and meta.json; raising it makes earlier ones stale
-ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are memory-mapped
+ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
 SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
-HASHED_BYTES = 2**28  # a larger bin is hashed by blocks of that size in all, spread over the file
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**20  # hashed at a time
 SPLITS = ("train", "val", "test")
 
 
@@ -66,9 +68,8 @@ class Span:
 class SplitMeta:
     """What meta.json says of a split.
 
-    tokens: how many. largest: the largest id. characters, bytes: the size of its text. sha256: the bin's, by
-    `bin_sha256`. documents: spans that cover the split. end: the id that ends each document, if a span may hold
-    several; else -1.
+    tokens: how many. largest: the largest id. characters, bytes: the size of its text. sha256: the bin's. documents:
+    spans that cover the split. end: the id that ends each document, if a span may hold several; else -1.
     """
 
     tokens: Count
@@ -163,17 +164,101 @@ def read_meta(folder: Path) -> Meta:
     return untrusted.decode_json(raw, Meta, path, DataError, "run prepare.py again")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# bins
+
+
 def bin_sha256(path: Path) -> str:
-    """The hash of a bin: of all bytes, or above 256 MB, of blocks spread evenly from its first byte to its last."""
-    size, blocks = path.stat().st_size, HASHED_BYTES // BLOCK_BYTES
+    """The SHA-256 of a bin, in hexadecimal."""
     with open(path, "rb") as f:
-        if size <= HASHED_BYTES:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-        sha = hashlib.sha256()
-        for i in range(blocks):
-            f.seek(i * (size - BLOCK_BYTES) // (blocks - 1))
-            sha.update(f.read(BLOCK_BYTES))
-    return sha.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Bin:
+    """The file of a split: the one that was opened, whatever becomes of its path.
+
+    path: where it was opened. Raises DataError when that is missing or has another size than meta.json says; `verify`
+    looks at the content.
+    """
+
+    def __init__(self, path: Path, split: SplitMeta):
+        self.path, self.split, self._thread, self._problem = path, split, None, None
+        if not path.exists():
+            raise DataError(f"{path}: not found; run `python prepare.py {path.parent}` first")
+        untrusted.check_regular(path, DataError)
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (as long as the bin is in use)
+        except OSError as e:
+            raise DataError(f"{path}: {e.strerror}") from None
+        self._seen = self._state()
+        if (size := self._seen[0]) != 2 * len(self):
+            raise DataError(f"{path}: is {size} bytes long, meta.json says {2 * len(self)}; run prepare.py --force")
+
+    def __len__(self) -> int:
+        return self.split.tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids `start` to `stop`, or to the last: (n,) uint16; raises DataError if the file has become shorter."""
+        count = min(stop, len(self)) - start
+        raw = self._read(2 * count, 2 * start)
+        if len(raw) != 2 * count:
+            raise DataError(f"{self.path}: was cut off while it was read; run prepare.py --force")
+        return np.frombuffer(raw, "<u2")
+
+    def load(self) -> np.ndarray:
+        """All ids, once they are verified: (n,) uint16."""
+        ids = self.read(0, len(self))
+        self._compare(hashlib.sha256(ids))
+        return ids
+
+    def verify(self) -> None:
+        """Read the file from end to end; raises DataError unless it is the one that meta.json describes."""
+        seen, sha, place = self._state(), hashlib.sha256(), 0
+        while block := self._read(BLOCK_BYTES, place):
+            sha.update(block)
+            place += len(block)
+        self._compare(sha)
+        self._seen = seen
+
+    def verify_meanwhile(self) -> None:
+        """Begin to verify in a thread; `check` raises what it finds."""
+
+        def verify() -> None:
+            try:
+                self.verify()
+            except Exception as e:
+                self._problem = e
+
+        self._thread = Thread(target=verify, daemon=True)
+        self._thread.start()
+
+    def check(self, wait: bool = False) -> None:
+        """Raise DataError if the content has proved to be another; a file written to since is verified again.
+
+        wait: until all of it has been read.
+        """
+        if wait and self._thread:
+            self._thread.join()
+        if self._problem:
+            raise self._problem
+        if self._state() != self._seen:
+            self.verify()
+
+    def _compare(self, sha: Any) -> None:
+        if sha.hexdigest() != self.split.sha256:
+            earlier = ", or prepared by an earlier version" if 2 * len(self) > 2**28 else ""  # hashed in part
+            reason = f"it was altered{earlier}; run prepare.py --force"
+            raise DataError(f"{self.path}: its SHA-256 does not match meta.json; {reason}")
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _read(self, size: int, place: int) -> bytes:
+        try:
+            return portable.read_at(self._file.fileno(), size, place)
+        except OSError as e:
+            raise DataError(f"{self.path}: {e.strerror}") from None
 
 
 def part_of(folder: Path, name: str) -> Path:
@@ -183,25 +268,20 @@ def part_of(folder: Path, name: str) -> Path:
 
 def is_bin(path: Path, split: SplitMeta) -> bool:
     """Whether `path` is the bin that meta.json describes."""
-    return path.is_file() and path.stat().st_size == 2 * split.tokens and bin_sha256(path) == split.sha256
-
-
-def check_bin(folder: Path, name: str, meta: Meta) -> Path:
-    """The path of the bin `name`; raises DataError when it is missing or not the one meta.json describes."""
-    path, split = folder / f"{name}.bin", meta.splits[name]
-    if is_bin(part := part_of(folder, name), split):
-        return part
-    if not path.exists():
-        raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
-    if (size := untrusted.check_regular(path, DataError)) != 2 * split.tokens:
-        raise DataError(f"{path}: is {size} bytes long, meta.json says {2 * split.tokens}; run prepare.py --force")
     try:
-        found = bin_sha256(path)
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-    if found != split.sha256:
-        raise DataError(f"{path}: its SHA-256 does not match meta.json; it was altered; run prepare.py --force")
-    return path
+        Bin(path, split).verify()
+    except DataError:
+        return False
+    return True
+
+
+def open_bin(folder: Path, name: str, meta: Meta) -> Bin:
+    """Open the bin `name`, as yet unverified; raises DataError when it is missing or has another size."""
+    with contextlib.suppress(DataError):
+        part = Bin(part_of(folder, name), meta.splits[name])
+        part.verify()
+        return part
+    return Bin(folder / f"{name}.bin", meta.splits[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,13 +292,13 @@ def check_bin(folder: Path, name: str, meta: Meta) -> Path:
 class Split:
     """The tokens of one split, and the style of each span of them.
 
-    tokens: (n_tokens,) uint16, on the device or memory-mapped. starts, stops: (n_spans,) int64 token positions.
-    styles: each span's style. tags: (n_spans,) int64 id of each span's style tag, -1 if the corpus has no tags.
-    end: the id that ends each document, if a span may hold several; else -1.
+    tokens: (n_tokens,) uint16, on the device, or on the disk until they are needed. starts, stops: (n_spans,) int64
+    token positions. styles: each span's style. tags: (n_spans,) int64 id of each span's style tag, -1 if the corpus has
+    no tags. end: the id that ends each document, if a span may hold several; else -1.
     """
 
     path: Path
-    tokens: torch.Tensor | np.memmap
+    tokens: torch.Tensor | Bin
     starts: np.ndarray
     stops: np.ndarray
     styles: list[str]
@@ -230,9 +310,8 @@ class Split:
         """Each document's start, stop and index of span: (n_documents,) int64 each."""
         if self.end < 0:  # a span is a document
             return self.starts, self.stops, np.arange(len(self.starts))
-        tokens = np.memmap(self.path, dtype="<u2", mode="r")
-        firsts = range(0, len(tokens), SEARCHED_TOKENS)
-        ends = [first + np.flatnonzero(tokens[first : first + SEARCHED_TOKENS] == self.end) for first in firsts]
+        firsts = range(0, len(self.tokens), SEARCHED_TOKENS)
+        ends = [first + np.flatnonzero(self.read(first, first + SEARCHED_TOKENS) == self.end) for first in firsts]
         stops = np.concatenate(ends) + 1
         starts = np.concatenate([[0], stops[:-1]])
         return starts, stops, np.searchsorted(self.stops, starts, side="right")
@@ -245,11 +324,23 @@ class Split:
         if isinstance(self.tokens, torch.Tensor):
             index = put(starts, device)[:, None] + torch.arange(length, device=device)
             return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
+        self.tokens.check()
         rows = np.zeros((len(starts), length), dtype=np.int64)
-        for row, start in zip(rows, starts, strict=True):
-            window = self.tokens[start : start + length]
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            window = self.tokens.read(start, start + length)
             row[: len(window)] = window
         return put(rows, device)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids `start` to `stop`: (n,) uint16."""
+        if isinstance(self.tokens, torch.Tensor):
+            return self.tokens[start:stop].cpu().numpy().view(np.uint16)
+        return self.tokens.read(start, stop)
+
+    def verified(self) -> None:
+        """Wait until all of a bin on the disk is verified; raises DataError if it is another than prepared."""
+        if isinstance(self.tokens, Bin):
+            self.tokens.check(wait=True)
 
 
 def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -259,19 +350,25 @@ def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
-    """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes."""
-    path, split = check_bin(folder, name, meta), meta.splits[name]
+    """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes.
+
+    That is known at once of a small bin; a large one is verified while it is in use.
+    """
+    split, found = meta.splits[name], open_bin(folder, name, meta)
     if split.tokens < block_size + 1:
         raise DataError(
-            f"{path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
+            f"{found.path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
             "add text or lower block_size"
         )
-    tokens: torch.Tensor | np.memmap = np.memmap(path, dtype="<u2", mode="r")
+    tokens: torch.Tensor | Bin = found
     if 2 * split.tokens <= ON_DEVICE_BYTES:
-        tokens = torch.from_numpy(tokens.astype(np.int16)).to(device)  # same bits; few operations take uint16
+        ids = found.load().astype(np.int16)  # same bits; few operations take uint16
+        tokens = torch.from_numpy(ids).to(device)
+    else:
+        found.verify_meanwhile()
     docs = split.documents
     return Split(
-        path,
+        found.path,
         tokens,
         np.array([doc.start for doc in docs], dtype=np.int64),
         np.array([doc.stop for doc in docs], dtype=np.int64),

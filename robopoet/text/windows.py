@@ -111,6 +111,7 @@ def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[Eva
         spans = span[document[rows]]
         inputs = _put_tags(window[:, :-1], split.tags[spans])
         yield EvalBatch(inputs, targets, spans if i < n_batches else spans[:0])
+    split.verified()
 
 
 def _put_tags(inputs: torch.Tensor, tags: np.ndarray) -> torch.Tensor:

@@ -171,6 +171,5 @@ def read_texts(folder: Path, split_name: str) -> list[str]:
     meta = read_meta(folder)
     tok = tokenizer.from_json(meta.tokenizer)
     split = open_split(folder, split_name, meta, 1, torch.device("cpu"))
-    ids = np.asarray(split.tokens).view(np.uint16)
     spans = zip(split.starts, split.stops, strict=True)
-    return [tok.decode_bytes(ids[start:stop].tolist()).decode(errors="replace") for start, stop in spans]
+    return [tok.decode_bytes(split.read(start, stop).tolist()).decode(errors="replace") for start, stop in spans]
