@@ -83,7 +83,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
     teacher: str = ""  # checkpoints, such as a.pt,b.pt, whose mean prediction is learned beside the text
     teacher_share: float = 0.5  # of their prediction in the loss
-    sampled_softmax: int = 0  # ids that a micro-batch's loss compares: its own and a sample of the others (0: all)
+    sampled_softmax: int = 0  # ids that a step's loss compares: its own and a sample of the others (0: all)
     # schedule
     max_iters: int = 600  # optimizer steps in all
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
@@ -223,7 +223,7 @@ def build_state(
         state.forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # saves a copy
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if cfg.sampled_softmax:
-        state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine.device)
+        state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine)
     if cfg.teacher:
         state.teachers = Teachers(cfg, meta, machine)
     if cfg.ema:
@@ -269,9 +269,9 @@ def update(
     set_rates(state.optimizers, scale)
     count, rows = micro_batches(cfg, machine)
     total = torch.zeros((), device=machine.device)
+    targets, sample = state.sample(targets) if state.sample else (targets, None)
     for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
         state.sync_next(micro == count - 1)
-        y, sample = state.sample(y) if state.sample else (y, None)
         with machine.autocast():
             y = state.teachers(x, y, sample) if state.teachers else y
             _, loss = state.forward(x, y, sample=sample)

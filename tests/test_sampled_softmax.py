@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_ranks import losses, train_on_two
 from test_train import run
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,7 @@ from robopoet.weights import checkpoint
 from train import TrainConfig
 
 CPU = torch.device("cpu")
+MACHINE = Machine(CPU, torch.float32)
 V, T = 60, 16
 
 
@@ -27,7 +29,7 @@ class Sampler(SampledSoftmax):
     """One whose ids are weighted as Zipf's law has it."""
 
     def __init__(self, size: int):
-        self.weights, self.size = 1 / torch.arange(1, V + 1, dtype=torch.float64), size
+        self.weights, self.size, self.machine = 1 / torch.arange(1, V + 1, dtype=torch.float64), size, MACHINE
 
 
 def make_model(**changes) -> GPT:
@@ -146,13 +148,34 @@ def test_a_run_learns_with_a_sample_and_resumes_bit_for_bit(small, tmp_path):
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
+def test_a_step_is_compared_with_one_sample_however_many_micro_batches_it_has(small, tmp_path):
+    keys = small | {"sampled_softmax": 30, "learning_rate": 1e-3, "eval_interval": 6}
+    found = []
+    for count in (1, 2, 8):
+        out = tmp_path / str(count)
+        shares = {"batch_size": 8 // count, "gradient_accumulation_steps": count}
+        found.append([r["loss"] for r in run(keys | shares, out_dir=str(out)) if r["kind"] == "train"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [(8, 1), (4, 2), (2, 4)])
+def test_two_ranks_compare_with_the_sample_of_one(small, tmp_path, shares):
+    keys = small | {"sampled_softmax": 30, "learning_rate": 1e-3, "max_iters": 12, "lr_decay_iters": 12}
+    run(keys, out_dir=str(tmp_path / "one"))
+    batch_size, count = shares
+    shared = {"batch_size": batch_size, "gradient_accumulation_steps": count, "out_dir": tmp_path / "two"}
+    found = losses(train_on_two(keys | shared))
+    assert found == pytest.approx(losses(tmp_path / "one"), abs=1e-5) and len(found) == 12
+
+
 def test_compiled_steps_with_samples_learn_as_plain_ones_without_compiling_anew(small, books):
     keys = small | {"sampled_softmax": 40, "batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     cfg, meta, found = TrainConfig(**keys), read_meta(books), []
     split = open_split(books, "train", meta, cfg.block_size, CPU)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     for compiled in (False, True):
-        state = train.build_state(cfg, Machine(CPU, torch.float32), train.new_model(cfg, meta.vocab_size), split)
+        state = train.build_state(cfg, MACHINE, train.new_model(cfg, meta.vocab_size), split)
         if compiled:
             torch._dynamo.reset()
             state.forward = torch.compile(state.model, backend="aot_eager")

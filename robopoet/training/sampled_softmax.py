@@ -1,4 +1,4 @@
-"""Sampled softmax: a training loss that compares a batch's own ids with a sample of the others, not with all.
+"""Sampled softmax: a training loss that compares a step's own ids with a sample of the others, not with all.
 
 Bengio and Senécal 2008, IEEE Transactions on Neural Networks 19(4); Jean et al. 2015, arXiv:1412.2007.
 """
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from model import Sample
+from robopoet.machine import Machine
 from robopoet.ops import in_float64
 from robopoet.text.dataset import Split
 
@@ -37,30 +38,33 @@ def inclusion_probabilities(weights: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class SampledSoftmax:
-    """Draws the ids with which the targets of a batch are compared: all ids among the targets, and some others.
+    """Draws the ids with which a step's targets are compared: all ids among the targets of all ranks, and some others.
 
     size: how many in all; at least a quarter of it are others.
     """
 
-    def __init__(self, split: Split, vocab_size: int, size: int, device: torch.device):
-        self.weights, self.size = sampling_weights(split, vocab_size, device), size
+    def __init__(self, split: Split, vocab_size: int, size: int, machine: Machine):
+        self.weights, self.size, self.machine = sampling_weights(split, vocab_size, machine.device), size, machine
 
     def __call__(self, targets: torch.Tensor) -> tuple[torch.Tensor, Sample]:
-        """Targets, any shape, int64, as places among the ids of the sample; -1 stays.
+        """This rank's targets, any shape, int64, as places among the ids of the sample; -1 stays.
 
-        Others are drawn without replacement by systematic sampling (Madow 1949), with the device's default generator.
-        Minus the log of its probability is added to a drawn id's logit: so the sum of all ids' exponentials is
-        estimated without bias.
+        All ranks call it together and get the same sample. Others are drawn without replacement by systematic sampling
+        (Madow 1949), with the default generator of the first rank's device. Minus the log of its probability is added
+        to a drawn id's logit: so the sum of all ids' exponentials is estimated without bias.
         """
         device, targets = targets.device, targets.to(self.weights.device)
         own = torch.zeros_like(self.weights, dtype=torch.bool)
         own[targets[targets >= 0]] = True
+        own = self.machine.all_reduce(own.float()) > 0
         ids, others = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
         shifts = torch.zeros_like(ids, dtype=torch.float32)
         n_drawn = min(max(self.size - len(ids), self.size // 4), len(others))
         if n_drawn:
             probs = inclusion_probabilities(self.weights[others], n_drawn)
-            points = torch.arange(n_drawn, device=own.device) + torch.rand((), device=own.device).double()
+            point = torch.rand((), device=own.device)  # the first rank's is taken
+            point = self.machine.all_reduce(point * self.machine.is_main).double()
+            points = torch.arange(n_drawn, device=own.device) + point
             drawn = torch.searchsorted(probs.cumsum(0), points, right=True)
             ids, shifts = torch.cat([ids, others[drawn]]), torch.cat([shifts, -probs[drawn].log().float()])
         places = torch.zeros_like(own, dtype=torch.int64)
