@@ -274,7 +274,7 @@ def update(
         state.sync_next(micro == count - 1)
         with machine.autocast():
             y = state.teachers(x, y, sample) if state.teachers else y
-            _, loss = state.forward(x, y, sample=sample)
+            loss = state.forward(x, y, sample=sample)[1]  # no name holds the logits through the next micro-batch
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
     unscale(state.optimizers, scaler)

@@ -1,5 +1,7 @@
 """Activations computed again, and what a run says when the GPU has too little memory."""
 
+import dataclasses
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import train
 from model import GPT, GPTConfig
 from robopoet import machine
 from robopoet.training.memory import recompute_blocks
+from train import TrainConfig
 
 
 def saved_for_backward(model: GPT) -> int:
@@ -44,6 +47,24 @@ def test_the_losses_are_the_same_bits(small, tmp_path, optimizer):
     keys = small | {"dropout": 0.1, "optimizer": optimizer, "batch_size": 4, "gradient_accumulation_steps": 2}
     recomputed = run(keys, recompute=True, out_dir=str(tmp_path / "recomputed"))
     assert losses(recomputed) == losses(run(keys))
+
+
+def test_a_micro_batchs_logits_are_gone_before_the_next_ones_are_made(small):
+    cpu, cfg = machine.Machine(torch.device("cpu"), torch.float32), TrainConfig(**small | {"batch_size": 4})
+    cfg = dataclasses.replace(cfg, gradient_accumulation_steps=3)
+    state, earlier = train.build_state(cfg, cpu, train.new_model(cfg, 61)), []
+
+    def forward(*args, **keys):
+        assert all(logits() is None for logits in earlier)
+        logits, loss = state.model(*args, **keys)
+        earlier.append(weakref.ref(logits))
+        return logits, loss
+
+    forward.train = state.model.train
+    state.forward = forward
+    ids = torch.zeros(12, 32, dtype=torch.long)
+    train.update(state, ids, ids, torch.tensor(0), 1.0)
+    assert len(earlier) == 3
 
 
 @pytest.mark.parametrize(

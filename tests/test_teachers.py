@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_book
+from peak import PeakMemory
 
 import prepare
 import train
 from configurator import ConfigError
+from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import TrainWindows
+from robopoet.training.teachers import Teachers
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -62,6 +65,18 @@ def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(smal
             soft = sum(probs[row, place] for probs in taught) / 2
             total -= 0.7 * log_probs[places[y[row, place].item()]] + 0.3 * (soft * log_probs).sum()
     assert loss.item() == pytest.approx(total.item() / y.numel(), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_teachers_take_no_more_memory_the_more_there_are(n):
+    """At most: the sum of the probabilities so far, and one teacher's logits beside its loss or its probabilities."""
+    teachers, shape = Teachers.__new__(Teachers), GPTConfig(block_size=32, vocab_size=3000, n_layer=1, n_embd=16)
+    teachers.share, teachers.models = 0.5, [GPT(shape).eval() for _ in range(n)]
+    ids = torch.zeros(8, 32, dtype=torch.long)
+    with PeakMemory() as memory:
+        probs = teachers(ids, ids, None)
+    assert probs.sum(-1).allclose(torch.ones(8, 32))
+    assert memory.peak < 3.3 * probs.nbytes
 
 
 def test_a_student_resumes_to_the_same_bits(small, teachers, tmp_path):
