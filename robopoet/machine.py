@@ -46,7 +46,9 @@ class Machine:
     votes: dist.ProcessGroup | None = None  # the group, on the CPU, in which ranks agree on signals (None: the default)
 
     def __str__(self) -> str:
-        return f"{self.device}, {str(self.dtype)[6:]}, ranks: {self.world_size}"
+        is_rounded = (self.device.type, torch.get_float32_matmul_precision()) == ("cuda", "high")
+        dtype = "float32 as TF32" if is_rounded and self.dtype is torch.float32 else str(self.dtype)[6:]
+        return f"{self.device}, {dtype}, ranks: {self.world_size}"
 
     @property
     def is_main(self) -> bool:
@@ -215,6 +217,8 @@ def find_machine(
         if reason := why_no_kernels(chosen):
             raise ConfigError(f"device: {reason}, or use --device=cpu")
         torch.cuda.set_device(chosen)
+        if trains and torch.cuda.get_device_capability(chosen) >= (8, 0):
+            torch.set_float32_matmul_precision("high")  # TF32: products of 10 bits, summed in float32
     elif chosen.type == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("device: found mps, but this machine has none; use --device=auto")

@@ -98,6 +98,26 @@ def test_a_card_without_kernels_is_told_which_wheel_has_them(alone, capsys, capa
         assert f"install one from the index {wheel} " in line and line.endswith(way_out) and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("capability", "trains", "line"),
+    [
+        ((8, 6), True, "cuda:0, float32 as TF32, ranks: 1"),
+        ((8, 6), False, "cuda:0, float32, ranks: 1"),
+        ((7, 5), True, "cuda:0, float32, ranks: 1"),
+    ],
+)
+def test_float32_is_trained_as_tf32_where_there_is_such_and_said(alone, capability, trains, line):
+    precision = ["highest"]
+    alone.setattr(torch.cuda, "device_count", lambda: 1)
+    alone.setattr(torch.cuda, "set_device", lambda device: None)
+    alone.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    alone.setattr(robopoet.machine, "why_no_kernels", lambda device: None)
+    alone.setattr(torch, "set_float32_matmul_precision", lambda value: precision.append(value))
+    alone.setattr(torch, "get_float32_matmul_precision", lambda: precision[-1])
+    assert str(find_machine("cuda", "float32", trains=trains)) == line
+    assert str(find_machine("cpu", "float32")) == "cpu, float32, ranks: 1"
+
+
 @pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x", "cuda:-1", "meta", "xpu"])
 def test_an_unknown_device_lists_the_known_ones(alone, device):
     with pytest.raises(ConfigError, match=r"device.*auto, cpu, cuda"):
