@@ -8,10 +8,11 @@ from threading import Barrier, get_ident
 import pytest
 import torch
 import torch.nn as nn
+from peak import PeakMemory
 
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
-from robopoet.training import optimizer
+from robopoet.training import optimizer, sharding
 from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize, share
 from robopoet.training.run import Progress
 from robopoet.training.start import Start, restore
@@ -154,13 +155,22 @@ def on_ranks(monkeypatch):
                 out.copy_(sent[rank])
             barrier.wait()
 
+        def all_to_all_single(output: torch.Tensor, mine: torch.Tensor, received: list[int], parts: list[int]) -> None:
+            rank = rank_of[get_ident()]
+            sent[rank] = mine.split(parts)
+            barrier.wait()
+            for place, other in zip(output.split(received), range(ranks), strict=True):
+                place.copy_(sent[other][rank])
+            barrier.wait()
+
         def on_rank(rank: int):
             rank_of[get_ident()] = rank
             barrier.wait()  # each in a thread of its own
             return act(rank)
 
         rank_of: dict[int, int] = {}
-        monkeypatch.setattr(optimizer.dist, "all_gather", all_gather)
+        monkeypatch.setattr(sharding.dist, "all_gather", all_gather)
+        monkeypatch.setattr(sharding.dist, "all_to_all_single", all_to_all_single)
         with ThreadPoolExecutor(ranks) as pool:
             return list(pool.map(on_rank, range(ranks)))
 
@@ -196,6 +206,44 @@ def test_ranks_share_the_matrices_and_end_with_the_weights_of_one(on_ranks, monk
         assert all(torch.equal(a, b) for a, b in zip(weights, found[0][0], strict=True))
     assert len(done) == 4 * len(SHAPES)  # of each step each matrix once, by any rank
     assert len({x.sum().item() for x in done}) == len(done)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_shards_reach_the_owners_of_their_matrices_and_come_back(on_ranks, ranks):
+    n, n_rows, columns = 4, 7, 3  # the last of five ranks has no row
+    matrices = torch.arange(float(n * n_rows * columns)).view(n, n_rows, columns)
+    counts = [2, *[0] * (ranks - 2), 2]
+    shards = [*matrices.chunk(ranks, dim=1), *[matrices[:, :0]] * ranks][:ranks]
+
+    def act(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        owned = sharding.to_owners(shards[rank], n_rows, counts, rank)
+        return owned, sharding.from_owners(2 * owned, counts, rank)
+
+    found = on_ranks(ranks, act)
+    assert torch.equal(torch.cat([owned for owned, _ in found]), matrices)
+    for (_, back), shard in zip(found, shards, strict=True):
+        assert torch.equal(back, 2 * shard)
+
+
+def test_sharded_muon_needs_little_more_than_a_shard():
+    """Beside weights, gradients and momenta, each a shard; of eight ranks, whose messages nobody answers."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (8,))
+        params = [torch.randn(shape) for shape in 8 * [(192, 64), (64, 64), (256, 64)]]
+        params = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)], src_data_rank=None)) for p in params]
+        muon = Muon(params, 0.02, 0.1, torch.float32, rank=0, ranks=8)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            with PeakMemory() as memory:
+                muon.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert memory.peak < 4 * sum(p.to_local().nbytes for p in params)  # a matrix of each kind is whole here
 
 
 def test_ranks_have_equal_shares_of_the_work():

@@ -5,12 +5,11 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from model import GPT
 from robopoet.machine import Machine
-from robopoet.training.sharding import shard_like
+from robopoet.training.sharding import from_owners, gather, is_shard, local, to_owners
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +43,8 @@ def share(shapes: list[torch.Size], ranks: int) -> list[int]:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum: torch.optim.Muon's numbers, but all matrices of one shape at once.
 
-    Each rank orthogonalises its share of the matrices, and all receive the results. It never waits for the device, so
+    Each rank orthogonalises its share of the matrices, and all receive the results; of a sharded model, their shards
+    of them. It never waits for the device, so
     a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler found an overflow. dtype: in which
     orthogonalize() computes.
     """
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter from its gradient; all ranks call it together."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            owners = share([p.shape for p in group["params"]], self.ranks)
+            owners, sharded = share([p.shape for p in group["params"]], self.ranks), is_shard(group["params"][0])
             shapes: dict[torch.Size, list[list[nn.Parameter]]] = {}  # the matrices of a shape, by owner
             for p, owner in zip(group["params"], owners, strict=True):
                 shapes.setdefault(p.shape, [[] for _ in range(self.ranks)])[owner].append(p)
@@ -80,27 +80,27 @@ class Muon(torch.optim.Optimizer):
                 lr = lr * (1 - found_inf)
             for shape, parts in shapes.items():
                 params, counts = list(itertools.chain(*parts)), [len(part) for part in parts]
-                grads, moments = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                grads = [local(p.grad) for p in params]
+                moments = [local(self.state[p]["momentum_buffer"]) for p in params]
                 if found_inf is not None:
                     grads = [torch.where(found_inf > 0, m, g) for m, g in zip(moments, grads, strict=True)]
                 torch._foreach_lerp_(moments, grads, 1 - momentum)
                 mine = slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
-                if hasattr(params[0], "full_tensor"):  # it takes all ranks to gather the shards of a matrix
-                    ahead = torch.stack(torch._foreach_lerp(grads, moments, momentum)).full_tensor()[mine]
+                if sharded:
+                    ahead = torch.stack(torch._foreach_lerp(grads, moments, momentum)).to(self.dtype)
+                    ahead = to_owners(ahead, shape[0], counts, self.rank)
                 elif parts[self.rank]:
                     ahead = torch.stack(torch._foreach_lerp(grads[mine], moments[mine], momentum))
-                update = torch.empty(self.ranks, max(counts), *shape, dtype=self.dtype, device=params[0].device)
-                if parts[self.rank]:
-                    update[self.rank, : counts[self.rank]] = orthogonalize(ahead, self.dtype)
-                updates.append(update)
-            for ((rows, columns), parts), update in zip(shapes.items(), updates, strict=True):
+                updates.append(orthogonalize(ahead, self.dtype) if parts[self.rank] else None)
+            for (shape, parts), update in zip(shapes.items(), updates, strict=True):
+                params, counts = [local(p) for p in itertools.chain(*parts)], [len(part) for part in parts]
                 if self.ranks > 1:  # only now, so that ranks wait for each other once
-                    dist.all_gather(list(update), update[self.rank])
-                params = list(itertools.chain(*parts))
-                update = update.to(params[0].dtype) * (-lr * math.sqrt(max(1, rows / columns)))
-                each = [u for part, of_rank in zip(parts, update, strict=True) for u in of_rank[: len(part)]]
+                    if update is None:
+                        update = torch.empty(0, *shape, dtype=self.dtype, device=params[0].device)
+                    update = (from_owners if sharded else gather)(update, counts, self.rank)
+                update = update.to(params[0].dtype) * (-lr * math.sqrt(max(1, shape[0] / shape[1])))
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, [shard_like(u, p) for u, p in zip(each, params, strict=True)])
+                torch._foreach_add_(params, list(update))
 
 
 def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool = False) -> list[torch.optim.Optimizer]:
