@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch.nn as nn
 from peak import PeakMemory
 
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.training import optimizer, sharding
+from robopoet.training import optimizer, sharding, start
 from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize, share
-from robopoet.training.run import Progress
-from robopoet.training.start import Start, restore
+from robopoet.untrusted import convert
+from robopoet.weights.header import SavedOptimizer
 from train import TrainConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -273,8 +273,8 @@ def test_a_step_count_is_restored_to_where_this_runs_settings_keep_it(capturable
     theirs.step()
     theirs.param_groups[0]["capturable"] = not capturable
     ours = torch.optim.AdamW(here.parameters(), 0.25, capturable=capturable)
-    content = dataclasses.asdict(Progress(1)) | {"optimizer_states": [theirs.state_dict()], "scaler": {}}
-    restore(Start(content, Path("ckpt.pt"), True), [ours], torch.amp.GradScaler("cpu", enabled=False), None)
+    state = convert(theirs.state_dict(), SavedOptimizer, "", CheckpointError, "")
+    start._restore_optimizer(ours, state, "", Path("ckpt.pt"), 1)
     for state in ours.state.values():
         assert state["step"].device.type == place and state["exp_avg"].device.type == "meta"
     (group,) = ours.param_groups
