@@ -62,7 +62,7 @@ def test_a_run_is_resumed_and_evaluated_with_the_losses_of_the_cpu(small, tmp_pa
 def copying(monkeypatch):
     """A training text in which each single letter follows any two words."""
     letters = frozenset(bytes([letter]) for letter in range(ord("a"), ord("z") + 1))
-    monkeypatch.setattr(Poet, "originality", SimpleNamespace(followers=lambda words: letters))
+    monkeypatch.setattr(Poet, "originality", SimpleNamespace(followers=lambda words, count: letters))
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
