@@ -11,16 +11,19 @@ import difflib
 import importlib.metadata
 import inspect
 import itertools
+import json
 import math
 import os
 import platform
 import re
 import shlex
+import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,6 +35,7 @@ YAML_EVENTS, YAML_DEPTH = 100_000, 20
 MOST_COMPARED = 1000  # characters of a word, and words, among which the most similar is looked for
 SHOWN_PROBLEMS = 20  # most problems in one message
 SHOWN_CHARS = 300  # longest line of a message; some quote user input
+RANK_WAIT_S = 5.0  # torchrun looks for ranks that failed ten times a second
 BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no objects
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -220,10 +224,9 @@ def change(cfg: Any, key: str, text: str) -> Any:
 
 def usage(cls: type, positional: str | None = None) -> str:
     """The help text: one line for each key of `cls` with its name, its default, and the comment behind it."""
-    folder, script = os.path.split(inspect.getsourcefile(cls))
-    if os.path.basename(folder) == "bench":
-        script = f"-m bench.{script.removesuffix('.py')}"
-    lines = [f"python {script} [CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''} [--key=value ...]"]
+    script = _command(inspect.getsourcefile(cls)).replace("bench.", "-m bench.")
+    files = f"[CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''}"
+    lines = [f"python {script} {files} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     for owner in reversed(cls.__mro__[:-1]):  # a subclass's own keys come last
@@ -238,13 +241,19 @@ def usage(cls: type, positional: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def _command(path: str) -> str:
+    """What a script is called by: train.py, or bench.gpu for a module of bench."""
+    folder, script = os.path.split(path)
+    return f"bench.{script.removesuffix('.py')}" if os.path.basename(folder) == "bench" else script
+
+
 def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], positional: str | None = None) -> None:
     """Run `main` with the command line's config.
 
     ConfigError, OSError, out-of-memory and the exceptions in `mistakes` print one line and exit with code 2. Others are
     bugs and keep their traceback.
     """
-    script = os.path.basename(sys.argv[0])
+    script = _command(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a notebook's
             stream.reconfigure(errors="replace")  # a character that a terminal lacks becomes a ?
@@ -253,17 +262,12 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         pass
     except (ConfigError, OSError, *mistakes) as e:
-        print(f"{script}: {describe(e) if isinstance(e, OSError) else e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"{script}: {describe(e) if isinstance(e, OSError) else e}")
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        print(
-            f"{script}: the GPU has too little memory; halve batch_size and double gradient_accumulation_steps (the "
-            "numbers stay the same), or generate fewer passages at a time",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        advice = "halve batch_size and double gradient_accumulation_steps (the numbers stay the same)"
+        _fail(f"{script}: the GPU has too little memory; {advice}, or generate fewer passages at a time")
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -275,13 +279,32 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _fail(message: str) -> NoReturn:
+    """Print `message` and exit with code 2; of torchrun's ranks, those that fail alike leave that to the first."""
+    if _is_other_rank():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun ends and reports the other ranks of a failure
+        time.sleep(RANK_WAIT_S)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's own report ends with
+        about = {"py_callstack": message, "timestamp": int(time.time())}
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}), "utf-8")
+    print(message, file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _is_other_rank() -> bool:
+    """Whether torchrun started this process and it is not the first one of its machine."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU has too little memory: PyTorch has a type of its own for CUDA's error, but not for MPS's."""
     return "out of memory" in str(error)
 
 
 def warn(message: str) -> None:
-    """Print a warning to stderr; does nothing if stderr is closed."""
+    """Print a warning to stderr, on a machine's first rank alone; does nothing if stderr is closed."""
+    if _is_other_rank():
+        return
     with contextlib.suppress(OSError):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 

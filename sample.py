@@ -7,6 +7,7 @@ from sample import Poet
 Poet("out/demo/best.pt").write("O Romeo", n=3)
 """
 
+import collections
 import dataclasses
 import io
 import sys
@@ -42,7 +43,7 @@ class SampleConfig(Settings):
     check: bool = False  # print how much of each passage is copied from the training text
     save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
     replay: str = ""  # regenerate the passages of such a file, compare them, and exit
-    export: str = ""  # also export the model: to NAME.html (browser), NAME.gguf (llama.cpp), or a folder (transformers)
+    export: str = ""  # export the model: to NAME.html (browser), NAME.gguf (llama.cpp), or a folder (transformers)
     export_dtype: ExportDtype = "float16"  # of the weights in a .html or .gguf
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
@@ -54,6 +55,9 @@ class SampleConfig(Settings):
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
         if " " in self.checkpoint and not Path(self.checkpoint).exists():
             found.append(f"checkpoint: {self.checkpoint!r} is no file; a prompt is --prompt={self.checkpoint!r}")
+        if (kind := Path(self.export).suffix) and kind not in (".html", ".gguf") and not self.export.endswith("/"):
+            near = configurator.did_you_mean(kind, (".html", ".gguf"))
+            found.append(f"export: found {self.export}, must be a .html, a .gguf, or a folder, such as x.y/{near}")
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         unused = {"interactive": "prompt num_samples verbose check save export export_dtype".split(), "replay": changed}
         for mode, keys in unused.items():
@@ -110,8 +114,12 @@ def main(cfg: SampleConfig) -> None:
         return Session(poet, settings).run()
     passages = poet.begin(prompt, cfg.num_samples, **dataclasses.asdict(settings))
     start = time.perf_counter()
+    stream = poet.stream(passages, logprobs=bool(cfg.save))
     try:
-        print_passages(poet, passages, poet.stream(passages, logprobs=bool(cfg.save)), cfg.check)
+        if cfg.export and not (cfg.prompt or cfg.check or cfg.save or cfg.num_samples > 1):
+            collections.deque(stream, maxlen=0)  # a sample for what is exported
+        else:
+            print_passages(poet, passages, stream, cfg.check)
     finally:  # an interrupt too keeps the finished passages
         if cfg.save:
             save(Path(cfg.save), poet, passages)

@@ -89,7 +89,7 @@ class TrainConfig:
     epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
     minutes: float = 0.0  # choose what is not given so that the run takes about so long (0: choose nothing)
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
-    warmup_iters: int = 20  # steps of linear warmup; if not given, it fits a short run
+    warmup_iters: int = 20  # steps of linear warmup (a tenth of a run too short for them)
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
     ema: float = 0.0  # what a step keeps of the weights' average, which is evaluated and is best.pt (0: no average)
     min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion

@@ -326,31 +326,6 @@ def test_change_gives_a_checked_copy():
             configurator.change(before, key, text)
 
 
-@pytest.mark.parametrize("problem", [ConfigError("key: is bad"), FileNotFoundError(2, "No such file", "x")])
-def test_a_users_mistake_ends_in_one_line_and_exit_2(monkeypatch, capsys, problem):
-    monkeypatch.setattr("sys.argv", [os.path.join("some", "script.py")])
-
-    def main(cfg):
-        raise problem
-
-    with pytest.raises(SystemExit) as caught:
-        configurator.launch(main, Toy)
-    assert caught.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("script.py: ")
-
-
-def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["script.py"])
-
-    def main(cfg):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        configurator.launch(main, Toy)
-
-
 def test_version_prints_what_a_bug_report_needs(capsys):
     with pytest.raises(SystemExit) as end:
         load(train.TrainConfig, ["config/nope.yaml", "--version"])

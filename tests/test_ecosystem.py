@@ -146,7 +146,7 @@ def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogp
     trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
     assert trained["model_args"]["block_size"] == 16 and trained["tokenizer"]["chars"] == "\n ,.abcdefghij"
     (tmp_path / "abc.txt").write_text("abc xyz" * 100)
-    with pytest.raises(prepare.DataError, match="tokenizer: does not know 'x', 'y', 'z'"):
+    with pytest.raises(prepare.DataError, match="does not know 'x', 'y', 'z'; leave --tokenizer out for one"):
         prepare.main(prepare.PrepareConfig(**keys))
 
 
@@ -211,3 +211,12 @@ def test_nanogpts_optimizer_resumes_from_ours(small):
     for p, state in optimizer.state.items():
         assert state["exp_avg"].shape == p.shape and state["step"] == small["max_iters"]
     assert len(optimizer.state) == len(params)
+
+
+def test_a_checkpoints_tokenizer_of_another_language_is_warned_of(tmp_path, bpe, capsys):
+    model = GPT(GPTConfig(block_size=16, vocab_size=bpe.vocab_size, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save(tmp_path / "a.pt", {**checkpoint.model_entries(model), "tokenizer": bpe.to_json()})
+    (tmp_path / "ru.txt").write_text("Все счастливые семьи похожи друг на друга.\n" * 100, "utf-8")
+    keys = {"input": (str(tmp_path / "ru.txt"),), "tokenizer": str(tmp_path / "a.pt")}
+    prepare.main(prepare.PrepareConfig(**keys, out=str(tmp_path / "bins")))
+    assert "a.pt's was made for another language than this text's; leave --tokenizer out" in capsys.readouterr().err

@@ -333,6 +333,14 @@ def test_a_text_ends_with_the_context_and_one_of_rotary_positions_may_go_on(tmp_
         assert len(answer["tokens"]) == 200
 
 
+def test_an_export_alone_prints_no_passage(tmp_path, bpe, capsys):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(make_model(bpe)), "tokenizer": bpe.to_json()})
+    keys = {"checkpoint": str(path), "device": "cpu", "dtype": "float32", "max_new_tokens": 5}
+    sample.main(SampleConfig(**keys, export=str(tmp_path / "a.gguf")))
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/a.gguf: llama.cpp")
+
+
 def test_sample_exports_what_it_sampled_from(tmp_path, bpe, capsys, monkeypatch):
     path = tmp_path / "best.pt"
     checkpoint.save(path, {**checkpoint.model_entries(make_model(bpe)), "tokenizer": bpe.to_json()})

@@ -173,6 +173,7 @@ def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_pa
     printed = capsys.readouterr().out
     chosen = yaml.safe_load(printed[printed.index("# chosen for 9 minutes") : printed.index("step ")])
     kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert chosen["learning_rate"] == 1e-2 and chosen["muon_weight_decay"] >= 0
     assert chosen["init_from"] == "scratch" and chosen["positions"] == kept["positions"] == "rotary"
     assert chosen["max_iters"] == kept["max_iters"] == records(out)[-1]["iter"] and "minutes" not in kept
     losses = [r["loss"] for r in records(out)]
@@ -203,7 +204,7 @@ def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, ca
         return yaml.safe_load((tmp_path / f"run_{name}" / "config.yaml").read_text()).get("init_from", "scratch")
 
     prepared("first", make_book(1, 60))
-    assert "make base, then prepare it again" in capsys.readouterr().out
+    assert "24% fewer bits per byte than from nothing: make base, then prepare it again" in capsys.readouterr().out
     shape = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16"]
     assert start_of("first", *shape) == "scratch"
     untrained = checkpoint.load(tmp_path / "run_first" / "best.pt")

@@ -341,7 +341,6 @@ def test_mistakes_are_told_before_training(small, tmp_path):
         "nowhere' is not prepared": {"dataset": str(tmp_path / "nowhere")},
         r"out_dir: .* can't be written": {"out_dir": str(tmp_path / "file" / "out")},
         "must have at least block_size": {"block_size": 100_000, "out_dir": str(tmp_path / "new")},
-        "warmup_iters: found 7": {"warmup_iters": 7},
         "nothere.pt: not found": {"init_from": str(tmp_path / "nothere.pt")},
         "n_layer: the checkpoint has 2, the config 3": {"init_from": "resume", "n_layer": 3},
         "optimizer: the checkpoint has muon": {"init_from": "resume", "optimizer": "adamw"},

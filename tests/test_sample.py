@@ -36,6 +36,11 @@ def generates_nothing(monkeypatch):
         (["--save=" + "x" * 5000], "save: .*name too long"),
         (["--export={tmp}/none/x"], "export: .*/none/x can't be created"),
         (["--export={tmp}/file"], "export: .*/file exists; choose another"),
+        (
+            ["--export={tmp}/poet.pdf"],
+            r"export: found .*poet.pdf, must be a .html, a .gguf, or a folder",
+        ),
+        (["--export={tmp}/poet.htm"], r"; did you mean \.html\?$"),
         (["--prompt=FILE:{tmp}/none"], "none: No such file"),
         (["--prompt=FILE:{tmp}"], "is a folder"),
         (["--prompt=FILE:/dev/zero"], "/dev/zero: is not a regular file"),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from configurator import ConfigError, revise
+from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
@@ -92,17 +92,16 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
 
 
 def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
-    """`cfg` with the max_iters that `epochs` asks for and, unless given, a fitting warmup and eval_interval.
-
-    The warmup fits into the decay. Raises ConfigError if a given warmup does not fit.
+    """`cfg` with the max_iters that `epochs` asks for, a warmup that fits into the decay and, unless given, a fitting
+    eval_interval.
     """
     per_epoch = windows_per_epoch / cfg.rows_per_step
     steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs else cfg.max_iters
     last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
     if warmup > last:
-        if "warmup_iters" in cfg.given or warmup != type(cfg).warmup_iters:
-            raise ConfigError(f"warmup_iters: found {warmup}, must be at most {last}, the last step of the decay")
         warmup = last // 10
+        if "warmup_iters" in cfg.given:
+            warn(f"warmup_iters: {cfg.warmup_iters} steps don't fit into {last}; the warmup takes {warmup}")
     interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
     return revise(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
 
@@ -111,6 +110,8 @@ def describe_choice(cfg: Config, minutes: float) -> list[str]:
     """The keys that were chosen for a run of so many minutes, as YAML; nothing for 0 minutes."""
     if not minutes:
         return []
+    cfg = revise(cfg, learning_rate=cfg.peak_lr)  # 0 and -1 stand for what other keys say
+    cfg = revise(cfg, muon_weight_decay=cfg.weight_decay) if cfg.muon_weight_decay < 0 else cfg
     chosen = {key: getattr(cfg, key) for key in CHOSEN if key not in cfg.given}
     return [f"# chosen for {minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
 
