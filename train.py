@@ -29,14 +29,15 @@ from robopoet.text import tokenizer
 from robopoet.text.dataset import Meta, Split, find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training.average import Average
+from robopoet.training.clock import Clock
 from robopoet.training.evaluate import compare_tags, describe, evaluate
 from robopoet.training.log import Log, Meter, open_sinks
 from robopoet.training.memory import less_memory, recompute_blocks
 from robopoet.training.optimizer import configure_optimizers, set_rates, step_all, unscale
-from robopoet.training.plan import Trial, describe_choice, fit_minutes, fit_schedule, from_base
+from robopoet.training.plan import Trial, describe_choice, fit_minutes, fit_schedule, from_base, replan
 from robopoet.training.run import Progress, Run
 from robopoet.training.sampled_softmax import SampledSoftmax
-from robopoet.training.schedule import lr_scale, micro_batches, rows_of
+from robopoet.training.schedule import bad_plans, evaluates, lr_scale, micro_batches, rows_of
 from robopoet.training.sharding import full_tensor, shard
 from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
 from robopoet.training.teachers import Teachers
@@ -86,8 +87,9 @@ class TrainConfig:
     sampled_softmax: int = 0  # ids that a step's loss compares: its own and a sample of the others (0: all)
     # schedule
     max_iters: int = 600  # optimizer steps in all
-    epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0
-    minutes: float = 0.0  # choose what is not given so that the run takes about so long (0: choose nothing)
+    epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0; with minutes, at most so many
+    minutes: float = 0.0  # choose what is not given, and keep moving the last step, to take so long (0: do neither)
+    plans: tuple[str, ...] = ()  # earlier plans of a run of minutes, each UNTIL_STEP:max_iters:eval_interval
     decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
     warmup_iters: int = 20  # steps of linear warmup (a tenth of a run too short for them)
     lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
@@ -131,11 +133,11 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1, 2**20)
-        found += bounds(self, "max_iters log_interval", 1) + bounds(self, "eval_interval sample_tokens grad_clip", 0)
-        found += bounds(self, "warmup_iters lr_decay_iters eval_iters patience epochs minutes min_lr weight_decay", 0)
+        found += bounds(self, "max_iters log_interval timeout_s", 1) + bounds(self, "muon_weight_decay", -1)
+        found += bounds(self, "eval_interval eval_iters sample_tokens sampled_softmax grad_clip patience", 0)
+        found += bounds(self, "warmup_iters lr_decay_iters epochs minutes min_lr weight_decay", 0)
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
-        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "muon_weight_decay", -1)
-        found += bounds(self, "seed", 0, 2**63 - 1) + bounds(self, "timeout_s", 1) + bounds(self, "sampled_softmax", 0)
+        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1) + bad_plans(self.plans)
         if self.learning_rate:
             found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
         heads = self.n_head * (2 if self.positions == "rotary" else 1)  # rotary positions rotate pairs
@@ -158,8 +160,7 @@ class TrainConfig:
 def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
     """A freshly initialised model, the same for the same seed."""
     torch.manual_seed(cfg.seed)
-    shape = {key: getattr(cfg, key) for key in (*SHAPE, "dropout")}
-    return GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*SHAPE, "dropout")}))
 
 
 def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
@@ -316,15 +317,15 @@ def train(cfg: TrainConfig, start: Start) -> None:
     """Train from `start` until max_iters, patience or a signal ends the run."""
     # --- machine
     machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
+    clock = Clock(cfg.minutes, machine)
     micro_batches(cfg, machine)  # raises if the ranks can't share the rows
 
     # --- data
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     check_fit(start, cfg.dataset, cfg.optimizer, meta)
-    minutes = 0.0 if start.resumes else cfg.minutes
-    if minutes:
-        cfg = fit_minutes(cfg, start, meta, machine, functools.partial(trial, start, folder, meta, machine))
+    if cfg.minutes and not start.resumes:
+        cfg = fit_minutes(cfg, start, meta, clock, functools.partial(trial, start, folder, meta, machine))
     val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     tok = tokenizer.from_json(meta.tokenizer)
@@ -334,8 +335,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
 
     # --- model and optimizers
     model = make_model(cfg, start, meta.vocab_size)
-    config = dataclasses.asdict(cfg)
-    run = Run(Path(cfg.out_dir), config, meta, machine)
+    run = Run(Path(cfg.out_dir), dataclasses.asdict(cfg), meta, machine)
     run.check_space(model, start.resumes, cfg.ema > 0)
     state = build_state(cfg, machine, model, split, meta)
 
@@ -347,11 +347,11 @@ def train(cfg: TrainConfig, start: Start) -> None:
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None, progress)
     run.keep_config(cfg)
-    sinks = open_sinks(config, progress.run_id) if machine.is_main else []
+    sinks = open_sinks(run.about["config"], progress.run_id) if machine.is_main else []
     log = Log(run.folder.where, progress, machine, sinks, "sample_tokens" in cfg.given)
     about = f"{machine}, parameters: {model.num_params():,}"
-    for line in (about, *describe_choice(cfg, minutes), *moved, *describe_resuming(cfg, start, progress)):
-        log.print(line)
+    log.print(about, *describe_choice(cfg, start), *moved, *describe_resuming(cfg, start, progress))
+    clock.start(cfg, progress, log, windows.per_epoch / cfg.rows_per_step)
     start.release()
 
     # --- loop
@@ -360,30 +360,31 @@ def train(cfg: TrainConfig, start: Start) -> None:
     previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
     previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
     preview = Preview(folder, meta, tok, machine, cfg.sample_tokens)
-    rows = functools.partial(rows_of, cfg=cfg, machine=machine)
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not requests.end:
+            cfg = state.cfg = replan(cfg, clock, progress, meter, log, run)
+            bar.total = cfg.max_iters
             loss, norm = train_step(state, windows, progress.iter_num)
             progress.iter_num += 1
             meter.steps += 1
             bar.update()
             requests = signals.agreed(bool(run.folder.lost))
-            evaluates = progress.iter_num % cfg.eval_interval == 0 or progress.iter_num == cfg.max_iters
-            logs = evaluates or any(requests) or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
+            at_eval = evaluates(progress.iter_num, cfg)
+            logs = at_eval or any(requests) or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
             if logs or machine.device.type == "cpu":
-                state.trouble.check(windows, rows, cfg.out_dir)
+                state.trouble.check(windows, functools.partial(rows_of, cfg=cfg, machine=machine), cfg.out_dir)
             if logs:
                 lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
             val_loss = math.inf
-            if evaluates:
+            if at_eval:
                 with state.average.applied() if state.average else contextlib.nullcontext():
                     result = evaluate(model, val, token_bytes, plan, machine)
                     sample = preview(model) if previews else {}
                 progress.note(val_loss := result["loss"])
                 log.evaluation(progress, result | sample)
-            if evaluates or requests.end or requests.save:
+            if at_eval or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
                 meter.restart()
@@ -401,8 +402,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     if requests.end and progress.iter_num < cfg.max_iters:
         log.print(run.folder.lost or f"ended by a signal; --init_from=auto resumes from step {progress.iter_num}")
         raise SystemExit(0 if machine.launched else RESUMABLE)  # torchrun would restart ranks that exit otherwise
-    for line in progress.summary(run.out / "best.pt"):
-        log.print(line)
+    log.print(*progress.summary(run.out / "best.pt"))
 
 
 def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:

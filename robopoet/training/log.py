@@ -30,6 +30,7 @@ from robopoet.ops import linear
 from robopoet.training.evaluate import describe
 from robopoet.training.run import Progress
 from robopoet.untrusted import Count, decode_json, read_lines
+from robopoet.weights.header import Seconds
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
 RISING = 3  # evaluations without a better val loss that count as overfitting
@@ -122,15 +123,20 @@ def wrapped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """What is read of a record in metrics.jsonl: its step and its run ("" in the oldest)."""
+    """What is read of a record in metrics.jsonl: its step, its run ("" in the oldest), and what a Clock asks for."""
 
     iter: Count
     run: str = ""
+    kind: str = ""
+    max_iters: Count = 0
+    seconds: Seconds = 0.0
+    other_s: Seconds = 0.0
 
 
 class Log:
     """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one.
 
+    later: what metrics.jsonl held of the steps that will run again, or of the one before the next.
     where: returns the run's folder, which may change. shows_samples: print the text of evaluations though stdout is no
     terminal.
     """
@@ -147,26 +153,31 @@ class Log:
         self.sinks, self.prints = sinks, True
         self.shows_samples = self.active and (shows_samples or sys.stdout.isatty())
         self.train_loss, self.eval_s = math.inf, 0.0  # of the last record, and of the last evaluation
+        self.later: list[Position] = []
         if self.active:
             self._keep_until(progress.iter_num)
 
     def _keep_until(self, step: int) -> None:
-        """Drop the records of steps that will run again, of other runs, and lines that are no records."""
+        """Drop the records of steps that will run again, except their plans, of other runs, and what are none."""
         path = self.where() / "metrics.jsonl"
         with replacing(path) as f:
             for number, line in read_lines(path, ConfigError) if step and path.exists() else ():
                 try:
                     found = decode_json(line, Position, f"{path}: line {number}", ConfigError, "dropped")
-                    if found.run == self.run_id and found.iter <= step:
+                    if found.run != self.run_id:
+                        continue
+                    if found.iter <= step or found.kind == "plan":
                         f.write(line + b"\n")
+                    if found.iter >= step:
+                        self.later.append(found)
                 except ConfigError as e:
                     warn(str(e))
 
-    def print(self, line: str) -> None:
-        """Print a line above the progress bar; if no one reads it any more, carry on without."""
+    def print(self, *lines: str) -> None:
+        """Print lines above the progress bar; if no one reads it any more, carry on without."""
         if self.active and self.prints:
             try:
-                tqdm.write(line)
+                tqdm.write("\n".join(lines))
             except OSError:  # a closed pipe or terminal
                 self.prints = False
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -229,6 +240,11 @@ class Meter:
         self.compile_s: float | None = None
         self.steps = 0
         self.restart()
+
+    @property
+    def running_s(self) -> float:
+        """Seconds of this lap so far."""
+        return time.perf_counter() - self.since
 
     def restart(self) -> None:
         """Start a new lap."""

@@ -1,6 +1,7 @@
 """A run's steps, and what `--minutes` chooses: start, shape, dropout and decay, for this text on this machine.
 
-That rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
+The steps are planned again when the machine's pace changes. The rule for the rest was fitted on texts of 60 KB to
+1.5 MB: "One dial" in bench/LOG.md.
 """
 
 import functools
@@ -16,7 +17,10 @@ from configurator import ConfigError, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
+from robopoet.training.clock import SAVE_S, Clock, steps_within
+from robopoet.training.log import Log, Meter
 from robopoet.training.memory import less_memory
+from robopoet.training.run import Progress, Run
 from robopoet.training.schedule import evaluation_interval
 from robopoet.training.start import SHAPE, Start, check_fit
 from robopoet.weights import checkpoint
@@ -32,7 +36,7 @@ EPOCHS, EPOCHS_FROM_WEIGHTS = 24, 3  # passes after which a text teaches nothing
 STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many passes
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
-PLANNED, EVALUATING, SAVE_S = 0.95, 0.15, 0.5  # shares of the minutes, and of training's seconds; a save's seconds
+EVALUATING = 0.15  # share of training's seconds, at most
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 LEAST_STEPS, ENOUGH_STEPS = 10, 40  # of a run; what fewer than the second teach, a smaller model learns better
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
@@ -52,16 +56,14 @@ def from_base(cfg: Config, meta: Meta) -> Config:
     return cfg
 
 
-def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: Callable[[Config], Trial]) -> Config:
-    """`cfg` with what was not given chosen for a run of cfg.minutes, or of fewer if the text teaches nothing more.
+def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Callable[[Config], Trial]) -> Config:
+    """`cfg` with what was not given chosen for the time that is left, or for less if the text teaches nothing more.
 
-    trial: makes what is timed on this machine. Raises ConfigError if there are several ranks, or if minutes or memory
-    are too few for LEAST_STEPS steps of the smallest choice.
+    trial: makes what is timed on this machine. epochs is the most that the run may read when it plans again, or 0 if
+    max_iters was given. Raises ConfigError if time or memory is too small for LEAST_STEPS steps of the smallest choice.
     """
-    if machine.world_size > 1:
-        raise ConfigError("minutes: is for one process; under torchrun give the keys that it would choose")
+    machine, tokens = clock.machine, meta.splits["train"].tokens
     on_cpu = machine.device.type == "cpu"
-    end, tokens = time.perf_counter() + 60 * PLANNED * cfg.minutes, meta.splits["train"].tokens
     if start.content is None:
         cfg, epochs = _choose(cfg, positions="rotary", block_size=CONTEXT), EPOCHS
     else:
@@ -73,22 +75,42 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, machine: Machine, trial: 
         rows = 8 if on_cpu else 32
     cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
-    most = (cfg.epochs or epochs) * tokens
+    epochs = cfg.epochs or epochs
+    most = epochs * tokens
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
     ways: list[dict[str, int]] = []
     if start.content is None and not cfg.given.intersection(SIZES):
-        cfg = _climb(cfg, most, end, seconds)
+        cfg = _climb(cfg, most, clock, seconds)
         ways = [dict(zip(SIZES, shape, strict=True)) for shape in SMALLER]
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
-    while ways and (end - time.perf_counter()) / seconds(cfg)[0] < min(_last(cfg, most), ENOUGH_STEPS):
+    while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), ENOUGH_STEPS):
         cfg = _choose(cfg, **ways.pop(0))
     step_s, batch_s = seconds(cfg)
-    cfg = _fill(cfg, meta, step_s, batch_s, most, end - time.perf_counter())
+    cfg = _fill(cfg, meta, step_s, batch_s, most, clock)
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
     cfg = _choose(cfg, dropout=next(share for limit, share in DROPOUT if passes <= limit))
-    return revise(cfg, minutes=0.0, epochs=0.0)
+    return revise(cfg, epochs=0.0 if "max_iters" in cfg.given else epochs)
+
+
+def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log, run: Run) -> Config:
+    """`cfg` for the next step: if the clock moves the last one, with a fitting eval_interval unless that was given.
+
+    A new plan is on the disk before it takes effect.
+    """
+    step, interval = progress.iter_num, cfg.eval_interval
+    if (last := clock.last_step(cfg, progress, meter)) == cfg.max_iters:
+        return cfg
+    if interval == evaluation_interval(cfg.max_iters, clock.per_epoch):  # was not given
+        interval = evaluation_interval(last, clock.per_epoch)
+    if step > clock.known:  # else it is there already
+        log.write({"kind": "plan", "iter": step, "max_iters": last, "step_s": clock.step_s, "left_s": clock.left_s})
+    log.print(f"step {step:>6}  planned anew: {last} steps in all, not {cfg.max_iters}")
+    plans = (*cfg.plans, f"{step}:{cfg.max_iters}:{cfg.eval_interval}")
+    cfg = revise(cfg, plans=plans, max_iters=last, eval_interval=interval)
+    run.keep_config(cfg)
+    return cfg
 
 
 def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
@@ -96,7 +118,7 @@ def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
     eval_interval.
     """
     per_epoch = windows_per_epoch / cfg.rows_per_step
-    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs else cfg.max_iters
+    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs and not cfg.minutes else cfg.max_iters
     last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
     if warmup > last:
         warmup = last // 10
@@ -106,14 +128,14 @@ def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
     return revise(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
 
 
-def describe_choice(cfg: Config, minutes: float) -> list[str]:
-    """The keys that were chosen for a run of so many minutes, as YAML; nothing for 0 minutes."""
-    if not minutes:
+def describe_choice(cfg: Config, start: Start) -> list[str]:
+    """The keys that were chosen for a new run of so many minutes, as YAML; nothing without minutes."""
+    if start.resumes or not cfg.minutes:
         return []
     cfg = revise(cfg, learning_rate=cfg.peak_lr)  # 0 and -1 stand for what other keys say
     cfg = revise(cfg, muon_weight_decay=cfg.weight_decay) if cfg.muon_weight_decay < 0 else cfg
     chosen = {key: getattr(cfg, key) for key in CHOSEN if key not in cfg.given}
-    return [f"# chosen for {minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
+    return [f"# chosen for {cfg.minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
 
 
 def _choose(cfg: Config, **values: Any) -> Config:
@@ -159,12 +181,12 @@ def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) ->
     return least
 
 
-def _climb(cfg: Config, most: float, end: float, seconds: Callable[[Config], list[float]]) -> Config:
+def _climb(cfg: Config, most: float, clock: Clock, seconds: Callable[[Config], list[float]]) -> Config:
     """`cfg` with the largest shape of the LADDER that the text, the time left and the memory can train."""
     chosen, step_s = cfg, 0.0
 
     def reads_enough(weights: int) -> bool:
-        read = (end - time.perf_counter()) / step_s * cfg.tokens_per_step
+        read = clock.left_s / step_s * cfg.tokens_per_step
         return read >= min(TOKENS_A_WEIGHT * weights, most / 2)
 
     for shape in LADDER:
@@ -184,10 +206,10 @@ def _last(cfg: Config, most: float) -> int:
     return cfg.max_iters if "max_iters" in cfg.given else math.ceil(most / cfg.tokens_per_step)
 
 
-def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, seconds: float) -> Config:
-    """`cfg` with the steps, and the batches of an evaluation, that fit into so many seconds."""
+def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, clock: Clock) -> Config:
+    """`cfg` with the steps, and the batches of an evaluation, that fit into the time left."""
     last, per_epoch = _last(cfg, most), meta.splits["train"].tokens / cfg.tokens_per_step
-    steps = last if "max_iters" in cfg.given else min(last, int(seconds / step_s))
+    steps = last if "max_iters" in cfg.given else min(last, int(clock.left_s / step_s))
     if math.isinf(step_s):
         raise ConfigError(less_memory(cfg))
     if steps < min(last, LEAST_STEPS):
@@ -198,15 +220,8 @@ def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, s
 
     batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
     fits = max(int(EVALUATING * min(interval(steps), steps) * step_s / batch_s), 1)
-    within = _steps_within(seconds, step_s, min(batches, fits) * batch_s + SAVE_S, interval)
+    clock.pause = (min(batches, fits) * batch_s + SAVE_S) / step_s
+    within = steps_within(clock.left_s / step_s, clock.pause, interval)
     steps = last if "max_iters" in cfg.given else min(last, within)
     warmup = max(min(cfg.warmup_iters, steps // 5), 1)
     return _choose(cfg, max_iters=steps, warmup_iters=warmup, eval_iters=fits if fits < batches else 0)
-
-
-def _steps_within(seconds: float, step_s: float, pause_s: float, interval: Callable[[int], int]) -> int:
-    """How many steps fit into so many seconds, at least 1; after each interval(steps) of them comes a pause."""
-    steps = max(int(seconds / step_s), 1)
-    for _ in range(5):  # fewer steps have a shorter interval, so more pauses
-        steps = max(int(seconds / (step_s + pause_s / min(interval(steps), steps))), 1)
-    return steps

@@ -29,8 +29,8 @@ from robopoet.weights import checkpoint
 class Progress:
     """How far a run has come; every checkpoint holds it.
 
-    best_iter: the step of the best evaluation. bad_evals: evaluations since then. seconds: in training alone. run_id:
-    the run's own, in its metrics too.
+    best_iter: the step of the best evaluation. bad_evals: evaluations since then. seconds: in training alone. other_s:
+    in all else, of a run of minutes. run_id: the run's own, in its metrics too.
     """
 
     iter_num: int = 0
@@ -39,6 +39,7 @@ class Progress:
     best_iter: int = 0
     bad_evals: int = 0
     seconds: float = 0.0
+    other_s: float = 0.0
     run_id: str = ""
 
     def note(self, val_loss: float) -> None:
@@ -125,13 +126,17 @@ class Run:
     def keep_config(self, cfg: Any) -> None:
         """Write the keys of `cfg` that differ from their defaults to config.yaml, with which train.py runs the same.
 
-        block_size is always there, as it may shorten that of init_from.
+        block_size is always there, as it may shorten that of init_from; minutes and epochs are not if they have chosen.
+        Checkpoints hold all keys from here on.
         """
+        self.about["config"] = dataclasses.asdict(cfg)
         if not self.machine.is_main:
             return
         values = {field.name: (getattr(cfg, field.name), field.default) for field in dataclasses.fields(cfg)}
         kept = {key: value for key, (value, default) in values.items() if value != default or key == "block_size"}
-        text = yaml.safe_dump(kept)
+        if kept.pop("minutes", 0):
+            kept.pop("epochs", 0)
+        text = yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()})
         try:
             with replacing(self.out / "config.yaml") as f:
                 f.write(f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n{text}".encode())

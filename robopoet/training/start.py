@@ -89,11 +89,9 @@ def complete(cfg: Config, start: Start) -> Config:
         if cfg.eval_only:
             del taken["eval_iters"]  # the full split, however much of it the run read
         if "max_iters" in given:
-            taken["epochs"] = 0.0  # it would override max_iters
-    taken = {key: value for key, value in taken.items() if key not in given | {*OWN}}
-    if start.resumes and not cfg.eval_only:  # where the run began, and what chose its keys then, stay
-        taken |= {"init_from": saved.init_from, "minutes": saved.minutes}
-    cfg = revise(cfg, **taken)
+            taken |= {"epochs": 0.0, "minutes": 0.0, "plans": ()}  # they would override it
+    begun = {"init_from", "minutes"} if start.resumes and not cfg.eval_only else set()  # stay as the run began
+    cfg = revise(cfg, **{key: value for key, value in taken.items() if key in begun or key not in given | {*OWN}})
     if problems := cfg.problems():
         raise CheckpointError(f"{start.path}: " + "; ".join(problems))
     return cfg
@@ -113,7 +111,7 @@ def describe_resuming(cfg: Config, start: Start, progress: Progress) -> list[str
     if changed := differences(cfg, start.content["config"]):
         lines.append(f"changed since the checkpoint: {changed}")
     if progress.iter_num >= cfg.max_iters:
-        larger = "--epochs" if cfg.epochs else "--max_iters"
+        larger = "--epochs" if cfg.epochs and not cfg.minutes else "--max_iters"
         lines.append(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
     return lines
 

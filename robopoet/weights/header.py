@@ -18,6 +18,7 @@ NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**40)]
 ExportDtype = Literal["float16", "float32"]  # of the weights in a file for another program
 
 
@@ -141,9 +142,10 @@ class SavedRun:
     iter_num: Count
     best_val_loss: Amount
     bad_evals: Count
-    seconds: Amount
+    seconds: Seconds
     first_val_loss: Amount = math.inf
     best_iter: Count = 0
+    other_s: Seconds = 0.0
     run_id: str = ""
     average: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, str] = field(default_factory=dict)
