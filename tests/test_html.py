@@ -223,13 +223,13 @@ def test_bytes_are_decoded_as_they_come_as_in_python(v8, bpe):
         np.random.default_rng(1),
         """(parts) => {
         const decoder = new Utf8Decoder();
-        return parts.map((part) => decoder.push(part)).concat(decoder.push("", true)); }""",
+        return parts.map((part) => decoder.push(part)); }""",
     )
     lead = [0xC2, 0xE0, 0xE2, 0xED, 0xF0, 0xF4, 0xF5, 0x80, 0x9F, 0xA0, 0xBF, 0x41, 0xFF, 0x90, 0x8F]
-    for raw in [TEXT[:500].encode(), *(bytes(rng.choice(lead, 12).tolist()) for _ in range(300))]:
+    for raw in [TEXT[:500].encode(), *(bytes(rng.choice(lead, 12).tolist()) + b"." for _ in range(300))]:
         decoder = StreamDecoder(bpe)
         ids = [bpe.tokens.index(bytes([byte])) for byte in raw]
-        wanted = [decoder.push([id]) for id in ids] + [decoder.push([], final=True)]
+        wanted = [decoder.push([id]) for id in ids]
         found = call(v8, code, [chr(byte) for byte in raw])
         # of half a surrogate pair Python tells a byte later that it is none
         assert found == wanted or (0xED in raw and "".join(found) == "".join(wanted))

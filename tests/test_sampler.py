@@ -67,7 +67,7 @@ def without_repeats(logits, ids, n):
         for id in row:
             ngrams.push(id)
         repeats.append(ngrams.repeats())
-    return sampler.forbid(logits, repeats)
+    return sampler.forbid(logits, repeats)[0]
 
 
 def test_each_rule_equals_transformers():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from robopoet.serving.rows import Row, Rows, blended, prompt_logprobs
@@ -214,8 +215,9 @@ class Engine(threading.Thread):
         choice.passage = Passage(self.poet.tokenizer, choice.settings, choice.prompt_text, choice.number)
         weights = choice.weights.tolist()
         prompt = choice.prompt if choice.tags == [None] else [choice.tags[0], *choice.prompt]
+        forbidden, characters = self.poet.forbidden, self.poet.characters
         copied = self.poet.copied(choice.settings, choice.prompt_text)
-        choice.sampler = Sampler(choice.settings, self.poet.forbidden, [choice.number], weights, prompt, copied)
+        choice.sampler = Sampler(choice.settings, forbidden, [choice.number], weights, prompt, copied, characters)
         hidden = []
         if twin and not choice.scores_prompt:
             choice.rows = [self.rows.copy(row) for row in twin.rows]
@@ -256,7 +258,9 @@ class Engine(threading.Thread):
             if choice.sampler.penalizes:
                 logits[i] = choice.sampler.penalize(logits[i : i + 1].clone())[0]
         self.filters = self.filters or Filters.of([choice.settings for choice in by_place], logits)
-        sampled = sample(logits, self.filters, self._uniforms)
+        if characters := self.poet.characters:
+            characters = characters.at(np.concatenate([choice.sampler.characters.states for choice in by_place]))
+        sampled = sample(logits, self.filters, self._uniforms, characters)
         ids = sampled.tolist()
         for i, choice in enumerate(by_place):
             try:
@@ -264,7 +268,7 @@ class Engine(threading.Thread):
                     self.gains.append(Gain(choice, choice.passage.get_stuck(), finish="stop"))
                     self._leave(choice)
                     continue
-                if choice.sampler.penalizes:
+                if choice.sampler.penalizes or characters:
                     choice.sampler.note(sampled[i : i + 1])
                 token = Scored(ids[i]) if choice.top is None else _scored(logprobs[told.index(i)], ids[i], choice.top)
                 self._push(choice, token)

@@ -3,16 +3,15 @@
 The same draws as writing.sampler.Sampler makes for one text: with its seed a text is the same as `Poet` writes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from robopoet.writing.characters import Characters
 from robopoet.writing.passage import Settings
-from robopoet.writing.sampler import draw, keep_min_p, keep_top_k, keep_top_p
-
-Uniforms = Callable[[list[int]], torch.Tensor]  # the next number of each of these rows' streams, float64 in [0, 1)
+from robopoet.writing.sampler import Uniforms, draw, draw_filtered, likeliest
 
 
 class Filters(NamedTuple):
@@ -40,32 +39,40 @@ class Filters(NamedTuple):
         return cls(temperature, top_k, top_p, min_p, cuts, bool((min_p > 0).any()))
 
 
-def sample(logits: torch.Tensor, filters: Filters, uniforms: Uniforms) -> torch.Tensor:
-    """Logits (B, V), in float32 or better, to ids (B,) int64; temperature 0 takes the likeliest."""
+def sample(
+    logits: torch.Tensor, filters: Filters, uniforms: Uniforms, characters: Characters | None = None
+) -> torch.Tensor:
+    """Logits (B, V), in float32 or better, to ids (B,) int64 that `characters` allow; temperature 0: the likeliest."""
     warm = filters.temperature > 0
-    likeliest = logits.argmax(-1)
+    best = likeliest(logits, characters)
     if not warm.any():
-        return likeliest
+        return best
     logits = logits / torch.where(warm, filters.temperature, 1)[:, None]
     probs = logits.softmax(-1)
     pool = probs
     if filters.floors:
         pool = probs * (probs >= filters.min_p[:, None] * probs.amax(-1, keepdim=True))
     rows = warm.nonzero()[:, 0]
-    ids = torch.where(warm, draw(pool, uniforms(list(range(len(probs))))), likeliest)
-    if not filters.cuts:
+    ids = torch.where(warm, draw(pool, uniforms(list(range(len(probs))))), best)
+    if not filters.cuts and not characters:
         return ids
-    rows = rows[~_kept(probs, ids, filters)[rows]]
+
+    def keeps(probs: torch.Tensor, ids: torch.Tensor, filters: Filters, rows: slice | list[int]) -> torch.Tensor:
+        kept = _kept(probs, ids, filters) if filters.cuts else torch.ones_like(ids, dtype=torch.bool)
+        return kept & characters.at(characters.states[rows]).allow(ids) if characters else kept
+
+    rows = rows[~keeps(probs, ids, filters, slice(None))[rows]]
     for _ in range(2):
         if not len(rows):
             return ids
         redrawn = draw(pool[rows], uniforms(rows.tolist()))
         ids[rows] = redrawn
-        rows = rows[~_kept(probs[rows], redrawn, Filters(*(f[rows] for f in filters[:4]), *filters[4:]))]
+        theirs = Filters(*(f[rows] for f in filters[:4]), *filters[4:])
+        rows = rows[~keeps(probs[rows], redrawn, theirs, rows.tolist())]
     for row in rows.tolist():
-        _, top_k, top_p, min_p = (f[row].item() for f in filters[:4])
-        filtered = keep_min_p(keep_top_p(keep_top_k(logits[row : row + 1], top_k), top_p), min_p)
-        ids[row] = draw(filtered.softmax(-1), uniforms([row]))
+        one, theirs = slice(row, row + 1), tuple(f[row].item() for f in filters[1:4])
+        character = characters and characters.at(characters.states[one])
+        ids[row] = draw_filtered(logits[one], theirs, [row], uniforms, character)
     return ids
 
 

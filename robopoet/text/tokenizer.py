@@ -330,9 +330,9 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, ids: Iterable[int], final: bool = False) -> str:
-        """The text that `ids` complete. final: no more ids follow, so an unfinished character becomes U+FFFD."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids), final)
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete; bytes that can't be a character become U+FFFD."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
 
 
 def _pieces(text: str) -> Iterable[str]:

@@ -54,14 +54,16 @@ function utf8(text) {
 class Utf8Decoder {
   constructor() {
     this.missing = 0; // bytes that the character still needs
+    this.errors = 0;
   }
 
-  push(bytes, final = false) {
+  push(bytes) {
     let text = "";
     for (let i = 0; i < bytes.length; i++) {
       const byte = bytes.charCodeAt(i);
       if (this.missing && (byte < this.low || byte > this.high)) {
         text += "\ufffd";
+        this.errors++;
         this.missing = 0; // and this byte begins anew
       }
       if (this.missing) {
@@ -72,6 +74,7 @@ class Utf8Decoder {
         text += String.fromCharCode(byte);
       } else if (byte < 0xc2 || byte > 0xf4) {
         text += "\ufffd";
+        this.errors++;
       } else {
         this.missing = byte < 0xe0 ? 1 : byte < 0xf0 ? 2 : 3;
         this.code = byte & (0x3f >> this.missing);
@@ -79,11 +82,14 @@ class Utf8Decoder {
         this.high = byte === 0xed ? 0x9f : byte === 0xf4 ? 0x8f : 0xbf; // no surrogates, at most U+10FFFF
       }
     }
-    if (final && this.missing) {
-      text += "\ufffd";
-      this.missing = 0;
-    }
     return text;
+  }
+
+  // Whether what follows stays UTF-8 after these bytes; a token without text ("") may only stand between characters.
+  allows(bytes) {
+    const after = Object.assign(new Utf8Decoder(), this);
+    after.push(bytes);
+    return after.errors === this.errors && (bytes !== "" || !this.missing);
   }
 }
 
@@ -408,9 +414,10 @@ function filter(probs, logits, scratch, { temperature, top_k, top_p, min_p }) {
 }
 
 class Sampler {
-  // weights: of the styles, (S,). prompt: ids.
-  constructor(settings, V, forbidden, weights, prompt) {
-    Object.assign(this, { settings, V, forbidden, weights, ngrams: new Map(), tail: [] });
+  // weights: of the styles, (S,). prompt: ids. bytes: of each id that stands for text.
+  constructor(settings, V, forbidden, weights, prompt, bytes = []) {
+    Object.assign(this, { settings, V, forbidden, weights, bytes, ngrams: new Map(), tail: [] });
+    this.decoder = new Utf8Decoder(); // of the text so far
     this.random = random(settings.seed);
     [this.z, this.own, this.probs, this.scratch] = Array.from({ length: 4 }, () => new Float64Array(V));
     this.seen = new Set();
@@ -443,14 +450,20 @@ class Sampler {
     }
     this.own.set(z);
     this.penalize();
-    let id = 0;
-    if (settings.temperature === 0) {
-      for (let v = 1; v < V; v++) if (z[v] > z[id]) id = v;
-    } else {
-      id = this.draw(filter(this.probs, z, this.scratch, settings));
+    const choose = () => (settings.temperature === 0 ? z.indexOf(z.reduce((a, b) => Math.max(a, b))) :
+      this.draw(filter(this.probs, z, this.scratch, settings)));
+    let id = choose();
+    if (!this.allows(id)) { // a broken character: choose from the rest of what the filters left, or filter the rest
+      for (let v = 0; v < V; v++) if (!this.allows(v)) [z[v], this.probs[v]] = [-Infinity, 0];
+      id = settings.temperature && this.probs.some((p) => p) ? this.draw(this.probs) : choose();
     }
     this.push([id]);
+    this.decoder.push(this.bytes[id] ?? "");
     return id;
+  }
+
+  allows(id) {
+    return this.decoder.allows(this.bytes[id] ?? "");
   }
 
   penalize() {
@@ -460,7 +473,7 @@ class Sampler {
     if (!repeats) return;
     this.scratch.set(z);
     for (const id of repeats) z[id] = -Infinity;
-    if (z.every((value) => value === -Infinity)) z.set(this.scratch);
+    if (z.every((value, id) => value === -Infinity || !this.allows(id))) z.set(this.scratch);
   }
 
   draw(probs) {
@@ -551,11 +564,8 @@ class Passage {
     return this.release(this.releasable());
   }
 
-  // No more tokens come.
+  // No more tokens come; the bytes of a character that is unfinished are no text.
   finish() {
-    const rest = this.decoder.push("", true);
-    if (rest) this.waiting.push([rest, undefined]);
-    this.held += rest;
     this.drama ||= SPEECH.test(this.before + this.held);
     for (const unit of this.settings.until === "tokens" ? [] : [this.autoUnit(), "sentence", "line", "word"]) {
       const found = this.ends(unit);
@@ -640,7 +650,7 @@ class Poet {
     const ids = tokenizer.encode(prompt || "\n");
     if (!ids.length) throw new Error("The model knows none of these characters.");
     const all = tags.length ? [tags[0], ...ids] : ids;
-    const sampler = new Sampler(settings, model.config.vocab_size, this.forbidden, weights, all);
+    const sampler = new Sampler(settings, model.config.vocab_size, this.forbidden, weights, all, tokenizer.bytes);
     const passage = new Passage(tokenizer, settings, prompt);
     const window = all.slice(this.windowStart(all.length));
     model.start(weights.length);
@@ -662,9 +672,13 @@ class Poet {
     yield passage.finish();
   }
 
-  // A token's probability and the likeliest others, with their text.
+  // A token's probability and the likeliest others, with their text; of a part of a character its bytes, as <e4 bd>.
   note({ p, others }) {
-    const name = (id) => new Utf8Decoder().push(this.tokenizer.bytes[id] ?? "", true);
+    const name = (id) => {
+      const decoder = new Utf8Decoder(), bytes = this.tokenizer.bytes[id] ?? "", text = decoder.push(bytes);
+      if (!decoder.errors && !decoder.missing) return text;
+      return `<${[...bytes].map((byte) => byte.charCodeAt(0).toString(16)).join(" ")}>`;
+    };
     return { p, others: others.map(([id, q]) => [name(id), q]) };
   }
 }

@@ -143,10 +143,12 @@ class Passage:
         return self._release(self._releasable())
 
     def finish(self) -> str:
-        """End the passage, for no more tokens come; returns the text that is released last."""
+        """End the passage, for no more tokens come; returns the text that is released last.
+
+        The bytes of a character that is unfinished by then are no text.
+        """
         if self.done:
             return ""
-        self._held += self._decoder.push([], final=True)
         self._drama = self._drama or self._has_speech()
         for unit in (self._auto_unit(), "sentence", "line", "word") if self.settings.until != "tokens" else ():
             if found := self._ends(unit):

@@ -15,6 +15,7 @@ from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, styles
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch
+from robopoet.writing.characters import find_characters
 from robopoet.writing.copies import Copied, Copies
 from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
@@ -51,6 +52,7 @@ class Poet:
         forbidden += range(self.tokenizer.vocab_size, self.model.config.vocab_size)  # nanoGPT's padding
         self._copies: dict[tuple[int, bool], Copies] = {}
         self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
+        self.characters = find_characters(self.tokenizer, self.model.config.vocab_size, self.machine.device)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -126,7 +128,7 @@ class Poet:
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
         copied = self.copied(settings, passages[0].prompt)
-        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0], copied)
+        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0], copied, self.characters)
         batch = Batch(passages, sampler, logprobs)
         steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all

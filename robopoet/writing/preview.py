@@ -4,13 +4,15 @@ import contextlib
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import GPT
 from robopoet.errors import DataError
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
-from robopoet.text.tokenizer import Tokenizer
+from robopoet.text.tokenizer import StreamDecoder, Tokenizer
+from robopoet.writing.characters import Characters, find_characters
 from robopoet.writing.generate import generate
 from robopoet.writing.originality import Originality
 
@@ -29,17 +31,28 @@ class Preview:
         It continues a line end, and draws from a random stream of its own.
         """
         random, tok = torch.Generator(self.machine.device).manual_seed(0), self.tok
+        characters = self.characters and self.characters.at(np.zeros(1, np.int64))
 
         def sample(logits: torch.Tensor) -> torch.Tensor:
-            probs = (logits[:, : len(tok.tokens)].float() / 0.8).softmax(-1)  # no special token
-            return torch.multinomial(probs, 1, generator=random)[:, 0]
+            logits = logits[:, : len(tok.tokens)].float() / 0.8  # no special token
+            ids = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+            if characters:
+                if not characters.allow(ids).all():
+                    ids = torch.multinomial(characters.mask(logits).softmax(-1), 1, generator=random)[:, 0]
+                characters.push(ids)
+            return ids
 
         model.eval()
         start = torch.tensor([tok.encode("\n") or [0]], device=self.machine.device)
         ids = [id.item() for id in generate(model, start, self.n_tokens, sample)]
-        text = tok.decode_bytes(ids).decode(errors="replace")
+        text = StreamDecoder(tok).push(ids)
         copied = {"copied_words": len(self.originality.check(text).longest.split())} if self.originality else {}
         return {"text": text} | copied
+
+    @functools.cached_property
+    def characters(self) -> Characters | None:
+        """What keeps the sample valid UTF-8, if the tokenizer has tokens that hold only a part of a character."""
+        return find_characters(self.tok, len(self.tok.tokens), self.machine.device)
 
     @functools.cached_property
     def originality(self) -> Originality | None:

@@ -3,14 +3,17 @@
 B: passages, S: styles in a blend (1 without one), V: vocab_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from robopoet.ops import in_float64
+from robopoet.writing.characters import Characters
 from robopoet.writing.copies import Copied
 from robopoet.writing.passage import Settings
+
+Uniforms = Callable[[list[int]], torch.Tensor]  # the next number of each of these rows' streams, float64 in [0, 1)
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -46,13 +49,16 @@ class NGrams:
         self.tail = (self.tail + np.int32(id).tobytes())[-size:] if size else b""
 
 
-def forbid(logits: torch.Tensor, ids: Sequence[np.ndarray]) -> torch.Tensor:
-    """Set the logits of each row's `ids`, (k,) int32, to -inf, except in a row where no other token would be left.
+def forbid(
+    logits: torch.Tensor, ids: Sequence[Sequence[int] | np.ndarray], characters: Characters | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Set the logits of each row's `ids` to -inf, except in a row where no token would be left; (B, V), and (B,) those.
 
     Paulus et al. 2017 (arXiv:1705.04304).
     """
     masked = mask(logits, ids)
-    return torch.where(masked.amax(-1, keepdim=True) > -torch.inf, masked, logits)
+    none = (characters.mask(masked) if characters else masked).amax(-1) == -torch.inf
+    return torch.where(none[:, None], logits, masked), none
 
 
 def mask(logits: torch.Tensor, ids: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
@@ -115,13 +121,47 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].to(probs.device)
 
 
+def likeliest(logits: torch.Tensor, characters: Characters | None) -> torch.Tensor:
+    """The likeliest id of each row, (B,) int64, of those that `characters` allow."""
+    ids = logits.argmax(-1)
+    return ids if characters is None or characters.allow(ids).all() else characters.mask(logits).argmax(-1)
+
+
+def draw_filtered(
+    logits: torch.Tensor,
+    filters: tuple[int, float, float],
+    rows: list[int],
+    uniforms: Uniforms,
+    characters: Characters | None,
+) -> torch.Tensor:
+    """One id per row, (B,) int64, of those that the filters leave and `characters` allow.
+
+    Where there is none, the filters are applied to what `characters` allow. filters: top_k, top_p and min_p. rows: the
+    rows that the logits, (B, V), are of.
+    """
+    k, p, min_p = filters
+
+    def leave(logits: torch.Tensor) -> torch.Tensor:
+        return keep_min_p(keep_top_p(keep_top_k(logits, k), p), min_p)
+
+    filtered = leave(logits)
+    ids = draw(filtered.softmax(-1), uniforms(rows))
+    if characters and not (allowed := characters.allow(ids)).all():
+        left = characters.mask(filtered)
+        left = torch.where(left.amax(-1, keepdim=True) > -torch.inf, left, leave(characters.mask(logits)))
+        wrong = (~allowed).nonzero()[:, 0]
+        ids[wrong] = draw(left[wrong].softmax(-1), uniforms([rows[i] for i in wrong.tolist()]))
+    return ids
+
+
 class Sampler:
     """Samples the next token of each passage according to `settings`; never one of `forbidden` (ids, int64).
 
     passages: their numbers; each draws from its own random stream, seeded by (settings.seed, number), so that its text
     does not depend on the passages beside it. weights: of the styles in the blend, (S,). prompt: the ids that every
-    passage continues, for the penalties. copied: what the prompt's text would copy, with max_copy. stuck: for each row
-    of the last step, whether every token would have completed a copy, so that its id means nothing.
+    passage continues, for the penalties. copied: what the prompt's text would copy, with max_copy. characters: no token
+    is sampled that would break one; None if none can. stuck: for each row of the last step, whether every token would
+    have completed a copy, so that its id means nothing.
     """
 
     def __init__(
@@ -132,6 +172,7 @@ class Sampler:
         weights: list[float],
         prompt: list[int],
         copied: Copied | None = None,
+        characters: Characters | None = None,
     ):
         self.settings, self.forbidden = settings, forbidden
         self.weights = torch.tensor(weights, device=forbidden.device)
@@ -146,6 +187,7 @@ class Sampler:
                 shared.push(id)
             self.ngrams = [NGrams(settings.no_repeat_ngram, shared) for _ in passages]
         self.copied = [copied.fork() for _ in passages] if copied else []  # of each text
+        self.characters = characters and characters.at(np.zeros(len(passages), np.int64))
         self.stuck = [False] * len(passages)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
@@ -169,6 +211,7 @@ class Sampler:
         self.streams = [self.streams[row] for row in rows]
         self.ngrams = [self.ngrams[row] for row in rows] if self.ngrams else []
         self.copied = [self.copied[row] for row in rows] if self.copied else []
+        self.characters = self.characters and self.characters.at(self.characters.states[rows])
         self.seen = None if self.seen is None else self.seen[rows]
         self.stuck = [False] * len(rows)
 
@@ -189,15 +232,16 @@ class Sampler:
                 self.seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, self.prompt, True)
             logits = penalize_repetition(logits, self.seen, s.repetition_penalty)
         if self.ngrams:
-            logits = forbid(logits, [ngrams.repeats() for ngrams in self.ngrams])
+            logits, _ = forbid(logits, [ngrams.repeats() for ngrams in self.ngrams], self.characters)
         if self.copied:
-            masked = mask(logits, [copied.ids() for copied in self.copied])
-            stuck = masked.amax(-1, keepdim=True) == -torch.inf
-            self.stuck, logits = stuck[:, 0].tolist(), torch.where(stuck, logits, masked)
+            logits, stuck = forbid(logits, [copied.ids() for copied in self.copied], self.characters)
+            self.stuck = stuck.tolist()
         return logits
 
     def note(self, ids: torch.Tensor) -> None:
-        """Remember the ids that were sampled, (B,), for the penalties of the next step."""
+        """Remember the ids that were sampled, (B,), for the next step."""
+        if self.characters:
+            self.characters.push(ids)
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         for texts in (self.ngrams, self.copied):
@@ -208,17 +252,17 @@ class Sampler:
         """Logits (B, V) -> ids (B,) int64, by temperature, top_k, top_p and min_p."""
         s = self.settings
         if s.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest(logits, self.characters)
         logits = logits / s.temperature
         probs = logits.softmax(-1)
         min_p_probs = probs if not s.min_p else probs * (probs >= s.min_p * probs.amax(-1, keepdim=True))
         ids = draw(min_p_probs, self.uniforms(list(range(len(probs)))))
-        if not s.top_k and s.top_p == 1:
+        if not s.top_k and s.top_p == 1 and not self.characters:
             return ids
-        # Rejection sampling: draw from all tokens, and draw again where top_k or top_p would drop the token. That gives
-        # the filtered distribution, and is_kept takes 0.15 ms where sorting 32 x 6,725 logits takes 6.5 ms. 95% of
-        # draws pass; a row rejected three times is filtered.
-        kept = is_kept(probs, ids, s.top_k, s.top_p)
+        # Rejection sampling: draw from all tokens, and draw again where top_k or top_p would drop the token, or it
+        # would break a character. That gives the filtered distribution, and is_kept takes 0.15 ms where sorting
+        # 32 x 6,725 logits takes 6.5 ms. 95% of draws pass; a row rejected three times is filtered.
+        kept = self.keeps(probs, ids, slice(None))
         if kept.all():
             return ids
         rows = (~kept).nonzero()[:, 0]
@@ -227,8 +271,17 @@ class Sampler:
                 return ids
             redrawn = draw(min_p_probs[rows], self.uniforms(rows.tolist()))
             ids[rows] = redrawn
-            rows = rows[~is_kept(probs[rows], redrawn, s.top_k, s.top_p)]
+            rows = rows[~self.keeps(probs[rows], redrawn, rows.tolist())]
         if len(rows):
-            filtered = keep_top_p(keep_top_k(logits[rows], s.top_k or logits.shape[1]), s.top_p)
-            ids[rows] = draw(keep_min_p(filtered, s.min_p).softmax(-1), self.uniforms(rows.tolist()))
+            numbers, filters = rows.tolist(), (s.top_k or logits.shape[1], s.top_p, s.min_p)
+            characters = self.characters and self.characters.at(self.characters.states[numbers])
+            ids[rows] = draw_filtered(logits[rows], filters, numbers, self.uniforms, characters)
         return ids
+
+    def keeps(self, probs: torch.Tensor, ids: torch.Tensor, rows: slice | list[int]) -> torch.Tensor:
+        """Whether top_k, top_p and the characters leave each of these rows its id, (B,) bool."""
+        s = self.settings
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if s.top_k or s.top_p < 1:
+            kept = is_kept(probs, ids, s.top_k, s.top_p)
+        return kept & self.characters.at(self.characters.states[rows]).allow(ids) if self.characters else kept
