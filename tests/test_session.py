@@ -4,15 +4,19 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
+import configurator
 from configurator import ConfigError
+from robopoet.writing import session
 from robopoet.writing.passage import Settings
 from robopoet.writing.replay import replay
-from robopoet.writing.session import Session
+from robopoet.writing.session import SETTERS, Session
 
 
 def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # noqa: B008
@@ -33,7 +37,7 @@ def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # 
 
 def test_commands_change_settings_and_mistakes_end_no_session(poet, monkeypatch, capsys):
     script = ["/temp 0", "/topk 5", "/topp 0.5", "/rep 1.2", "/tokens 7", "/seed 9", "/style alice", "/style bob",
-              "/temp cold", "/nonsense", "^C", "/settings", "once", "/quit", "never read"]  # fmt: skip
+              "/temp cold", "/xyzzy", "/tmp", "/help", "^C", "/settings", "once", "/quit", "never read"]  # fmt: skip
     interact(poet, monkeypatch, script)
     out = capsys.readouterr().out
     for line in (
@@ -46,6 +50,10 @@ def test_commands_change_settings_and_mistakes_end_no_session(poet, monkeypatch,
         "style: 'alice'",
         "must be one of the model's: alice, bard",
         "found 'cold', must be a number",
+        "/xyzzy: no such command; /help lists all",
+        "/tmp: no such command; did you mean /temp?",
+        "/temp     0 to 1e6",
+        "/until    auto, tokens, line,",
     ):
         assert line in out
     assert "once" in out and "never read" not in out
@@ -116,11 +124,11 @@ def test_a_session_over_a_pipe(random_pt):
     assert done.returncode == 0 and "> once" in done.stdout and done.stdout.count("> ") == 3 and done.stderr == ""
 
 
-def test_a_session_in_a_terminal(random_pt):
+def test_a_session_in_a_terminal(random_pt, tmp_path):
     command = [sys.executable, "sample.py", str(random_pt), "--interactive", "--max_new_tokens=10", "--device=cpu"]
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, command)
+        os.execve(sys.executable, command, os.environ | {"HOME": str(tmp_path)})
     shown = b""
 
     def until(text: bytes) -> None:
@@ -140,3 +148,30 @@ def test_a_session_in_a_terminal(random_pt):
     os.write(terminal, b"/quit\r")
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
+
+
+def test_the_ranges_in_help_are_those_that_are_checked():
+    for setting, values in SETTERS.values():
+        for low, high in re.findall(r"^(\S+) to (\S+)", values):
+            for value in (float(low), float(high)):
+                changed = configurator.change(Settings(), setting, f"{value:g}")
+                assert getattr(changed, setting) == value
+            with pytest.raises(ConfigError, match=f"^{setting}: "):
+                configurator.change(Settings(), setting, str(float(high) * 2))
+
+
+def test_a_terminal_has_a_history_that_lasts_and_completes_commands_and_styles(tmp_path, monkeypatch):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(session, "HISTORY", tmp_path / "history")
+    for line in ("To be", "/style alice"):
+        with session.editing(["/temp", "/tokens", "alice"]):
+            readline.add_history(line)
+            complete = readline.get_completer()
+            assert [complete("/t", i) for i in range(3)] == ["/temp", "/tokens", None]
+            assert complete("al", 0) == "alice" and complete("", 0) is None
+        readline.clear_history()
+    assert [line for line in (tmp_path / "history").read_text().splitlines() if "_HiStOrY" not in line] == [
+        "To be",
+        r"/style\040alice" if r"\040" in (tmp_path / "history").read_text() else "/style alice",
+    ]
