@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
-from configurator import ConfigError, revise, warn
+from configurator import ConfigError, is_out_of_memory, revise, warn
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
@@ -176,8 +174,10 @@ def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) ->
                     machine.synchronize()
                     found.append(time.perf_counter() - begin)
             least.append(min(found))
-    except torch.OutOfMemoryError:
-        return [math.inf, math.inf]
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            return [math.inf, math.inf]
+        raise
     return least
 
 
