@@ -44,14 +44,14 @@ def wall(monkeypatch) -> SimpleNamespace:
 # --- the clock
 
 
-def simulate(wall, minutes: float, load, step_s: float = 0.3, pause_s: float = 2.0, epochs: float = 10.0):
+def simulate(wall, minutes: float, load, step_s: float = 0.3, pause_s: float = 2.0, epochs: float = 10.0, **keys):
     """The loop of train.py with steps and pauses that only take time; returns its config, and the share it took."""
     began, first = wall.now, clock.Clock(minutes, CPU)
     pace = load(0)
     wall.now += 5.0
     first.pause = pause_s / step_s
     steps = clock.steps_within(first.left_s / (step_s * pace), first.pause, lambda steps: max(steps // 10, 1))
-    cfg = train.TrainConfig(minutes=minutes, epochs=epochs, max_iters=min(steps, int(epochs * 10**6)))
+    cfg = train.TrainConfig(minutes=minutes, epochs=epochs, max_iters=min(steps, int(epochs * 10**6)), **keys)
     cfg = plan.fit_schedule(cfg, 10**6 * cfg.rows_per_step)
     progress, found = Progress(), []
     log, run = SimpleNamespace(later=[], write=found.append, print=str), SimpleNamespace(keep_config=str)
@@ -95,6 +95,12 @@ def test_a_plan_grows_from_few_steps_to_hundreds_with_its_evaluations(wall):
 def test_a_text_that_teaches_nothing_more_ends_a_run_early_still(wall):
     cfg, share, _ = simulate(wall, 60, LOADS["none"], epochs=0.01)
     assert cfg.max_iters == 10_000 and share < 0.9
+
+
+def test_an_interval_that_was_given_stays_and_its_evaluations_count(wall):
+    cfg, share, found = simulate(wall, 3, LOADS["the first third"], eval_interval=2)
+    assert cfg.eval_interval == 2 and 0.9 < share < 1.02 and len(cfg.plans) < 60
+    assert sum(record["kind"] == "eval" for record in found) == -(-cfg.max_iters // 2)
 
 
 def test_the_learning_rate_without_earlier_plans_has_the_bits_it_had():

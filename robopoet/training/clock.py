@@ -89,10 +89,13 @@ class Clock:
         allowed_s = max(OFF * self.left_s, OFF_AT_END * self.minutes_s)
         if not self.step_s or abs(forecast_s - self.left_s) <= allowed_s:
             return cfg.max_iters
-        steps = steps_within(
-            self.left_s / self.step_s, self.pause, lambda more: evaluation_interval(step + more, self.per_epoch)
-        )
+        steps = steps_within(self.left_s / self.step_s, self.pause, lambda more: self.interval(step + more, cfg))
         return min(step + steps, self.most)
+
+    def interval(self, last: int, cfg: Any) -> int:
+        """The eval_interval of a plan up to a last step: cfg's if that was given."""
+        was_given = cfg.eval_interval != evaluation_interval(cfg.max_iters, self.per_epoch)
+        return cfg.eval_interval if was_given else evaluation_interval(last, self.per_epoch)
 
 
 def steps_within(most: float, pause: float, interval: Callable[[int], int]) -> int:

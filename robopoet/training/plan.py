@@ -97,16 +97,14 @@ def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log
 
     A new plan is on the disk before it takes effect.
     """
-    step, interval = progress.iter_num, cfg.eval_interval
+    step = progress.iter_num
     if (last := clock.last_step(cfg, progress, meter)) == cfg.max_iters:
         return cfg
-    if interval == evaluation_interval(cfg.max_iters, clock.per_epoch):  # was not given
-        interval = evaluation_interval(last, clock.per_epoch)
     if step > clock.known:  # else it is there already
         log.write({"kind": "plan", "iter": step, "max_iters": last, "step_s": clock.step_s, "left_s": clock.left_s})
     log.print(f"step {step:>6}  planned anew: {last} steps in all, not {cfg.max_iters}")
     plans = (*cfg.plans, f"{step}:{cfg.max_iters}:{cfg.eval_interval}")
-    cfg = revise(cfg, plans=plans, max_iters=last, eval_interval=interval)
+    cfg = revise(cfg, plans=plans, max_iters=last, eval_interval=clock.interval(last, cfg))
     run.keep_config(cfg)
     return cfg
 
