@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: poem base test test-slow clean
+.PHONY: poem help base test test-slow clean
 
 poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml, write a passage
 	$(BIN)/python prepare.py data/robopoet
@@ -24,9 +24,12 @@ clean:  ## remove what `make` made; your own runs and data stay
 	rm -rf .venv out/demo out/base
 	rm -rf $(foreach d,robopoet base,data/$(d)/raw data/$(d)/*.bin data/$(d)/meta.json)
 
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1: \2/p' Makefile
+
 .venv/installed: requirements.txt requirements-light.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed

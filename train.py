@@ -100,7 +100,7 @@ class TrainConfig:
     eval_iters: int = 0  # batches of an evaluation, spread over the split (0: the full split)
     patience: int = 0  # evaluations without a better val loss before stopping (0: never)
     log_interval: int = 10  # steps between status lines
-    sample_tokens: int = 60  # of a sample at each evaluation, for loggers, and on a terminal or if given (0: none)
+    sample_tokens: int = 60  # of a sample at each evaluation, in the log and for loggers (0: none)
     tensorboard: bool = False  # write events to out_dir
     wandb: Literal["off", "online", "offline"] = "off"  # Weights & Biases
     wandb_project: str = "robopoet"  # its project
@@ -348,7 +348,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     moved = run.make_way(start.path if start.resumes else None, progress)
     run.keep_config(cfg)
     sinks = open_sinks(run.about["config"], progress.run_id) if machine.is_main else []
-    log = Log(run.folder.where, progress, machine, sinks, "sample_tokens" in cfg.given)
+    log = Log(run.folder.where, progress, machine, sinks)
     about = f"{machine}, parameters: {model.num_params():,}"
     log.print(about, *describe_choice(cfg, start), *moved, *describe_resuming(cfg, start, progress))
     clock.start(cfg, progress, log, windows.per_epoch / cfg.rows_per_step)
@@ -357,8 +357,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # --- loop
     meter = Meter(machine, model, cfg.tokens_per_step, cfg.sampled_softmax)
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
-    previews = cfg.sample_tokens and (log.sinks or log.shows_samples)
-    previews = previews and not (cfg.shard and machine.world_size > 1)  # no rank can generate with its shard alone
+    # under --shard no rank can generate with its part alone
+    previews = cfg.sample_tokens and log.active and not (cfg.shard and machine.world_size > 1)
     preview = Preview(folder, meta, tok, machine, cfg.sample_tokens)
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):

@@ -133,6 +133,7 @@ def small(books: Path, tmp_path: Path) -> dict:
         "max_iters": 6,
         "eval_interval": 3,
         "log_interval": 1,
+        "sample_tokens": 0,
     }
 
 

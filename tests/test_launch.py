@@ -1,6 +1,7 @@
 """How a script begins and ends: one line for a user's mistake, under torchrun too, and its name."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -78,3 +79,9 @@ def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         configurator.launch(main, SampleConfig)
+
+
+def test_make_help_lists_what_make_does():
+    listed = subprocess.run(["make", "help"], cwd=configurator.HOME, capture_output=True, text=True).stdout
+    phony = re.search(r"PHONY: (.*)", (configurator.HOME / "Makefile").read_text())[1].split()
+    assert sorted(line.split(":")[0] for line in listed.splitlines()) == sorted(f"make {name}" for name in phony)

@@ -167,7 +167,7 @@ def test_tensorboard_and_wandb_get_the_same_numbers(small, monkeypatch):
     wandb = type(sys)("wandb")
     wandb.init = lambda **options: seen.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    found = run(small, tensorboard=True, wandb="offline")
+    found = run(small, sample_tokens=60, tensorboard=True, wandb="offline")
     assert seen[0]["mode"] == "offline" and seen[0]["config"]["n_layer"] == 2 and seen[-1] == "finished"
     assert len(seen[1:-1]) == len(found)
     assert [numbers["train/loss"] for numbers in seen[1:-1] if "train/loss" in numbers] == losses(found)
@@ -185,34 +185,33 @@ def test_a_run_that_goes_on_keeps_its_id_at_wandb(small, monkeypatch):
     wandb = type(sys)("wandb")
     wandb.init = lambda **options: seen.append(options) or type("Run", (), {"log": print, "finish": print})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run(small, wandb="offline", max_iters=3)
-    run(small, wandb="offline", init_from="auto")
-    run(small, wandb="offline")
+    run(small, sample_tokens=20, wandb="offline", max_iters=3)
+    run(small, sample_tokens=20, wandb="offline", init_from="auto")
+    run(small, sample_tokens=20, wandb="offline")
     ids = [options["id"] for options in seen]
     assert ids[0] == ids[1] != ids[2] and all(options["resume"] == "allow" for options in seen)
 
 
 def test_the_sample_for_the_loggers_leaves_training_as_it_is(small, tmp_path):
-    with_sample = run(small, tensorboard=True, dropout=0.1)
+    with_sample = run(small, tensorboard=True, sample_tokens=20, dropout=0.1)
     assert losses(with_sample) == losses(run(small, dropout=0.1, out_dir=str(tmp_path / "plain")))
 
 
 # --- what a run shows
 
 
-def test_a_sample_at_each_evaluation_is_shown_on_a_terminal_or_if_asked_for(small, monkeypatch, capsys):
+def test_a_sample_at_each_evaluation_is_shown_in_a_log_file_too(small, monkeypatch, capsys):
     def shown(**keys) -> list[str]:
         """The lines after each evaluation's, until the next of the log."""
         capsys.readouterr()
-        given = [f"--{key}={value}" for key, value in (small | keys).items()]
+        plain = {key: small[key] for key in small if key != "sample_tokens"}
+        given = [f"--{key}={value}" for key, value in (plain | keys).items()]
         train.main(configurator.load(TrainConfig, given))
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line.startswith("    ")]
 
-    assert shown() == []
     first = shown(sample_tokens=20, dropout=0.1)
     curve = losses(records(small["out_dir"]))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
     assert shown(sample_tokens=0, dropout=0.1) == []
     assert losses(records(small["out_dir"])) == curve

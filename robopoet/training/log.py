@@ -137,21 +137,12 @@ class Log:
     """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one.
 
     later: what metrics.jsonl held of the steps that will run again, or of the one before the next.
-    where: returns the run's folder, which may change. shows_samples: print the text of evaluations though stdout is no
-    terminal.
+    where: returns the run's folder, which may change.
     """
 
-    def __init__(
-        self,
-        where: Callable[[], Path],
-        progress: Progress,
-        machine: Machine,
-        sinks: list[Sink],
-        shows_samples: bool = False,
-    ):
+    def __init__(self, where: Callable[[], Path], progress: Progress, machine: Machine, sinks: list[Sink]):
         self.active, self.where, self.run_id = machine.is_main, where, progress.run_id
         self.sinks, self.prints = sinks, True
-        self.shows_samples = self.active and (shows_samples or sys.stdout.isatty())
         self.train_loss, self.eval_s = math.inf, 0.0  # of the last record, and of the last evaluation
         self.later: list[Position] = []
         if self.active:
@@ -209,11 +200,11 @@ class Log:
         )
 
     def evaluation(self, progress: Progress, result: dict[str, Any]) -> None:
-        """Write an evaluation of the val split and print it, with its text if samples are shown."""
+        """Write an evaluation of the val split and print it, with its text if there is one."""
         self.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
         self.eval_s = result["seconds"]
         self.print(f"step {progress.iter_num:>6}  val {describe(result)}")
-        if self.shows_samples and (text := result.get("text", "")):
+        if text := result.get("text", ""):
             self.print(wrapped(text))
             if "copied_words" in result:
                 self.print(f"    longest copy: {result['copied_words']} words")
