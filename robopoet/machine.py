@@ -293,13 +293,18 @@ def _fastest_dtype(device: torch.device, trains: bool) -> str:
 
 
 def _faster_on_cpu() -> str:
-    """Measured, as some CPUs with bfloat16 multiply it at half of float32's speed: Intel's with AVX-512 but no AMX."""
-    x, laps = torch.ones(1024, 512), {"float32": [], "bfloat16": []}
-    for _, dtype in itertools.product(range(5), laps):
+    """Measured, as some CPUs with bfloat16 multiply it at half of float32's speed: Intel's with AVX-512 but no AMX.
+
+    On one thread, whose own time counts: so other programs don't change the outcome, and a run can be repeated.
+    """
+    x, laps, threads = torch.ones(512, 512), {"float32": [], "bfloat16": []}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _, dtype in itertools.product(range(10), laps):
         a = x.to(getattr(torch, dtype))
-        start = time.perf_counter()
+        start = time.thread_time()
         linear(a, a)
-        laps[dtype].append(time.perf_counter() - start)
+        laps[dtype].append(time.thread_time() - start)
+    torch.set_num_threads(threads)
     return min(laps, key=lambda dtype: min(laps[dtype]))
 
 

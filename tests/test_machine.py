@@ -1,5 +1,6 @@
 """The machine: which device a run gets, and torchrun's environment."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -141,7 +142,7 @@ def test_auto_trains_in_the_dtype_that_multiplies_faster_and_writes_in_bfloat16(
     laps, clock = [], [0.0]
     alone.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     alone.setattr(robopoet.machine, "linear", product)
-    alone.setattr(robopoet.machine.time, "perf_counter", lambda: clock[0])
+    alone.setattr(robopoet.machine.time, "thread_time", lambda: clock[0])
     assert find_machine("cpu", "auto").dtype is getattr(torch, trained)
     assert set(laps) == {torch.float32, torch.bfloat16}
     assert find_machine("cpu", "auto", trains=False).dtype is torch.bfloat16
@@ -164,3 +165,18 @@ def test_several_agents_are_warned_of_a_store_that_names_dead_ranks(alone, capsy
     alone.setattr(robopoet.machine.dist, "init_process_group", lambda *args, **keys: None)
     robopoet.machine._join("gloo", 0, 2, 10.0, None)
     assert ("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == (kept == "True")
+
+
+def test_other_programs_do_not_change_the_dtype_of_a_cpu(monkeypatch):
+    """A product that waits for a core takes longer, but no more of its thread's own time."""
+
+    def product(a, b):
+        if a.dtype is torch.float32:
+            time.sleep(0.01)
+        else:
+            begin = time.thread_time()
+            while time.thread_time() - begin < 0.002:
+                pass
+
+    monkeypatch.setattr(robopoet.machine, "linear", product)
+    assert robopoet.machine._faster_on_cpu() == "float32"
