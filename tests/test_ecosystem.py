@@ -138,12 +138,13 @@ def test_a_meta_pkl_of_many_characters_is_read(nanogpt, tmp_path, protocol):
     assert checkpoint.tokenizer_of(checkpoint.load(nanogpt), nanogpt).chars == "".join(chars)
 
 
-def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, small, shapeless, capsys):
+def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogpt, tmp_path, shapeless):
     (tmp_path / "abc.txt").write_text("abc, def.\nghij abc.\n" * 100)
     keys = {"input": (str(tmp_path / "abc.txt"),), "out": str(tmp_path / "bins"), "tokenizer": str(nanogpt)}
     prepare.main(prepare.PrepareConfig(**keys))
-    train.main(TrainConfig(**shapeless | {"init_from": str(nanogpt), "dataset": str(tmp_path / "bins")}))
-    trained = checkpoint.load(Path(small["out_dir"]) / "best.pt")
+    new = {"dataset": str(tmp_path / "bins"), "out_dir": str(tmp_path / "new")}
+    train.main(TrainConfig(**shapeless | new | {"init_from": str(nanogpt)}))
+    trained = checkpoint.load(tmp_path / "new" / "best.pt")
     assert trained["model_args"]["block_size"] == 16 and trained["tokenizer"]["chars"] == "\n ,.abcdefghij"
     (tmp_path / "abc.txt").write_text("abc xyz" * 100)
     with pytest.raises(prepare.DataError, match="does not know 'x', 'y', 'z'; leave --tokenizer out for one"):
