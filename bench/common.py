@@ -194,7 +194,7 @@ def evaluate_checkpoint(
     if not {"dataset", "batch_size"} <= saved.get("config", {}).keys():
         raise CheckpointError(f"{path}: does not say what it was trained on; name a checkpoint of train.py")
     start = Start(saved, path, resumes=False)
-    cfg = complete(train.TrainConfig(eval_only=True), start)
+    cfg = complete(train.TrainConfig(eval_only=True, init_from=str(path)), start)
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     check_fit(start, cfg.dataset, cfg.optimizer, meta)
