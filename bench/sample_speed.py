@@ -29,6 +29,9 @@ from robopoet.writing.generate import generate, prepack
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+UNLIKE_OURS = (
+    "the peers have no rotary positions: they, and the greedy passages, use a new model of this shape with learned ones"
+)
 SAMPLING = {"temperature": 0.8, "top_k": 200}  # nanoGPT's defaults, used by all
 Write = Callable[[int, int], tuple[float, float]]  # (passages, tokens) -> seconds in all, and to the first token
 
@@ -96,6 +99,14 @@ def ours(poet: Poet, prompt: str) -> Write:
         return time.perf_counter() - start, first_s
 
     return write
+
+
+def comparable(model: GPT) -> GPT:
+    """The model whose weights the peers take: `model`, or a new one of its shape if it has rotary positions."""
+    if model.config.positions == "learned":
+        return model
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(model.config, positions="learned")).eval()
 
 
 def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
@@ -188,15 +199,16 @@ def main(cfg: SampleSpeedConfig) -> None:
     poet = our_poet(cfg, model, cfg.device, cfg.dtype)
     ids = poet.tokenizer.encode(cfg.prompt)
     writers = {"RoboPoet": ours(poet, cfg.prompt)}
-    models: dict[str, torch.nn.Module] = {"RoboPoet": model}
     writers["RoboPoet"](1, cfg.max_new_tokens)
     on_gpu = machine.device.type == "cuda"
     memory_mb = machine.peak_mem_mb() if on_gpu else resident_mb("self", "VmRSS") - before_mb
+    shared = comparable(model)
+    models: dict[str, torch.nn.Module] = {"RoboPoet": shared}
     if cfg.peer:
-        nano = models["nanoGPT"] = nanogpt(Path(cfg.peer), model, machine)
+        nano = models["nanoGPT"] = nanogpt(Path(cfg.peer), shared, machine)
         writers["nanoGPT"] = theirs(lambda idx, n: nano.generate(idx, n, **SAMPLING), ids, machine)
     if importlib.util.find_spec("transformers"):
-        hugging = models["transformers"] = transformers_gpt2(model, machine)
+        hugging = models["transformers"] = transformers_gpt2(shared, machine)
         writers["transformers"] = theirs(
             lambda idx, n: hugging.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=True, **SAMPLING),
             ids,
@@ -214,6 +226,9 @@ def main(cfg: SampleSpeedConfig) -> None:
         "cases": [compare(case, writers, cfg, machine, model.config) for case in cases],
         "recorded": cfg.record and on_gpu,
     }
+    if shared is not model and len(models) > 1:
+        result["note"] = UNLIKE_OURS
+        print(UNLIKE_OURS)
     if cfg.starts:
         command = "sample.py", cfg.checkpoint, f"--device={cfg.device}", "--max_new_tokens=1"
         result["start_s"] = spread([seconds_of(*command) for _ in range(cfg.starts)])
@@ -305,6 +320,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['model']}, {result['machine']['dtype']}: {start}weights of {result['weights_mb']:,.0f} MB take "
         f"{result['memory_mb']:,.0f} MB with cache and everything else; the greedy passage is {same}"
+        + (f"; {result['note']}" if "note" in result else "")
         + "".join(f"; val loss {loss:.4f} in {dtype}" for dtype, loss in result.get("val_loss", {}).items())
     ]
 

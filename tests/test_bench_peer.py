@@ -23,7 +23,7 @@ from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import read_meta
-from robopoet.weights.checkpoint import save
+from robopoet.weights.checkpoint import model_entries, save
 
 
 @pytest.mark.slow
@@ -186,6 +186,21 @@ def test_sample_speed(run, results, peer, monkeypatch):
         assert case["ratio"]["nanoGPT"]["max"] < 1000 and case["gb_per_s"] > 0
     assert 0 < result["val_loss"]["float32"] < 5
     assert "nanoGPT" in sample_speed.table([result]) and "the same for all" in sample_speed.remarks(result)[0]
+
+
+def test_peers_without_rotary_positions_get_a_model_of_the_shape_with_learned_ones(
+    run, results, peer, tmp_path, monkeypatch, capsys
+):
+    content, shape = torch.load(run / "out" / "best.pt", weights_only=True), {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    rotary = GPTConfig(**shape, block_size=16, vocab_size=read_meta(run / "data").vocab_size, positions="rotary")
+    save(tmp_path / "best.pt", content | model_entries(GPT(rotary)))
+    args = [f"{tmp_path}/best.pt", "--batch_size=2", "--max_new_tokens=4", "--long_tokens=4", "--check_tokens=4"]
+    args += ["--repeats=1", "--starts=0", "--device=cpu", "--dtype=float32", "--prompt=to be", f"--peer={peer}"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result, _ = start(monkeypatch, sample_speed, sample_speed.SampleSpeedConfig, *args, positional="checkpoint")
+    assert result["same_text"] and all(set(case["ratio"]) == {"nanoGPT"} for case in result["cases"])
+    assert result["parameters"] == GPT(rotary).num_params() and "learned ones" in result["note"]
+    assert result["note"] in sample_speed.remarks(result)[0] and capsys.readouterr().out.count(result["note"]) == 1
 
 
 def test_writers_are_compared_round_by_round():
