@@ -19,7 +19,7 @@ Sample = tuple[torch.Tensor, torch.Tensor]  # of the vocabulary: (n,) int64 ids,
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT.
+    """The shape of a GPT; raises ValueError with a line for each value that can't be.
 
     gelu: nn.GELU's `approximate`, "none" (exact, as in nanoGPT) or "tanh" (GPT-2's). positions: "learned" (GPT-2's) or
     "rotary" (Su et al. 2021, arXiv:2104.09864).
@@ -34,6 +34,23 @@ class GPTConfig:
     bias: bool = True
     gelu: str = "none"
     positions: str = "learned"
+
+    def __post_init__(self) -> None:
+        sizes = {key: value for key, value in vars(self).items() if type(value) is int}
+        wanted = f"must be at least 1 and at most {2**20:,}"
+        found = [f"{key}: found {size}, {wanted}" for key, size in sizes.items() if not 1 <= size <= 2**20]
+        heads, twice = (2 * self.n_head, "twice ") if self.positions == "rotary" else (self.n_head, "")
+        if heads and self.n_embd % heads:
+            found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
+        if self.positions == "rotary" and self.block_size == 1:  # one place is kept for the first token
+            found.append("block_size: found 1, must be at least 2 with rotary positions")
+        for key, choices in (("gelu", ("none", "tanh")), ("positions", ("learned", "rotary"))):
+            if (value := getattr(self, key)) not in choices:
+                found.append(f"{key}: found {value!r}, must be {' or '.join(choices)}")
+        if not 0 <= self.dropout <= 1:
+            found.append(f"dropout: found {self.dropout}, must be from 0 to 1")
+        if found:
+            raise ValueError("\n".join(found))
 
 
 def rotary_table(positions: torch.Tensor, head_size: int) -> torch.Tensor:

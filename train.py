@@ -132,7 +132,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
-        found = bounds(self, "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd", 1, 2**20)
+        found = bounds(self, "batch_size gradient_accumulation_steps", 1, 2**20)
         found += bounds(self, "max_iters log_interval timeout_s", 1) + bounds(self, "muon_weight_decay", -1)
         found += bounds(self, "eval_interval eval_iters sample_tokens sampled_softmax grad_clip patience", 0)
         found += bounds(self, "warmup_iters lr_decay_iters epochs minutes min_lr weight_decay", 0)
@@ -140,12 +140,10 @@ class TrainConfig:
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1) + bad_plans(self.plans)
         if self.learning_rate:
             found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
-        heads = self.n_head * (2 if self.positions == "rotary" else 1)  # rotary positions rotate pairs
-        if self.n_head > 0 and self.n_embd % heads:
-            twice = "twice " if heads > self.n_head else ""
-            found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
-        if self.positions == "rotary" and self.block_size == 1:
-            found.append("block_size: found 1, must be at least 2 with rotary positions")
+        try:
+            GPTConfig(**{key: getattr(self, key) for key in SHAPE})
+        except ValueError as e:
+            found += str(e).splitlines()
         if self.decay_lr and self.min_lr > self.peak_lr:
             found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.peak_lr}")
         if self.eval_only and self.init_from == "scratch":

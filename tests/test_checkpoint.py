@@ -170,7 +170,7 @@ def test_an_output_matrix_that_is_not_the_embedding_is_refused(content, tmp_path
         ({"n_embd": 2**20}, r"wte\.weight is \(11, 16\), must be \(11, 1048576\)"),
         ({"vocab_size": 10**6}, r"wte\.weight is \(11, 16\), must be \(1000000, 16\)"),
         ({"block_size": 10**6}, r"wpe\.weight is \(8, 16\), must be \(1000000, 16\)"),
-        ({"n_head": 3}, "n_embd is 16, must be divisible by n_head, 3"),
+        ({"n_head": 3}, "n_embd: found 16, must be divisible by n_head, 3"),
         ({"n_head": 0}, r"\$\.model_args\.n_head"),
         ({"n_head": None}, r"\$\.model_args\.n_head"),
         ({"bias": True}, "there are 10 tensors, must be 17"),
@@ -209,8 +209,8 @@ def test_a_header_of_the_wrong_type_is_refused(content, tmp_path, changes, messa
 @pytest.mark.parametrize(
     ("args", "extra", "message"),
     [
-        ({"block_size": 1}, {}, "block_size is 1, must be at least 2 with rotary positions"),
-        ({"n_head": 16}, {}, "n_embd is 16, must be divisible by twice n_head, 32"),  # heads of one number
+        ({"block_size": 1}, {}, "block_size: found 1, must be at least 2 with rotary positions"),
+        ({"n_head": 16}, {}, "n_embd: found 16, must be divisible by twice n_head, 32"),  # heads of one number
         ({}, {"positions": "learned"}, "there are 9 tensors, must be 10; positions are learned, transformer.wpe"),
         ({}, {"positions": "alibi"}, r"Invalid enum value 'alibi' - at `\$\.model_extra\.positions`"),
     ],

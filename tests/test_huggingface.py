@@ -218,7 +218,7 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
     refused("config.json", config | {"n_layer": 10**9}, r"config\.json: .*\$\.n_layer")
     for n_head in (0, -1, 10**9, "2", None, True, 2.5):
         refused("config.json", config | {"n_head": n_head}, r"config\.json: .*\$\.n_head")
-    refused("config.json", config | {"n_head": 3}, r"config\.json: .*n_embd is 32, must be divisible by n_head, 3")
+    refused("config.json", config | {"n_head": 3}, r"config\.json: .*n_embd: found 32, must be divisible by n_head, 3")
     refused("config.json", config | {"n_embd": 2**20}, r"must be \(360, 1048576\)")
     refused("config.json", config | {"resid_pdrop": None}, r"config\.json: .*\$\.resid_pdrop")
     refused("config.json", config | {"activation_function": "x" * 10**6}, r"config\.json: .*\$\.activation_function")

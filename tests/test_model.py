@@ -250,3 +250,29 @@ def test_torchs_own_functions_in_place_of_ops_give_the_same_loss_and_gradients(
     torch.testing.assert_close(losses.double(), torchs(idx, targets, reduction="none")[1], rtol=precision * 4, atol=0)
     for (name, p), q in zip(ours.named_parameters(), torchs.parameters(), strict=True):
         assert (p.grad - q.grad).abs().max() <= precision * q.grad.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"n_layer": 0}, "n_layer: found 0, must be at least 1 and at most 1,048,576"),
+        ({"vocab_size": 2**21}, "vocab_size: found 2097152, must be at least 1 and at most 1,048,576"),
+        ({"n_head": 0}, "n_head: found 0, must be at least 1 and at most 1,048,576"),
+        ({"n_embd": 10, "n_head": 4}, "n_embd: found 10, must be divisible by n_head, 4"),
+        (
+            {"n_embd": 12, "n_head": 4, "positions": "rotary"},
+            "n_embd: found 12, must be divisible by twice n_head, 8",
+        ),
+        ({"block_size": 1, "positions": "rotary"}, "block_size: found 1, must be at least 2 with rotary positions"),
+        ({"positions": "alibi"}, "positions: found 'alibi', must be learned or rotary"),
+        ({"gelu": "sigmoid"}, "gelu: found 'sigmoid', must be none or tanh"),
+        ({"dropout": 1.5}, "dropout: found 1.5, must be from 0 to 1"),
+    ],
+)
+def test_a_shape_that_can_not_be_is_refused_in_a_line_for_each_value(values, problem):
+    with pytest.raises(ValueError) as raised:
+        GPTConfig(**values)
+    assert str(raised.value) == problem
+    with pytest.raises(ValueError) as raised:
+        GPTConfig(**values | {"dropout": -1.0})
+    assert str(raised.value).splitlines()[-1] == "dropout: found -1.0, must be from 0 to 1"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import torch
 
+from model import GPTConfig
 from robopoet import untrusted
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import SavedBPE, SavedChar
@@ -32,10 +33,6 @@ class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab_size: Size
     bias: bool = True
     dropout: Share = 0.0
-
-    def __post_init__(self) -> None:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, must be divisible by n_head, {self.n_head}")
 
 
 class ModelExtra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,13 +66,7 @@ class Header:
     licences: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        args = self.model_args
-        if self.model_extra is None or self.model_extra.positions == "learned":
-            return
-        if args.n_embd % (twice := 2 * args.n_head):  # pairs are rotated
-            raise ValueError(f"n_embd is {args.n_embd}, must be divisible by twice n_head, {twice}")
-        if args.block_size < 2:  # the first token stays in view
-            raise ValueError("block_size is 1, must be at least 2 with rotary positions")
+        GPTConfig(**self.shape)  # raises if there is no such model
 
     @property
     def shape(self) -> dict[str, Any]:
