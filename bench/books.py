@@ -21,7 +21,7 @@ import yaml
 
 import configurator
 from bench.coders import Texts, bits_per_byte
-from bench.common import evaluate_test, last_line, markdown, origin, read_records, write_result
+from bench.common import evaluate_test, last_line, markdown, origin, progress, read_records, write_result
 from configurator import ConfigError, bounds, warn
 from robopoet.errors import DataError
 from robopoet.machine import find_machine
@@ -54,7 +54,7 @@ def main(cfg: BooksConfig) -> None:
     """Prepare and train on each book, print a table and write the result."""
     machine, books = find_machine("cpu", "auto"), []
     with tempfile.TemporaryDirectory() as folder:
-        for doc in corpus.documents(corpus.read_manifest(Path(cfg.corpus))):
+        for doc in progress(corpus.documents(corpus.read_manifest(Path(cfg.corpus))), "texts"):
             if doc.style in (cfg.only or (doc.style,)):
                 path = Path(folder) / f"{doc.style}.txt"
                 path.write_bytes(doc.text.encode()[: cfg.bytes or None])

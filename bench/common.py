@@ -1,17 +1,21 @@
 """What the scripts of bench share: the machine's name, medians with their range, result files, Markdown tables."""
 
+import contextlib
 import dataclasses
 import json
+import operator
 import platform
 import re
 import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -30,6 +34,8 @@ from robopoet.training.start import Start, check_fit, complete
 from robopoet.weights import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
+PROGRESS_S = 30.0  # seconds between two lines of progress
+T = TypeVar("T")
 
 
 def describe_machine(machine: Machine) -> dict[str, Any]:
@@ -54,6 +60,33 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def reporting(describe: Callable[[], str]) -> Iterator[None]:
+    """While the block runs, print `describe()` and the time so far to stderr now and then, terminal or not."""
+    start, ended = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not ended.wait(PROGRESS_S):
+            print(f"{describe()}, {(time.monotonic() - start) / 60:.1f} min", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def progress(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yield the items; now and then a line on stderr says how many are done, such as `laps: 2 of 5, 1.5 min`."""
+    done, total = 0, operator.length_hint(items)
+    with reporting(lambda: f"{what}: {done} of {total}" if total else f"{what}: {done}"):
+        for item in items:
+            yield item
+            done += 1
 
 
 def spread(values: list[float]) -> dict[str, float]:

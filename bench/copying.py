@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from bench.common import markdown, origin, show, spread, write_result
+from bench.common import markdown, origin, progress, show, spread, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.dataset import find_dataset
@@ -45,7 +45,7 @@ def main(cfg: CopyingConfig) -> None:
     settings = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Settings)}
     runs: dict[int, Any] = {0: [], cfg.max_copy: []}
     poet.write(n=cfg.together, **settings)  # the index is built, and all is warm
-    for first in range(0, cfg.passages, cfg.together):
+    for first in progress(range(0, cfg.passages, cfg.together), "turns"):
         for max_copy, found in runs.items():
             passages = poet.begin("", cfg.together, first, **settings | {"max_copy": max_copy})
             begin = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import configurator
-from bench.common import evaluate_checkpoint, markdown, origin, read_records, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, read_records, reporting, write_result
 from bench.learn import curve_of
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
@@ -45,6 +45,8 @@ def main(cfg: DemoConfig) -> None:
         raise ConfigError(f"{cfg.run}/metrics.jsonl: lacks the evaluation of best.pt, step {best['iter_num']}")
 
     model = checkpoint.build_model(best, path).to(machine.device)
+    with reporting(lambda: "the test split"):
+        test = evaluate_checkpoint(best, path, model, "test", machine)
     result = origin("demo", machine) | {
         "run": Path(cfg.run).name,
         "parameters": model.num_params(),
@@ -53,7 +55,7 @@ def main(cfg: DemoConfig) -> None:
         "seconds": best["seconds"],
         "tok_per_sec": statistics.median(r.tok_per_sec for r in steps),
         "val": {key: getattr(vals[-1], key) for key in ("loss", "bpb", "loss_by_style")},
-        "test": evaluate_checkpoint(best, path, model, "test", machine),
+        "test": test,
         "curve": curve_of(records),
     }
     print(table([result]))

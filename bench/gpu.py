@@ -200,7 +200,7 @@ def main(cfg: GpuConfig) -> None:
         if lacks := missing(STAGES[number], cfg):
             configurator.warn(f"stage {number}, {STAGES[number].name}, will fail: {lacks}")
     end, results, later = start + 60 * cfg.minutes if cfg.minutes else math.inf, [], []
-    for number in cfg.numbers:
+    for number in common.progress(cfg.numbers, "stages"):
         stage, what = STAGES[number], f"stage {number}, {STAGES[number].name}"
         path = cfg.folder / f"gpu_{number}_{stage.name}_{device}.json"
         with contextlib.suppress(ConfigError):  # none, or damaged

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import configurator
-from bench.common import markdown, origin, show, spread, write_result
+from bench.common import markdown, origin, progress, show, spread, write_result
 from bench.peer import resident_mb
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
@@ -117,7 +117,7 @@ def main(cfg: HTMLConfig) -> None:
         """How much of `work` a call does in a second, in each repeat, once its loops are compiled."""
         v8.call(*call)
         rates = []
-        for _ in range(cfg.repeats):
+        for _ in progress(range(cfg.repeats), f"laps of {call[0]}"):
             begun = time.process_time()
             v8.call(*call)
             rates.append(work / (time.process_time() - begun))

@@ -25,6 +25,7 @@ from bench.common import (
     evaluate_test,
     last_line,
     origin,
+    progress,
     read_records,
     show,
     side_by_side,
@@ -146,7 +147,7 @@ def main(cfg: LearnConfig) -> None:
     rate = None
     with tempfile.TemporaryDirectory() as scratch:
         kept = Path(cfg.keep or scratch)
-        for seed in range(cfg.seeds):
+        for seed in progress(range(cfg.seeds), "seeds"):
             if cfg.peer and seed == 0 and cfg.peer_rate:
                 runs = {r: run_peer(cfg, machine, folder, 0, r) for r in map(float, cfg.peer_rate)}
                 tried = {f"{r:g}": best(curve)["loss"] for r, curve in runs.items()}

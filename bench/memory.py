@@ -10,7 +10,7 @@ from typing import Any
 
 import configurator
 import train
-from bench.common import markdown, origin, read_records, train_command, write_result
+from bench.common import markdown, origin, progress, read_records, train_command, write_result
 from bench.peer import resident_mb
 from bench.train_speed import SpeedConfig, at_step, write_random_corpus
 from configurator import bounds
@@ -40,7 +40,7 @@ def main(cfg: MemoryConfig) -> None:
     machine, runs = find_machine(cfg.device, cfg.dtype), []
     with tempfile.TemporaryDirectory() as folder:
         write_random_corpus(Path(folder), SpeedConfig(vocab_size=VOCAB, block_size=cfg.block_size))
-        for name, (n_layer, n_head, n_embd) in SHAPES.items():
+        for name, (n_layer, n_head, n_embd) in progress(SHAPES.items(), "shapes"):
             for rows in map(int, cfg.rows):
                 shaped = replace(cfg, n_layer=n_layer, n_head=n_head, n_embd=n_embd, batch_size=rows, dataset=folder)
                 for recompute in (False, True):

@@ -19,7 +19,7 @@ import tiktoken
 
 import configurator
 import prepare
-from bench.common import last_line, origin, show, side_by_side, spread, write_result
+from bench.common import last_line, origin, progress, reporting, show, side_by_side, spread, write_result
 from bench.peer import resident_mb
 from configurator import ConfigError, bounds
 from robopoet.errors import DataError
@@ -77,7 +77,8 @@ def run_prepare(path: Path, out: Path, cfg: PrepareSpeedConfig) -> tuple[float, 
     """Run prepare.py in a process of its own; returns its seconds from start to end and its peak memory in MB."""
     command = [sys.executable, prepare.__file__, f"--input={path}", f"--out={out}", f"--vocab_size={cfg.vocab_size}"]
     start, peak_mem_mb = time.perf_counter(), 0.0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with reporting(lambda: "prepare.py"), subprocess.Popen(command, **pipes) as process:
         while process.poll() is None:
             peak_mem_mb = max(peak_mem_mb, resident_mb(process.pid, "VmHWM"))
             time.sleep(0.02)
@@ -93,7 +94,7 @@ def time_encoders(tok: BPETokenizer, texts: list[str], repeats: int) -> tuple[li
     ranks, threads = {token: id for id, token in enumerate(tok.tokens)}, os.cpu_count() or 1
     peer = tiktoken.Encoding("peer", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens={})
     ours, theirs = [], []
-    for _ in range(repeats):
+    for _ in progress(range(repeats), "laps"):
         start = time.perf_counter()
         n_tokens = sum(len(ids) for _, ids in tokenizer.encode_all(tok, enumerate(texts)))
         ours.append(n_tokens / (time.perf_counter() - start))

@@ -17,6 +17,7 @@ from bench.common import (
     config_name,
     last_line,
     origin,
+    progress,
     read_records,
     show,
     side_by_side,
@@ -89,7 +90,7 @@ def main(cfg: RanksConfig) -> None:
     meta = read_meta(find_dataset(cfg.dataset))
     parameters = train.new_model(cfg, meta.vocab_size).num_params()
     speed: dict[int, list[float]] = {1: [], cfg.ranks: []}
-    for _ in range(cfg.repeats):
+    for _ in progress(range(cfg.repeats), "rounds"):
         for ranks, found in speed.items():
             found.append(tok_per_sec(cfg, ranks))
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from bench.common import evaluate_checkpoint, last_line, origin, show, side_by_side, spread, write_result
+from bench.common import evaluate_checkpoint, last_line, origin, progress, show, side_by_side, spread, write_result
 from bench.peer import load_model_module, resident_mb
 from configurator import ConfigError, bounds
 from model import GPT, GPTConfig
@@ -276,7 +276,10 @@ def compare(
     names = [name for name in writers if not (beyond and name == "transformers")]
     for name in names:
         writers[name](passages, min(tokens, 10))  # warm-up
-    rounds = [{name: writers[name](passages, tokens) for name in names} for _ in range(cfg.repeats)]
+    rounds = [
+        {name: writers[name](passages, tokens) for name in names}
+        for _ in progress(range(cfg.repeats), f"rounds of {passages} x {tokens} tokens")
+    ]
     keys_and_values = 2 * config.n_layer * config.n_embd * min(tokens / 2, config.block_size * 0.75)
     return {
         "passages": passages,

@@ -16,7 +16,7 @@ import torch
 
 import configurator
 import train
-from bench.common import config_name, origin, show, side_by_side, spread, write_result
+from bench.common import config_name, origin, progress, show, side_by_side, spread, write_result
 from bench.train_speed import build, find_one_machine, lap
 from configurator import bounds
 from robopoet.errors import DataError
@@ -114,7 +114,7 @@ def main(cfg: ScalingConfig) -> None:
         read_from_disk(from_disk.windows, tiled, machine)
         for v in variants:
             lap(v.state, v.windows, v.cfg, machine, range(cfg.warmup_steps))
-        for repeat in range(cfg.repeats):  # in turns: when the machine slows down, all variants do
+        for repeat in progress(range(cfg.repeats), "laps"):  # in turns: when the machine slows down, all variants do
             read_from_disk(from_disk.windows, tiled, machine)
             for v in variants:
                 v.lap(machine, repeat)

@@ -23,7 +23,7 @@ import numpy as np
 
 import configurator
 import serve
-from bench.common import markdown, origin, write_result
+from bench.common import markdown, origin, progress, write_result
 from bench.peer import resident_mb
 from bench.storm import post, storm
 from configurator import ConfigError, bounds
@@ -182,7 +182,7 @@ def main(cfg: ServeBenchConfig) -> None:
         for name, (port, pid) in servers.items():
             asyncio.run(crowd(port, keys | (llamas if name == "llama.cpp" else {}), 4, 2))
             memory_mb[name] = {"start": resident_mb(pid, "VmRSS")}
-        for clients in CLIENTS:
+        for clients in progress(CLIENTS, "numbers of clients"):
             case = {"clients": clients, "poet_tokens_per_s": poet_speed(cfg, clients, max(cfg.seconds / 4, 1))}
             for name, (port, _) in servers.items():
                 asked = keys | (llamas if name == "llama.cpp" else {})

@@ -9,6 +9,8 @@ import json
 import random
 from typing import Any
 
+from bench.common import progress
+
 MALFORMED = [b"", b"{", b"[" * 10_000, b'{"model": 1}', b"\xff\xfe", b'{"prompt": "a", "model": "NAME", "n": -1}']
 MALFORMED += [
     b'{"prompt": "a", "model": "NAME", "x": 1}',
@@ -97,7 +99,7 @@ async def storm(port: int, model: str, prompts: list[str], count: int, at_once: 
         except Exception as e:
             wrong.append(f"{kind} {number}: {type(e).__name__} {e}"[:200])
 
-    numbers = iter(range(count))
+    numbers = progress(range(count), "requests")
 
     async def client() -> None:
         for number in numbers:

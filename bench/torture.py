@@ -22,7 +22,7 @@ import torch
 
 import configurator
 import train
-from bench.common import markdown, origin, read_records, train_command, write_result
+from bench.common import markdown, origin, progress, read_records, train_command, write_result
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, Signals, find_machine
@@ -145,7 +145,7 @@ def main(cfg: TortureConfig) -> None:
         command, seen, announced = train_command(keys, init_from="auto"), {}, 0
         anew = train_command(keys, init_from="scratch")
         end = time.monotonic() + 60 * cfg.minutes
-        while time.monotonic() < end:
+        for _ in progress(iter(lambda: time.monotonic() < end, False), "resumes"):
             fault = rng.choice(FAULTS)
             if fault == "begin anew" and (out / "ckpt.pt").exists():
                 wrong["lost checkpoints"] += begin_anew(anew, out, rng.uniform(0, 0.005))

@@ -30,6 +30,7 @@ from bench.common import (
     forget_peak,
     last_line,
     origin,
+    progress,
     show,
     side_by_side,
     spread,
@@ -282,7 +283,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
     starts = range(cfg.warmup_steps, cfg.warmup_steps + cfg.repeats * cfg.steps, cfg.steps)
     laps, peaks, scales, peak_mem_mb, peer_runs = [], [], [], 0.0, [[] for _ in peers]
     peer_vocab_size = peer_vocab(model.config.vocab_size)
-    for start in starts:  # in turns: when the machine slows down, all do
+    for start in progress(starts, "laps"):  # in turns: when the machine slows down, all do
         laps.append(lap(state, windows, cfg, machine, range(start, start + cfg.steps)))
         peak_mem_mb = max(peak_mem_mb, machine.peak_mem_mb())  # before matmul_flops, which is not part of training
         scales.append(state.scaler.get_scale())

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import configurator
-from bench.common import markdown, origin, spread, write_result
+from bench.common import markdown, origin, progress, spread, write_result
 from configurator import ConfigError, bounds
 from model import GPT
 from robopoet.errors import CheckpointError, DataError
@@ -63,7 +63,7 @@ def read_as_generated(model: GPT, ids: torch.Tensor, tags: torch.Tensor | None) 
         losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
         return target
 
-    for _ in generate(model, ids[:, :1], ids.shape[1] - 1, force, tags):
+    for _ in progress(generate(model, ids[:, :1], ids.shape[1] - 1, force, tags), "tokens"):
         times.append(time.perf_counter())
     return torch.stack(losses, dim=1), list(np.diff(times))
 

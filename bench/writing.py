@@ -17,7 +17,7 @@ import torch
 import configurator
 import train
 from bench.coders import Texts, bits_per_byte
-from bench.common import evaluate_checkpoint, markdown, origin, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, progress, write_result
 from configurator import bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text.dataset import SPLITS, find_dataset, open_split, read_meta
@@ -226,7 +226,7 @@ def main(cfg: WritingConfig) -> None:
     keys = ("max_new_tokens", "temperature", "repetition_penalty", "max_copy")
     chosen = {key: getattr(cfg, key) for key in keys}
     settings = dataclasses.asdict(Settings(until="tokens", **chosen))
-    for style in test.styles:
+    for style in progress(test.styles, "styles"):
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
         speakers = names if is_drama(known.text_of[style]) else set()

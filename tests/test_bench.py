@@ -1,14 +1,16 @@
 """The bench scripts keep what they measured, judge it rightly, and the README shows it."""
 
+import contextlib
 import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, ordered, start
+from conftest import TINY, ordered, start, within
 from test_model import ROTARY, ids, make
 
 import configurator
@@ -274,6 +276,33 @@ def test_half_blocks_are_read_as_a_loop_over_tokens_reads_them():
 def test_an_absolute_path_is_cut_from_the_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/a/bench/demo.py", "/a/b/out/", "--out=/c/d.x", "data/mine", "--n=1/2"])
     assert common.command_line() == "python -m bench.demo out/ --out=d.x data/mine --n=1/2"
+
+
+def test_progress_is_printed_though_no_terminal_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "PROGRESS_S", 0.001)
+    path, took = tmp_path / "log", []
+
+    def wait_for(line):
+        while line not in path.read_text(encoding="utf-8"):
+            time.sleep(0.001)
+
+    with open(path, "w", encoding="utf-8") as log, contextlib.redirect_stderr(log), within(60):
+        for lap in common.progress(range(3), "laps"):
+            took.append(lap)
+            wait_for(f"laps: {lap} of 3, ")
+        for style in common.progress((style for style in ["verse"]), "styles"):
+            took.append(style)
+            wait_for("styles: 0, ")
+    assert took == [0, 1, 2, "verse"]
+    lines = r"(laps: [012] of 3, [\d.]+ min\n)+(styles: 0, [\d.]+ min\n)+"
+    assert re.fullmatch(lines, path.read_text(encoding="utf-8"))  # none after the end
+
+
+def test_every_bench_that_writes_a_result_shows_progress():
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (README.parent / "bench").glob("*.py")}
+    benches = {name for name, text in sources.items() if "write_result(" in text} - {"common.py"}
+    silent = [name for name in benches if not re.search(r"\b(progress|reporting)\(", sources[name])]
+    assert len(benches) > 12 and not silent
 
 
 def test_table_checks_the_readme(run, results, tmp_path, monkeypatch, capsys):
