@@ -214,7 +214,8 @@ def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
     keys = {name: getattr(cfg, name) for name in names if not cfg.minutes or name in cfg.given}
     keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
     # -u: each line arrives as it is printed
-    return [sys.executable, "-u", train.__file__, *(f"--{key}={value}" for key, value in keys.items())]
+    each = [(key, item) for key, value in keys.items() for item in (value if isinstance(value, tuple) else (value,))]
+    return [sys.executable, "-u", train.__file__, *(f"--{key}={item}" for key, item in each)]
 
 
 def evaluate_checkpoint(

@@ -1,6 +1,7 @@
 """The bench scripts keep what they measured, judge it rightly, and the README shows it."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -276,6 +277,14 @@ def test_half_blocks_are_read_as_a_loop_over_tokens_reads_them():
 def test_an_absolute_path_is_cut_from_the_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/a/bench/demo.py", "/a/b/out/", "--out=/c/d.x", "data/mine", "--n=1/2"])
     assert common.command_line() == "python -m bench.demo out/ --out=d.x data/mine --n=1/2"
+
+
+@pytest.mark.parametrize("plans", [(), ("3:8:2", "6:9:3")])
+def test_the_command_that_trains_is_read_as_the_config_it_was_made_from(plans):
+    cfg = train.TrainConfig(n_layer=3, bias=False, wandb="offline", plans=plans)
+    command = common.train_command(cfg, out_dir="out/here")
+    read = configurator.load(train.TrainConfig, command[3:])
+    assert read == dataclasses.replace(cfg, out_dir="out/here", tensorboard=False, wandb="off")
 
 
 def test_progress_is_printed_though_no_terminal_reads_it(tmp_path, monkeypatch):
