@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END
 from robopoet.writing import sampler
 from robopoet.writing.passage import Settings, make_settings
@@ -39,6 +40,12 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p(p):
             if total >= p:
                 break
         assert {i for i in range(20) if row_kept[i] > -math.inf} == expected
+
+
+def test_logits_that_are_not_finite_are_no_text():
+    probs = torch.tensor([[0.5, 0.5], [torch.nan, 0.5]])
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        sampler.draw(probs, torch.tensor([0.1, 0.1]))
 
 
 def test_draw_inverts_the_cumulative_distribution():

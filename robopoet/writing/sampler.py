@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from robopoet.errors import CheckpointError
 from robopoet.ops import in_float64
 from robopoet.writing.characters import Characters
 from robopoet.writing.copies import Copied
@@ -115,8 +116,13 @@ def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """One id per row, (B,) int64: the inverse of the cumulative distribution at `uniforms`, (B,) float64 in [0, 1)."""
+    """One id per row, (B,) int64: the inverse of the cumulative distribution at `uniforms`, (B,) float64 in [0, 1).
+
+    Raises CheckpointError if a probability is not a number.
+    """
     cumulative = in_float64(probs).cumsum_(-1)  # cumsum with a dtype takes a quarter longer
+    if cumulative[:, -1].isnan().any():
+        raise CheckpointError("the model's logits are not finite: its weights are damaged, or too large for its dtype")
     points = uniforms.to(cumulative.device) * cumulative[:, -1]
     return torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].to(probs.device)
 
