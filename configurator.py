@@ -22,6 +22,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -30,8 +31,7 @@ import yaml
 VERSION = "0.1.0"
 HOME = Path(__file__).parent  # holds the scripts, config/ and data/
 JSON_BYTES = 100 * 2**20  # largest file that read_bytes reads by default
-YAML_BYTES = 2**20
-YAML_EVENTS, YAML_DEPTH = 100_000, 20
+YAML_BYTES, YAML_EVENTS, YAML_DEPTH = 2**20, 100_000, 20
 MOST_COMPARED = 1000  # characters of a word, and words, among which the most similar is looked for
 SHOWN_PROBLEMS = 20  # most problems in one message
 SHOWN_CHARS = 300  # longest line of a message; some quote user input
@@ -285,7 +285,7 @@ def _fail(message: str) -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun ends and reports the other ranks of a failure
         time.sleep(RANK_WAIT_S)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's own report ends with
-        about = {"py_callstack": message, "timestamp": int(time.time())}
+        about = {"py_callstack": message, "timestamp": int(datetime.now(UTC).timestamp())}
         Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}), "utf-8")
     print(message, file=sys.stderr)
     raise SystemExit(2) from None

@@ -208,7 +208,7 @@ def test_writers_are_compared_round_by_round():
     cfg = sample_speed.SampleSpeedConfig(repeats=2)
     times = {"RoboPoet": iter([9.0, 2.0, 4.0]), "nanoGPT": iter([9.0, 8.0, 8.0])}
     writers = {name: lambda passages, tokens, of=of: (next(of), 0.5) for name, of in times.items()}
-    shape = GPTConfig(n_layer=3, n_embd=10, block_size=20)
+    shape = GPTConfig(n_layer=3, n_head=2, n_embd=10, block_size=20)
     machine = Machine(torch.device("cpu"), torch.bfloat16)
     found = sample_speed.compare(sample_speed.Case(4, 30), writers | {"transformers": None}, cfg, machine, shape)
     assert found["speed"] == {"RoboPoet": common.spread([60, 30]), "nanoGPT": common.spread([15, 15])}

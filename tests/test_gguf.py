@@ -138,11 +138,13 @@ def test_greedy_text_is_poets_for_each_tag(tmp_path, bpe, shape, dtype):
     path = tmp_path / "best.pt"
     checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": bpe.to_json()})
     poet, llama = Poet(str(path), "cpu", "float32"), Llama(export(model, bpe, tmp_path / "poet.gguf", dtype))
+    poet.characters = None  # llama.cpp does not know which ids would break a character
     texts = set()
     for style, tag in (("", ""), ("a", "<|a|>"), ("b", "<|b|>")):
         ids, text = poem(poet, "The rose", 100, style)
         theirs = llama.greedy(f"{tag}The rose", 100)
-        assert theirs["tokens"] == ids and theirs["content"] == text
+        assert theirs["tokens"] == ids
+        assert theirs["content"].rstrip("\ufffd") == text.rstrip("\ufffd")  # ours leaves out an unfinished character
         assert len(ids) == 100 and len(set(ids)) > 90
         texts.add(text)
     assert len(texts) == 3

@@ -22,7 +22,7 @@ from robopoet.text.dataset import open_split, read_meta
 LENGTHS = (4, 8, 12)  # of word sequences
 SEPARATOR = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}]")
-SILENT = regex.compile(r"['’‘ʼ＇`´\p{Default_Ignorable_Code_Point}]")  # apostrophes, soft hyphens, joiners: in no word
+SILENT = regex.compile(r"['’‘ʼ＇`´\p{Cf}\p{Default_Ignorable_Code_Point}]")  # apostrophes, soft hyphens, joiners
 SPACELESS = regex.compile(r"(?V1)[[\p{Han}\p{Hiragana}\p{Katakana}]&&[\p{L}\p{N}]]")  # each character stands for a word
 
 
