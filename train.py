@@ -134,7 +134,8 @@ class TrainConfig:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps", 1, 2**20)
         found += bounds(self, "max_iters log_interval timeout_s", 1) + bounds(self, "muon_weight_decay", -1)
-        found += bounds(self, "eval_interval eval_iters sample_tokens sampled_softmax grad_clip patience", 0)
+        found += bounds(self, "sample_tokens", 0, 10_000)  # they are written at each evaluation
+        found += bounds(self, "eval_interval eval_iters sampled_softmax grad_clip patience", 0)
         found += bounds(self, "warmup_iters lr_decay_iters epochs minutes min_lr weight_decay", 0)
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
         found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1) + bad_plans(self.plans)

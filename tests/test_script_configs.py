@@ -81,6 +81,7 @@ def test_every_key_without_a_value_is_named(write, cls, key):
         (train.TrainConfig, ["--min_lr=0.1", "--learning_rate=0.01"], "min_lr"),
         (train.TrainConfig, ["--dropout=1"], "dropout"),
         (train.TrainConfig, ["--tag_prob=1.1"], "tag_prob"),
+        (train.TrainConfig, ["--sample_tokens=10001"], "sample_tokens"),
         (train.TrainConfig, ["--seed=-1"], "seed"),
         (train.TrainConfig, ["--block_size=0"], "block_size"),
         (train.TrainConfig, ["--max_iters=0"], "max_iters"),
