@@ -62,7 +62,7 @@ def test_without_what_is_optional_all_runs_but_what_needs_it(poem, tmp_path):
 @pytest.mark.slow
 def test_what_is_optional_is_imported_by_those_who_ask_for_it(poem):
     pytest.importorskip("tensorboard")
-    ends, _ = run(*poem, [*poem[1], "--tensorboard=true"], blocked=[])
+    ends, _ = run(*poem, [*poem[1], "--tensorboard=true", "--sample_tokens=4"], blocked=[])
     assert ends == [[0, []]] * 3 + [[0, ["tensorboard", "pydivsufsort"]]]  # for the sample and what it copies
 
 
