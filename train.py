@@ -100,7 +100,7 @@ class TrainConfig:
     eval_iters: int = 0  # batches of an evaluation, spread over the split (0: the full split)
     patience: int = 0  # evaluations without a better val loss before stopping (0: never)
     log_interval: int = 10  # steps between status lines
-    sample_tokens: int = 60  # of a sample at each evaluation, in the log and for loggers (0: none)
+    sample_tokens: int = 60  # length of the sample that each evaluation writes to the log and loggers (0: none)
     tensorboard: bool = False  # write events to out_dir
     wandb: Literal["off", "online", "offline"] = "off"  # Weights & Biases
     wandb_project: str = "robopoet"  # its project
@@ -134,7 +134,7 @@ class TrainConfig:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps", 1, 2**20)
         found += bounds(self, "max_iters log_interval timeout_s", 1) + bounds(self, "muon_weight_decay", -1)
-        found += bounds(self, "sample_tokens", 0, 10_000)  # they are written at each evaluation
+        found += bounds(self, "sample_tokens", 0, 10_000)  # a sample is written at each evaluation
         found += bounds(self, "eval_interval eval_iters sampled_softmax grad_clip patience", 0)
         found += bounds(self, "warmup_iters lr_decay_iters epochs minutes min_lr weight_decay", 0)
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)

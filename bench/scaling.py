@@ -70,7 +70,7 @@ def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> Non
     """Make `windows` read a file on the disk, however small, with no page of it in memory."""
     with patch.object(dataset, "ON_DEVICE_BYTES", 0):
         windows.split = open_split(folder, "train", read_meta(folder), windows.block_size, machine.device)
-    windows.split.verified()  # which reads all of its pages
+    windows.split.verified()  # this reads all of its pages
     if CAN_DROP:
         with open(folder / "train.bin", "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

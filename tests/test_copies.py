@@ -39,7 +39,7 @@ def copied_runs(prompt, text, n, works):
     """Every run of n words that ends with a word, whole or in part, of `text` and stands in a work."""
     words = plain_words(prompt + text)
     pairs = zip(plain_words(prompt), words, strict=False)
-    own = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))  # of the prompt alone
+    own = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))  # the prompt's own tokens
     runs = (" ".join(words[i : i + n]) for i in range(max(own - n + 1, 0), len(words) - n + 1))
     return [run for run in runs if any(f" {run} " in work for work in works)]
 

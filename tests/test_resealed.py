@@ -37,7 +37,7 @@ TENSORS: list[Callable[[torch.Tensor], Any]] = [
     lambda t: t.to("meta"),
     lambda t: t.tolist(),
 ]
-PRUNED = ("model", "optimizer", "tokenizer", "licences")  # of which other tests change all there is
+PRUNED = ("model", "optimizer", "tokenizer", "licences")  # other tests change all that these hold
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:

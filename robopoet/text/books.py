@@ -48,7 +48,7 @@ OUTSIDE_NAMES = frozenset(
     "backlink copyright-page cover doc-backlink doc-cover doc-noteref doc-pagebreak doc-toc landmarks lot loi noteref "
     "page-list pagebreak pagenum pageno pg-boilerplate toc".split()
 )
-NOTE_CHARS = 20  # of the longest, spaces included
+NOTE_CHARS = 20  # length of the longest, spaces included
 NOTE_MARK = re.compile(r"[\[(]?(?:\d{1,4}|[*†‡§‖¶]{1,3})[\])]?")
 FONT_OBFUSCATION = {"http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC"}  # not of the text
 

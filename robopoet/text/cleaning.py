@@ -18,7 +18,7 @@ from robopoet.errors import DataError
 
 COUNTED_CHARS = 2**20  # characters that are counted at a time
 KEPT = 0.9  # share of a work's letters below which cleaning warns
-MOST_REPEATS = 10_000  # of a pattern in a manifest
+MOST_REPEATS = 10_000  # the most repeats that a manifest's pattern may ask for
 FRAME_LETTERS = 30_000  # more than Project Gutenberg's licence and header have: 25,000
 
 GUTENBERG_START = re.compile(

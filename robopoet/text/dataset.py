@@ -21,7 +21,7 @@ from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 from robopoet.untrusted import Count, Positive, Sha256
 
-FORMAT = 3  # of bins and meta.json; raising it makes earlier ones stale
+FORMAT = 3  # version of bins and meta.json; raising it makes earlier ones stale
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
 SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
 BLOCK_BYTES = 2**20  # hashed at a time

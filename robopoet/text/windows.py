@@ -94,7 +94,7 @@ def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[Eva
     first, stops, span = split.documents
     lengths = stops - first - 1  # targets
     counts = -(-lengths // plan.block_size)  # windows
-    document = np.repeat(np.arange(len(counts)), counts)  # of each window
+    document = np.repeat(np.arange(len(counts)), counts)  # each window's document
     offsets = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * plan.block_size
     starts, remaining = first[document] + offsets, lengths[document] - offsets
     if plan.limit and plan.limit * plan.batch_size < len(starts):

@@ -26,7 +26,7 @@ class Clock:
         if minutes and machine.world_size > 1:
             raise ConfigError("minutes: is for one process; under torchrun give max_iters and what else it chooses")
         self.minutes_s, self.machine, self.began = 60 * minutes, machine, time.perf_counter()
-        self.step_s, self.pause = 0.0, 0.0  # of a step (0: not known yet), and of an evaluation and its save, in steps
+        self.step_s, self.pause = 0.0, 0.0  # seconds of a step (0: unknown); an evaluation and its save, in steps
 
     @property
     def spent_s(self) -> float:

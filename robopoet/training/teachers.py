@@ -55,7 +55,7 @@ class Teachers:
         inputs, targets: (B, T) int64; with a sample, targets are places in it. Returns (B, T, V or the sample's size)
         float32.
         """
-        keys = {"targets": targets, "sample": sample, "reduction": "none"}  # whose loss takes the least memory
+        keys = {"targets": targets, "sample": sample, "reduction": "none"}  # this loss takes the least memory
         first, *others = self.models
         probs = first(inputs, **keys)[0].softmax(-1, dtype=torch.float32)
         for model in others:

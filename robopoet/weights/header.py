@@ -62,7 +62,7 @@ class Header:
     iter_num: Count = 0
     best_val_loss: float | None = None
     text_sha256: str = ""
-    identity: dict[str, str] = field(default_factory=dict)  # of the dataset; older checkpoints have none
+    identity: dict[str, str] = field(default_factory=dict)  # the dataset's; older checkpoints have none
     licences: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class SavedRun:
     model_extra: ModelExtra
     config: SavedConfig
     optimizer_states: tuple[SavedOptimizer, ...]
-    scaler: SavedScaler | None  # of a run in float16
+    scaler: SavedScaler | None  # a float16 run's
     iter_num: Count
     best_val_loss: Amount
     bad_evals: Count
