@@ -162,7 +162,10 @@ def _convert_all(found: Found, hints: dict[str, Any], problems: list[str]) -> di
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """Convert text to `kind`: bool, int, float, str, Literal, tuple[str, ...]; raises ValueError when it can't be."""
+    """Convert text to `kind`: bool, int, float, str, Literal, tuple[str, ...], or one of these or None, written `auto`.
+
+    Raises ValueError when it can't be.
+    """
     if get_origin(kind) is tuple:
         values = tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(item, str) for item in values):
@@ -170,6 +173,11 @@ def _convert(kind: Any, value: Any) -> Any:
         return tuple(_convert(str, item) for item in values)
     if not isinstance(value, str):
         raise ValueError(f"found a {'list' if isinstance(value, list) else 'mapping'}, must be one value")
+    if type(None) in get_args(kind):
+        try:
+            return None if value.lower() == "auto" else _convert(get_args(kind)[0], value)
+        except ValueError as e:
+            raise ValueError(f"{e}, or auto") from None
     if get_origin(kind) is Literal:
         if value.lower() not in get_args(kind):
             near = did_you_mean(value.lower(), get_args(kind))
@@ -197,11 +205,17 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
-    """A problem for each of the space-separated `keys` whose value lies outside [low, high]."""
+    """A problem for each of the space-separated `keys` whose value lies outside [low, high]; None, auto, never does."""
     wanted = f"at least {low:g}" + (f" and at most {high:,}" if high < math.inf else "")
-    values = {key: getattr(cfg, key) for key in keys.split()}
+    values = {key: value for key in keys.split() if (value := getattr(cfg, key)) is not None}
     outside = {key: value for key, value in values.items() if not low <= value <= high or value == math.inf}
-    return [f"{key}: found {value}, must be {wanted}" for key, value in outside.items()]
+    auto = {key: ", or auto" for key in outside if getattr(type(cfg), key, "") is None}  # the key's default
+    return [f"{key}: found {value}, must be {wanted}{auto.get(key, '')}" for key, value in outside.items()]
+
+
+def written(value: Any) -> Any:
+    """A key's value as YAML and messages have it: `auto` for None, a list for a tuple."""
+    return "auto" if value is None else list(value) if isinstance(value, tuple) else value
 
 
 def revise(cfg: Any, **values: Any) -> Any:
@@ -235,7 +249,7 @@ def usage(cls: type, positional: str | None = None) -> str:
                 lines.append(f"\n{heading[1]}")
             elif key := re.match(r"    (\w+): .*?  # (.*)$", line):
                 default = defaults[key[1]]
-                shown = " ".join(default) if isinstance(default, tuple) else str(default)
+                shown = " ".join(default) if isinstance(default, tuple) else str(written(default))
                 choices = f" [{' '.join(get_args(hints[key[1]]))}]" if get_origin(hints[key[1]]) is Literal else ""
                 lines.append(f"  --{key[1]:<28} {shown:<14} {key[2]}{choices}")
     return "\n".join(lines)

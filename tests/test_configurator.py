@@ -33,10 +33,12 @@ class Toy:
     mode: Literal["off", "on", "fast"] = "off"  # a choice
     name: str = "x"  # any text
     many: tuple[str, ...] = ()  # repeatable
+    share: float | None = None  # a number, or chosen
+    size: int | None = None  # a whole number, or chosen
 
     def problems(self) -> list[str]:
         """What is wrong with these values."""
-        return configurator.bounds(self, "steps", 1)
+        return configurator.bounds(self, "steps", 1) + configurator.bounds(self, "share size", 0.5)
 
 
 @pytest.fixture
@@ -134,6 +136,23 @@ def test_whole_numbers_become_ints_however_written(write, text, value):
     for cfg in (load(Toy, [write(f"steps: {text}")]), load(Toy, [f"--steps={text}"])):
         assert cfg.steps == value
         assert type(cfg.steps) is int
+
+
+def test_none_is_written_auto(write):
+    for argv in ([write("share: auto\nsize: Auto\n")], ["--share=auto", "--size", "AUTO"], []):
+        cfg = load(Toy, argv)
+        assert (cfg.share, cfg.size) == (None, None)
+    cfg = load(Toy, ["--share=2", "--size=3e3"])
+    assert (cfg.share, cfg.size) == (2.0, 3000) and type(cfg.share) is float and type(cfg.size) is int
+    assert "--share                        auto           a number, or chosen" in configurator.usage(Toy)
+    assert error(Toy, "--share=x") == "--share: found 'x', must be a number, or auto"
+    assert error(Toy, "--size=1.5") == "--size: found '1.5', must be a whole number, or auto"
+    assert error(Toy, "--share=0", "--size=-1").splitlines() == [
+        "share: found 0.0, must be at least 0.5, or auto",
+        "  size: found -1, must be at least 0.5, or auto",
+    ]
+    assert error(Toy, "--rate=auto") == "--rate: found 'auto', must be a number"
+    assert [configurator.written(value) for value in (None, ("a", "b"), 0)] == ["auto", ["a", "b"], 0]
 
 
 @pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1])
