@@ -17,7 +17,7 @@ test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: .venv/installed-dev  ## the tests that take minutes
+test-slow: .venv/installed-slow  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 clean:  ## remove what `make` made; your own runs and data stay
@@ -28,10 +28,19 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1: \2/p' Makefile
 
 .venv/installed: requirements.txt requirements-light.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
-	touch $@
+	$(call install,requirements.txt)
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: requirements-dev.txt requirements.txt requirements-light.txt
+	$(call install,requirements-dev.txt)
+	touch .venv/installed
+
+.venv/installed-slow: requirements-slow.txt .venv/installed-dev
+	$(call install,requirements-slow.txt)
+
+# pip compiles on one core; compileall on all. It fails on templates that are not Python: so does pip, without a word.
+define install
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --no-compile --disable-pip-version-check -r $(1)
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
+endef
