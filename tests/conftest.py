@@ -1,6 +1,7 @@
 """Small corpora, prepared once, and small configs that train on them in seconds; what several test files share."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -27,6 +28,13 @@ from sample import Poet
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the suite runs one process a core
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection walk over what stays until the end: all that the test files have imported."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = "the rabbit queen king heart crown rose night love and of to said went home again never more".split()
 

@@ -4,14 +4,16 @@ import json
 import shutil
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 from test_html import SCRIPT, export
 from test_huggingface import make_checkpoint
 
 from robopoet.text.tokenizer import BPETokenizer
 from sample import Poet
+
+pytest.importorskip("selenium", reason="requirements-slow.txt has it")
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 
 @pytest.fixture
