@@ -7,11 +7,13 @@ import math
 import re
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, ordered, start, within
+from scripts import run_script
 from test_model import ROTARY, ids, make
 
 import configurator
@@ -126,6 +128,8 @@ def test_runs_of_different_vocabularies_share_an_axis_in_bits_per_byte(tmp_path)
 
 
 def test_books(run, results, monkeypatch, tmp_path):
+    scripts = types.SimpleNamespace(run=lambda command, **keys: run_script(*command[1:]))
+    monkeypatch.setattr(books, "subprocess", scripts)
     both = ", ".join(f"{{style: {style}, file: {run}/{style}.txt}}" for style in ("day", "night"))
     (tmp_path / "corpus.yaml").write_text(f"sources: [{both}]\n", encoding="utf-8")
     keys = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_iters=2", "--device=cpu", "--dtype=float32"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 from test_prepare import BOOKS, BPE, CHAR, REPO, WORDS, read, run, run_on, write_books, write_manifest
 
 import train
@@ -197,8 +198,7 @@ def test_losses_and_copies_are_warned_of_unless_the_text_is_pinned(tmp_path, cap
 
 
 def test_a_mistake_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
-    command = [sys.executable, "prepare.py", f"--input={tmp_path}/*.txt", f"--out={tmp_path}/out"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    done = run_script("prepare.py", f"--input={tmp_path}/*.txt", f"--out={tmp_path}/out")
     assert done.returncode == 2
     assert done.stderr.startswith("prepare.py: --input: no file matches")
     assert len(done.stderr.splitlines()) == 1

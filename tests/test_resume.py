@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import at_step, records
+from scripts import run_script
 
 import configurator
 import prepare
@@ -264,16 +263,10 @@ def test_config_yaml_has_the_keys_of_the_last_resume_and_where_the_run_began(sha
 
 
 def test_scripts_find_their_configs_and_data_from_any_folder_and_leave_nothing_there(tmp_path):
-    def command(*args: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60
-        )
-
-    done = command(str(REPO / "train.py"), "config/demo.yaml", "--dataset=nope")
+    done = run_script("train.py", "config/demo.yaml", "--dataset=nope", cwd=tmp_path)
     assert done.returncode == 2 and "nope" in done.stderr and "config/demo.yaml" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-    done = command(str(REPO / "train.py"), "config/nope.yaml")
+    done = run_script("train.py", "config/nope.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "config/nope.yaml: No such file" in done.stderr
 
 

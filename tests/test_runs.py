@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from conftest import records
+from scripts import Script, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import losses, run, windows_of
 
@@ -362,16 +362,9 @@ def test_data_of_another_tokenizer_or_text_is_refused(small, books, tmp_path):
             train.main(TrainConfig(**small | {"dataset": str(tmp_path), "init_from": "resume"}))
 
 
-def command(keys: dict, *launcher: str) -> subprocess.CompletedProcess:
-    args = [f"--{key}={value}" for key, value in keys.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, "train.py", *args], capture_output=True, text=True, env=environment
-    )
-
-
 def test_command_line_mistakes_end_in_one_message_and_exit_code_2(small):
-    done = command(small | {"n_heads": 2, "batch_size": 0, "dtype": "int8"})
+    keys = small | {"n_heads": 2, "batch_size": 0, "dtype": "int8"}
+    done = run_script("train.py", *(f"--{key}={value}" for key, value in keys.items()))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for message in ("--n_heads: no such key; did you mean n_head?", "batch_size: found 0", "--dtype: found 'int8'"):
         assert message in done.stderr
@@ -383,9 +376,13 @@ def test_two_gloo_ranks_equal_one(small, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
-    done = command(keys | {"out_dir": tmp_path / "two"}, *launcher)
-    assert done.returncode == 0, done.stderr[-2000:]
+    args = [f"--{key}={value}" for key, value in (keys | {"out_dir": tmp_path / "two"}).items()]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun tells each rank
+    with open(tmp_path / "printed", "w+") as printed:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), printed.fileno())
+        ranks = [Script("train.py", *args, **streams, **world, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
+        ends = [rank.wait() for rank in ranks]
+    assert ends == [0, 0], (tmp_path / "printed").read_text()[-2000:]
     two = records(tmp_path / "two")
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     for a, b in zip(one, two, strict=True):

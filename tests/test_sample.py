@@ -3,11 +3,11 @@
 import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 import configurator
 import sample
@@ -65,9 +65,8 @@ def test_mistakes_are_raised_before_anything_is_generated(random_pt, tmp_path, g
 
 
 def test_a_prompt_that_never_ends_is_refused(random_pt):
-    command = [sys.executable, "sample.py", str(random_pt), "--prompt=-", "--device=cpu"]
     with open("/dev/zero", "rb") as endless:
-        done = subprocess.run(command, stdin=endless, capture_output=True, text=True)
+        done = run_script("sample.py", random_pt, "--prompt=-", "--device=cpu", stdin=endless.fileno())
     assert done.returncode == 2 and done.stderr == "sample.py: prompt: stdin has more than 10,485,760 bytes\n"
 
 
@@ -121,15 +120,8 @@ def test_verbose_tells_how_fast_it_wrote(random_pt, capsys):
 
 
 def test_the_command_line_prints_passages_and_names_mistakes(random_pt):
-    command = [
-        sys.executable,
-        "sample.py",
-        str(random_pt),
-        "--prompt=romeo ☃",
-        "--num_samples=2",
-        "--max_new_tokens=20",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    command = ["sample.py", random_pt, "--prompt=romeo ☃", "--num_samples=2", "--max_new_tokens=20"]
+    done = run_script(*command)
     assert done.returncode == 0 and done.stdout.count("romeo ☃") == 2 and "does not know '☃'" in done.stderr
-    done = subprocess.run([*command, "--temperature=-1", "--topp=2"], capture_output=True, text=True)
+    done = run_script(*command, "--temperature=-1", "--topp=2")
     assert done.returncode == 2 and "temperature: found -1.0" in done.stderr and "did you mean top_p" in done.stderr

@@ -3,12 +3,11 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
-from conftest import REPO, save_random
+from conftest import save_random
+from scripts import Script
 from served import Served
 
 from configurator import ConfigError
@@ -130,17 +129,20 @@ def test_the_bound_address_is_printed(path, host):
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError:
         pytest.skip("this machine has no such address")
-    command = [sys.executable, "serve.py", str(path), "--port=0", f"--host={host}", "--device=cpu"]
-    process = subprocess.Popen(command, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    killer = threading.Timer(60, process.kill)
+    ours, its = os.pipe()
+    process = Script("serve.py", path, "--port=0", f"--host={host}", "--device=cpu", stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    killer = threading.Timer(60, process.process.kill)
     killer.start()
-    line = process.stderr.readline().decode()
+    said = os.fdopen(ours)
+    line = said.readline()
     port = int(line.rpartition(":")[2].removesuffix("/v1\n"))
     assert line == f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}/v1\n" and port
     with socket.create_connection((host, port)) as client:
         client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 200")
-    process.send_signal(signal.SIGTERM)
-    _, rest = process.communicate()
+    process.signal(signal.SIGTERM)
+    with said:
+        rest = said.read()
+    assert process.wait() == 0 and "Traceback" not in rest
     killer.cancel()
-    assert process.returncode == 0 and b"Traceback" not in rest

@@ -3,13 +3,11 @@
 import io
 import json
 import os
-import pty
 import re
-import subprocess
-import sys
 import types
 
 import pytest
+from scripts import Script, run_script
 
 import configurator
 from configurator import ConfigError
@@ -119,16 +117,16 @@ def test_a_session_whose_input_is_not_utf8_ends_in_one_line(poet, monkeypatch, c
 
 
 def test_a_session_over_a_pipe(random_pt):
-    command = [sys.executable, "sample.py", str(random_pt), "--interactive", "--max_new_tokens=10"]
-    done = subprocess.run(command, input="once\n/more\n/quit\n", capture_output=True, text=True)
+    command = ["sample.py", random_pt, "--interactive", "--max_new_tokens=10"]
+    done = run_script(*command, stdin=b"once\n/more\n/quit\n")
     assert done.returncode == 0 and "> once" in done.stdout and done.stdout.count("> ") == 3 and done.stderr == ""
 
 
 def test_a_session_in_a_terminal(random_pt, tmp_path):
-    command = [sys.executable, "sample.py", str(random_pt), "--interactive", "--max_new_tokens=10", "--device=cpu"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, command, os.environ | {"HOME": str(tmp_path)})
+    command = ["sample.py", random_pt, "--interactive", "--max_new_tokens=10", "--device=cpu"]
+    terminal, its = os.openpty()
+    process = Script(*command, stdin=its, stdout=its, stderr=its, HOME=str(tmp_path))
+    os.close(its)
     shown = b""
 
     def until(text: bytes) -> None:
@@ -146,7 +144,7 @@ def test_a_session_in_a_terminal(random_pt, tmp_path):
     until(b"max_new_tokens: 10")
     until(b"> ")
     os.write(terminal, b"/quit\r")
-    assert os.waitpid(pid, 0)[1] == 0
+    assert process.wait() == 0
     os.close(terminal)
 
 

@@ -4,22 +4,19 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import at_step, records
+from scripts import Script
 
 import configurator
 import train
 from robopoet.training.run import Run
 from robopoet.weights import checkpoint
 from train import TrainConfig
-
-REPO = Path(__file__).parents[1]
-
 
 # --- 11: signals
 
@@ -88,15 +85,23 @@ def test_a_second_interrupt_ends_at_once(small, monkeypatch):
     assert not (Path(small["out_dir"]) / "ckpt.pt").exists()  # the step was not awaited
 
 
+def with_a_reader(args: list[str]) -> tuple[Script, int]:
+    """A run of train.py, and the end of a pipe from which to read what it prints."""
+    ours, its = os.pipe()
+    process = Script("train.py", *args, stdin=its, stdout=its, stderr=2)
+    os.close(its)
+    return process, ours
+
+
 def test_a_process_that_is_told_to_end_prints_how_to_resume(small):
     args = [f"--{key}={value}" for key, value in (small | {"max_iters": 100_000, "eval_interval": 100_000}).items()]
-    process = subprocess.Popen([sys.executable, "-u", "train.py", *args], stdout=subprocess.PIPE, text=True, cwd=REPO)
-    for line in process.stdout:
-        if line.startswith("step      3"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out = process.stdout.read()
-    assert process.wait(60) == train.RESUMABLE and re.search(r"--init_from=auto .* from step \d", out)
+    process, ours = with_a_reader(args)
+    with open(ours) as shown:
+        while not shown.readline().startswith("step      3"):
+            pass
+        process.signal(signal.SIGTERM)
+        out = shown.read()
+    assert process.wait() == train.RESUMABLE and re.search(r"--init_from=auto .* from step \d", out)
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] >= 3
 
 
@@ -105,26 +110,26 @@ def test_a_process_that_is_told_to_end_prints_how_to_resume(small):
 
 def test_a_run_continues_when_no_one_reads_what_it_prints(small):
     args = [f"--{key}={value}" for key, value in (small | {"max_iters": 60, "eval_interval": 60}).items()]
-    process = subprocess.Popen([sys.executable, "-u", "train.py", *args], stdout=subprocess.PIPE, cwd=REPO)
-    while not process.stdout.readline().startswith(b"step"):
-        pass
-    process.stdout.close()
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(120) == 0
+    process, ours = with_a_reader(args)
+    with open(ours) as shown:
+        while not shown.readline().startswith("step"):
+            pass
+    process.signal(signal.SIGHUP)
+    assert process.wait() == 0
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 60
 
 
 def test_a_run_continues_when_its_terminal_closes(small):
     args = [f"--{key}={value}" for key, value in (small | {"max_iters": 60, "eval_interval": 60}).items()]
     ours, its = os.openpty()
-    process = subprocess.Popen([sys.executable, "train.py", *args], stdin=its, stdout=its, stderr=its, cwd=REPO)
+    process = Script("train.py", *args, stdin=its, stdout=its, stderr=its)
     os.close(its)
     shown = b""
     while b"step      1" not in shown:
         shown += os.read(ours, 1000)
     os.close(ours)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(120) == 0
+    process.signal(signal.SIGHUP)
+    assert process.wait() == 0
     assert checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")["iter_num"] == 60
 
 

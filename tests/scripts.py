@@ -1,0 +1,83 @@
+"""Runs scripts as from the command line, in processes that fork from one with torch imported, which takes seconds."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPO = Path(__file__).parents[1]
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch", "torch._dynamo"])  # none of ours: each process imports it anew
+
+
+class _Descriptor:
+    """A file descriptor that is sent to the other process."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+
+    def __reduce__(self):
+        return reduction.DupFd(self.fd).detach, ()
+
+
+def _run(argv: list[str], descriptors: list[int], cwd: str, environment: dict[str, str]) -> None:
+    """Become that script: the exit code is multiprocessing's affair."""
+    for fd, given in enumerate(descriptors):
+        os.dup2(given, fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+class Script:
+    """A script of ours that runs: `argv` begins with its path.
+
+    stdin, stdout, stderr: file descriptors; this process may close its own when the script has been started.
+    """
+
+    def __init__(self, *argv: Any, stdin: int, stdout: int, stderr: int, cwd: Path = REPO, **environment: str):
+        streams = [_Descriptor(fd) for fd in (stdin, stdout, stderr)]
+        argv = [str(REPO / argv[0]), *map(str, argv[1:])]
+        self.process = FORKING.Process(target=_run, args=(argv, streams, str(cwd), os.environ | environment))
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 120) -> int | None:
+        """The exit code; None if the script still runs after so many seconds."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+def run_script(
+    *argv: Any, stdin: bytes | int = b"", encoding: str = "utf-8", **more: Any
+) -> subprocess.CompletedProcess:
+    """Run a script to its end, as subprocess.run would with its output captured.
+
+    stdin: what it reads, or a file descriptor.
+    """
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if isinstance(stdin, bytes):
+            given.write(stdin)
+            given.seek(0)
+            stdin = given.fileno()
+        code = Script(*argv, stdin=stdin, stdout=out.fileno(), stderr=err.fileno(), **more).wait()
+        said = []
+        for stream in (out, err):
+            stream.seek(0)
+            said.append(stream.read().decode())
+    return subprocess.CompletedProcess([*argv], code, *said)
