@@ -14,14 +14,12 @@ from test_html import call, engine, export
 
 from model import GPT, GPTConfig
 from robopoet.machine import find_machine
-from robopoet.serving.sampling import Filters
-from robopoet.serving.sampling import sample as sample_rows
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer
 from robopoet.writing.characters import START, Characters, find_characters, transitions
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.preview import Preview
-from robopoet.writing.sampler import Sampler
+from robopoet.writing.sampler import SampledText, Sampler
 
 BROKEN = "\ufffd"
 VERSES = (
@@ -74,18 +72,21 @@ def test_the_ids_that_may_follow_are_those_that_pythons_decoder_takes(tok):
     characters = Characters(transitions(vocabulary, vocabulary.vocab_size + 2), torch.device("cpu"))
     rng, states = random.Random(1), set()
     for _ in range(25):
-        now, raw = characters.at(np.zeros(1, np.int64)), b""
+        now, raw = np.array([START]), b""
         for _ in range(12):
             begun = decoder_after(raw).getstate()[0]
-            texts = [vocabulary.tokens[id] if id < len(vocabulary.tokens) else None for id in range(now.table.shape[1])]
+            texts = [
+                vocabulary.tokens[id] if id < len(vocabulary.tokens) else None
+                for id in range(characters.table.shape[1])
+            ]
             wanted = [not begun if text is None else may_follow(begun, text) for text in texts]
-            assert now.allowed[now.states][0].tolist() == wanted
-            assert now.at(now.states.repeat(len(texts))).allow(torch.arange(len(texts))).tolist() == wanted
-            states.add(int(now.states[0]))
+            assert characters.allowed[now][0].tolist() == wanted
+            assert characters.allow(now.repeat(len(texts)), torch.arange(len(texts))).tolist() == wanted
+            states.add(int(now[0]))
             long = [id for id, text in enumerate(texts) if wanted[id] and text and text[-1] > 0x7F]
             id = rng.choice(long if rng.random() < 0.8 else np.flatnonzero(wanted).tolist())
             raw += texts[id] or b""
-            now.push(torch.tensor([id]))
+            now = characters.after(now, torch.tensor([id]))
     assert states == set(range(8))
 
 
@@ -95,17 +96,12 @@ def test_a_vocabulary_that_cannot_fail_has_none(tok, bpe):
     assert find_characters(tok, tok.vocab_size, cpu) and find_characters(bpe, bpe.vocab_size, cpu)
 
 
-def draws(settings: Settings, logits: torch.Tensor, characters: Characters | None, states: np.ndarray) -> list:
-    """What the sampler of passages and the server's draw for these rows, which must be the same."""
-    n = len(states)
-    passages = Sampler(settings, torch.tensor([], dtype=torch.long), range(n), [1.0], [], None, characters)
-    if characters:
-        passages.characters.states = states
-    ids = passages.sample(logits.clone())
-    rows = Sampler(settings, torch.tensor([], dtype=torch.long), range(n), [1.0], [])
-    filters = Filters.of([settings] * n, logits)
-    assert torch.equal(ids, sample_rows(logits.clone(), filters, rows.uniforms, characters and characters.at(states)))
-    return ids
+def draws(settings: Settings, logits: torch.Tensor, characters: Characters | None, states: np.ndarray) -> torch.Tensor:
+    """What is sampled for texts that end in these states."""
+    texts = [SampledText(settings, number, []) for number in range(len(states))]
+    for text, state in zip(texts, states.tolist(), strict=True):
+        text.state = state
+    return Sampler(texts, torch.tensor([], dtype=torch.long), characters, logits.dtype).sample(logits)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +140,8 @@ def test_a_draw_changes_only_where_it_would_break_a_character(tok):
     logits = torch.randn(n, tok.vocab_size, generator=torch.Generator().manual_seed(0))
     characters, states = find_characters(tok, tok.vocab_size, torch.device("cpu")), np.arange(n) % 8
     before, now = draws(settings, logits, None, states), draws(settings, logits, characters, states)
-    allowed = characters.at(states).allow(before)
-    assert 0.02 < allowed.double().mean() < 0.9 and characters.at(states).allow(now).all()
+    allowed = characters.allow(states, before)
+    assert 0.02 < allowed.double().mean() < 0.9 and characters.allow(states, now).all()
     assert torch.equal(now[allowed], before[allowed])
 
 

@@ -244,7 +244,7 @@ def test_the_filtered_probabilities_are_the_samplers_to_1e6(v8, keys):
     logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) * 3
     logits[:, 7] = -torch.inf
     s = Settings(**{"temperature": 1.3, "top_p": 1.0} | keys)
-    z = sampler.keep_top_p(sampler.keep_top_k(logits / s.temperature, s.top_k or 300), s.top_p)
+    z = sampler.keep_top_p(sampler.keep_top_k(logits / s.temperature, torch.tensor([[s.top_k or 300]])), s.top_p)
     wanted = sampler.keep_min_p(z, s.min_p).softmax(-1)
     code = """(rows, settings) => rows.map((row) => { row[7] = -Infinity;
         const p = filter(new Float64Array(300), row, new Float64Array(300), settings);
@@ -261,13 +261,13 @@ def test_penalties_and_blends_are_the_samplers_and_draws_follow_the_probabilitie
         return steps.map((z) => { const id = s.next(Float32Array.from(z.flat()));
             return [id, Array.from(s.z, (x) => Math.max(x, -1e9)), s.explain(id)]; }); }"""
     for shares in (weights, [1.0]):
-        ours = sampler.Sampler(Settings(**keys), forbidden, [0], shares, prompt)
+        ours = sampler.Sampler([sampler.SampledText(Settings(**keys), 0, prompt, shares)], forbidden)
         steps = torch.randn(200, len(shares), 12, generator=torch.Generator().manual_seed(1)) * 2
         for logits, (id, z, note) in zip(
             steps, call(v8, code, keys, forbidden.tolist(), shares, prompt, steps.tolist()), strict=True
         ):
             raw = logits.clone().index_fill_(1, forbidden, -torch.inf)
-            penalized = ours.penalize(sampler.blend(raw, ours.weights) if len(shares) > 1 else raw)[0]
+            penalized = ours.penalize(sampler.blend(raw, torch.tensor(shares)) if len(shares) > 1 else raw)[0]
             torch.testing.assert_close(torch.tensor(z), penalized.clamp(min=-1e9), rtol=0, atol=1e-5)
             assert id == ours(logits.clone())[0]
             assert note["p"] == pytest.approx(ours.logprobs.exp().item(), abs=1e-6)

@@ -18,7 +18,7 @@ from robopoet.text.tokenizer import END
 from robopoet.writing import poet as poet_module
 from robopoet.writing.batch import Batch
 from robopoet.writing.generate import window_start
-from robopoet.writing.sampler import Sampler
+from robopoet.writing.sampler import SampledText, Sampler
 from sample import Poet
 
 
@@ -72,14 +72,17 @@ def test_rows_of_finished_passages_are_dropped(poet, monkeypatch):
 def test_rows_are_dropped_at_once_on_a_cpu_and_by_halves_on_a_gpu(device, dropped):
     kept, passages = [], [types.SimpleNamespace(done=False) for _ in range(4)]
     forbidden = types.SimpleNamespace(device=torch.device(device))
-    batch = Batch(passages, types.SimpleNamespace(weights=[0.5, 0.5], forbidden=forbidden, keep=kept.append), False)
+    texts = [types.SimpleNamespace(weights=[0.5, 0.5], place=place) for place in range(4)]
+    sampler = types.SimpleNamespace(texts=texts, forbidden=forbidden)
+    sampler.arrange = lambda texts: (kept.append([text.place for text in texts]), setattr(sampler, "texts", texts))
+    batch = Batch(passages, sampler, False)
     for done, i in enumerate((2, 0, 3), 1):
         passages[i].done = True
         rows = batch.drop_done()
         assert (rows is not None) == (done in dropped)
         assert rows is None or len(rows) == 2 * (4 - done) == 2 * len(batch.active)
     assert batch.active == [1] and not batch.is_done
-    assert kept == ([[0, 1, 3], [1, 2], [0]] if device == "cpu" else [[1, 3], [0]])
+    assert kept == ([[0, 1, 3], [1, 3], [1]] if device == "cpu" else [[1, 3], [1]])
 
 
 def test_the_style_tag_stands_first_in_every_window_and_changes_the_text(poet):
@@ -128,7 +131,7 @@ def naive_ids(poet, prompt, number, settings):
     """A passage's ids, each sampled with all earlier ids at hand: no KV cache, and penalties by their definition."""
     blend = poet.blend_of(settings.style) or {None: 1.0}
     plain = dataclasses.replace(settings, repetition_penalty=1.0, no_repeat_ngram=0)
-    sampler = Sampler(plain, poet.forbidden, [number], [1.0], [])
+    sampler = poet.sampler([SampledText(plain, number, [])])
     context = [tag for tag in blend if tag is not None][:1] + poet.tokenizer.encode(prompt)
     ids = []
     while len(ids) < settings.max_new_tokens and poet.tokenizer.specials[END] not in ids:

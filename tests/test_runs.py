@@ -25,8 +25,6 @@ from robopoet.training.log import Log, wrapped
 from robopoet.training.plan import fit_schedule
 from robopoet.training.run import Progress
 from robopoet.weights import checkpoint
-from robopoet.writing import preview
-from robopoet.writing.originality import read_texts
 from train import TrainConfig
 
 
@@ -218,26 +216,6 @@ def test_a_sample_at_each_evaluation_is_shown_in_a_log_file_too(small, monkeypat
     found = shown(dropout=0.1)
     assert len("".join(found)) > len("".join(first)) > 10 and all(len(line) <= 30 for line in found)
     assert losses(records(small["out_dir"])) == curve
-
-
-def test_a_samples_longest_copy_is_told(small, books, monkeypatch, capsys):
-    def evaluations() -> list[dict]:
-        train.main(configurator.load(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
-        return [record for record in records(small["out_dir"]) if record["kind"] == "eval"][-2:]
-
-    keys = small | {"sample_tokens": 200, "max_iters": 120, "eval_interval": 60, "batch_size": 32, "log_interval": 60}
-    works = [f" {' '.join(text.split())} " for text in read_texts(books, "train")]
-    found = evaluations()
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    longest copy: ")]
-    assert told == [f"    longest copy: {record['copied_words']} words" for record in found]
-    for record in found:
-        words = record["text"].split()
-        runs = [(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
-        copied = [run for i, j in runs if any(f" {(run := ' '.join(words[i:j]))} " in work for work in works)]
-        assert record["copied_words"] == len(max(copied, key=len, default="").split())
-    assert found[-1]["copied_words"] > 0
-    monkeypatch.setattr(preview, "LARGEST", 1000)
-    assert [record.get("copied_words") for record in evaluations()] == [None, None]
 
 
 def test_a_samples_control_characters_do_not_reach_the_terminal():

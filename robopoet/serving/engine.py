@@ -1,6 +1,7 @@
 """The engine: one thread that owns the model and steps all texts together; a text joins or leaves between two steps."""
 
 import asyncio
+import itertools
 import queue
 import threading
 import traceback
@@ -9,14 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from robopoet.serving.rows import Row, Rows, blended, prompt_logprobs
-from robopoet.serving.sampling import Filters, sample
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
-from robopoet.writing.sampler import Sampler
+from robopoet.writing.sampler import SampledText, Sampler
 
 FAILED = "the server failed to generate this text"
 TURN = 32  # tokens that a text gains before it may be paused for a request that has no rows
@@ -67,7 +66,7 @@ class Choice:
     weights: torch.Tensor | None = None  # of the styles, (S,)
     rows: list[Row] = field(default_factory=list)  # one for each style
     passage: Passage | None = None
-    sampler: Sampler | None = None
+    sampled: SampledText | None = None
     request: "Choice | None" = None
     paused: list[Row] = field(default_factory=list)
     turn_start: int = 0
@@ -95,7 +94,7 @@ class Engine(threading.Thread):
         self.waiting: dict[Choice, deque[Choice]] = {}  # a request's first text -> its texts without rows
         self.running: list[Choice] = []
         self.gains: list[Gain] = []
-        self.filters: Filters | None = None  # of those that run; made again when one joins or leaves
+        self.sampler: Sampler | None = None  # of those that run; made again when one joins or leaves
         self.stopping = False
 
     def submit(self, choices: list[Choice]) -> None:
@@ -208,16 +207,14 @@ class Engine(threading.Thread):
             self.rows.resume(row)
         choice.rows, choice.paused, choice.turn_start = choice.paused, [], len(choice.passage.ids)
         self.running.append(choice)
-        self.filters = None
+        self.sampler = None
 
     def _start(self, choice: Choice, twin: Choice | None) -> None:
         """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""
         choice.passage = Passage(self.poet.tokenizer, choice.settings, choice.prompt_text, choice.number)
-        weights = choice.weights.tolist()
         prompt = choice.prompt if choice.tags == [None] else [choice.tags[0], *choice.prompt]
-        forbidden, characters = self.poet.forbidden, self.poet.characters
         copied = self.poet.copied(choice.settings, choice.prompt_text)
-        choice.sampler = Sampler(choice.settings, forbidden, [choice.number], weights, prompt, copied, characters)
+        choice.sampled = SampledText(choice.settings, choice.number, prompt, choice.weights.tolist(), copied)
         hidden = []
         if twin and not choice.scores_prompt:
             choice.rows = [self.rows.copy(row) for row in twin.rows]
@@ -227,7 +224,7 @@ class Engine(threading.Thread):
                 choice.rows.append(row)
                 hidden.append(states)
         self.running.append(choice)
-        self.filters = None
+        self.sampler = None
         if choice.scores_prompt:
             self.gains.append(Gain(choice, tokens=self._score_prompt(choice, hidden), is_prompt=True))
         if not choice.max_tokens:
@@ -245,40 +242,30 @@ class Engine(threading.Thread):
     def _step(self) -> None:
         """One token for each text that runs."""
         logits = self.rows.step()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        by_place = self.running = sorted(self.running, key=lambda choice: choice.rows[0].place)
+        if self.sampler is None:
+            self.running.sort(key=lambda choice: choice.rows[0].place)
+            self.sampler = self.poet.sampler([choice.sampled for choice in self.running])
+        sampler, by_place = self.sampler, list(self.running)
+        places = {choice: [row.place for row in choice.rows] for choice in by_place}
+        logprobs = {  # the model's own, of every token
+            choice: blended(logits[places[choice]], choice.weights).log_softmax(-1)[0]
+            for choice in by_place
+            if choice.top is not None
+        }
         if len(by_place) < len(logits):  # some are blends
-            places = ([row.place for row in choice.rows] for choice in by_place)
-            parts = zip(by_place, places, strict=True)
-            logits = torch.cat([blended(logits[place], choice.weights) for choice, place in parts])
-        told = [i for i, choice in enumerate(by_place) if choice.top is not None]
-        logprobs = logits[told].log_softmax(-1) if told else None  # the model's own, of every token
-        logits.index_fill_(1, self.poet.forbidden, -torch.inf)
-        for i, choice in enumerate(by_place):
-            if choice.sampler.penalizes:
-                logits[i] = choice.sampler.penalize(logits[i : i + 1].clone())[0]
-        self.filters = self.filters or Filters.of([choice.settings for choice in by_place], logits)
-        if characters := self.poet.characters:
-            characters = characters.at(np.concatenate([choice.sampler.characters.states for choice in by_place]))
-        sampled = sample(logits, self.filters, self._uniforms, characters)
-        ids = sampled.tolist()
-        for i, choice in enumerate(by_place):
+            logits = logits[[*itertools.chain(*places.values())]]
+        sampler(logits)
+        for choice, id in zip(by_place, sampler.ids.tolist(), strict=True):
             try:
-                if choice.sampler.stuck[0]:
+                if choice.sampled.is_stuck:
                     self.gains.append(Gain(choice, choice.passage.get_stuck(), finish="stop"))
                     self._leave(choice)
-                    continue
-                if choice.sampler.penalizes or characters:
-                    choice.sampler.note(sampled[i : i + 1])
-                token = Scored(ids[i]) if choice.top is None else _scored(logprobs[told.index(i)], ids[i], choice.top)
-                self._push(choice, token)
+                else:
+                    token = _scored(logprobs[choice], id, choice.top) if choice in logprobs else Scored(id)
+                    self._push(choice, token)
             except Exception:
                 traceback.print_exc()
                 self._fail(choice)
-
-    def _uniforms(self, rows: list[int]) -> torch.Tensor:
-        """The next number of the streams of the texts at these places."""
-        return torch.cat([self.running[row].sampler.uniforms([0]) for row in rows])
 
     def _push(self, choice: Choice, token: Scored) -> None:
         """Append a token to a text; it leaves if that was its last."""
@@ -296,7 +283,7 @@ class Engine(threading.Thread):
 
     def _leave(self, choice: Choice) -> None:
         """Free a choice's rows."""
-        self.filters = None
+        self.sampler = None
         self.running = [other for other in self.running if other is not choice]
         for row in choice.rows:
             self.rows.drop(row)

@@ -192,17 +192,13 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _read_prompt(prompt: str | list[int], poet: Poet) -> tuple[str, list[int]]:
-    """A prompt's text and ids; an empty text is read as a line's end, as in sample.py."""
-    tok = poet.tokenizer
+    """A prompt's text and ids; raises ConfigError or RequestError if it is none."""
     if isinstance(prompt, str):
-        if not (ids := tok.encode(prompt or "\n")):
-            message = f"prompt: found {prompt[:100]!r}, must have a character that the model knows"
-            raise RequestError(message, param="prompt")
-        return prompt, ids
+        return prompt, poet.ids_of(prompt)
     size = poet.model.config.vocab_size
     if not prompt or not all(0 <= id < size for id in prompt):
         raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one", param="prompt")
-    return tok.decode_bytes(prompt).decode(errors="replace"), prompt
+    return poet.tokenizer.decode_bytes(prompt).decode(errors="replace"), prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------

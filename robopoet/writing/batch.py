@@ -14,6 +14,7 @@ class Batch:
 
     def __init__(self, passages: list[Passage], sampler: Sampler, logprobs: bool):
         self.passages, self.sampler, self.logprobs = passages, sampler, logprobs
+        self.styles = len(sampler.texts[0].weights)  # in the blend
         self.active = list(range(len(passages)))  # the passages that have rows, in the rows' order
 
     @property
@@ -23,12 +24,12 @@ class Batch:
 
     def push(self, ids: torch.Tensor) -> list[str]:
         """Append each row's id, (rows,) int64, to its passage; returns the text that each passage releases."""
-        next_ids = ids[:: len(self.sampler.weights)].tolist()
+        next_ids = ids[:: self.styles].tolist()
         logprobs = self.sampler.logprobs.tolist() if self.logprobs else [None] * len(next_ids)
-        released, stuck = [""] * len(self.passages), self.sampler.stuck
-        for i, id, logprob, is_stuck in zip(self.active, next_ids, logprobs, stuck, strict=True):
+        released, texts = [""] * len(self.passages), self.sampler.texts
+        for i, id, logprob, text in zip(self.active, next_ids, logprobs, texts, strict=True):
             passage = self.passages[i]
-            released[i] = passage.get_stuck() if is_stuck else passage.push(id, logprob)
+            released[i] = passage.get_stuck() if text.is_stuck else passage.push(id, logprob)
         return released
 
     def drop_done(self) -> torch.Tensor | None:
@@ -41,6 +42,6 @@ class Batch:
         if len(kept) == len(self.active) or (device.type != "cpu" and 2 * len(kept) > len(self.active)):
             return None
         self.active = [self.active[place] for place in kept]
-        self.sampler.keep(kept)
-        styles = len(self.sampler.weights)
-        return torch.tensor([place * styles + style for place in kept for style in range(styles)], device=device)
+        self.sampler.arrange([self.sampler.texts[place] for place in kept])
+        rows = [place * self.styles + style for place in kept for style in range(self.styles)]
+        return torch.tensor(rows, device=device)

@@ -1,8 +1,5 @@
 """Which ids keep a text valid UTF-8: a byte-level vocabulary has tokens that hold only a part of a character."""
 
-import copy
-from typing import Self
-
 import numpy as np
 import torch
 
@@ -49,32 +46,25 @@ def transitions(tok: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 class Characters:
-    """Which ids the growing texts of some rows may go on with; states: the decoder's after each text, (B,) int64.
+    """Which ids texts may go on with, by the states of a decoder after each of them, (B,) int64, START at first.
 
     table: from transitions().
     """
 
     def __init__(self, table: np.ndarray, device: torch.device):
-        self.table, self.states = table, np.zeros(0, np.int64)
-        self.allowed = torch.from_numpy(table != ERROR).to(device)  # (9, V)
+        self.table, self.allowed = table, torch.from_numpy(table != ERROR).to(device)  # (9, V)
 
-    def at(self, states: np.ndarray) -> Self:
-        """The same vocabulary after other texts."""
-        other = copy.copy(self)
-        other.states = states
-        return other
-
-    def allow(self, ids: torch.Tensor) -> torch.Tensor:
+    def allow(self, states: np.ndarray, ids: torch.Tensor) -> torch.Tensor:
         """Whether each text may go on with its id, (B,) int64 -> (B,) bool."""
-        return torch.from_numpy(self.table[self.states, ids.cpu().numpy()] != ERROR).to(ids.device)
+        return torch.from_numpy(self.after(states, ids) != ERROR).to(ids.device)
 
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+    def mask(self, states: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
         """Set the logits, (B, V), of all that each text may not go on with to -inf."""
-        return torch.where(self.allowed[self.states], logits, -torch.inf)
+        return torch.where(self.allowed[states], logits, -torch.inf)
 
-    def push(self, ids: torch.Tensor) -> None:
-        """Append an id to each text, (B,) int64."""
-        self.states = self.table[self.states, ids.cpu().numpy()].astype(np.int64)
+    def after(self, states: np.ndarray, ids: torch.Tensor) -> np.ndarray:
+        """The state of each text once it has gained its id, (B,) int64."""
+        return self.table[states, ids.cpu().numpy()].astype(np.int64)
 
 
 def find_characters(tok: Tokenizer, vocab_size: int, device: torch.device) -> Characters | None:

@@ -4,15 +4,16 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 
 from configurator import HOME, ConfigError, did_you_mean, did_you_mean_path
+from model import GPT
 from robopoet.errors import CheckpointError, DataError
-from robopoet.machine import find_machine
+from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset
-from robopoet.text.tokenizer import END, UNKNOWN, styles
+from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch
 from robopoet.writing.characters import find_characters
@@ -20,7 +21,7 @@ from robopoet.writing.copies import Copied, Copies
 from robopoet.writing.generate import generate, prepack, window_start
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, Settings, make_settings
-from robopoet.writing.sampler import Sampler
+from robopoet.writing.sampler import SampledText, Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_PASSAGES = 10_000  # in one batch
@@ -39,20 +40,34 @@ class Poet:
     ):
         if dtype not in get_args(Dtype):
             raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
-        self.machine = find_machine(device, dtype, trains=False)
-        self.path, self.record = Path(checkpoint_path), record
+        machine = find_machine(device, dtype, trains=False)
+        self.path = Path(checkpoint_path)
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found{did_you_mean_path(self.path) or f'; {_advice()}'}")
-        self.model, self.tokenizer, content = checkpoint.load_model(self.path, self.machine.device, self.machine.dtype)
-        prepack(self.model)
+        model, tokenizer, content = checkpoint.load_model(self.path, machine.device, machine.dtype)
+        prepack(model)
+        self._take(model, tokenizer, machine, record)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.identity = content.get("identity", {})
-        self.styles = styles(self.tokenizer)
-        forbidden = [id for name, id in self.tokenizer.specials.items() if name != END]
-        forbidden += range(self.tokenizer.vocab_size, self.model.config.vocab_size)  # nanoGPT's padding
+
+    @classmethod
+    def of_model(cls, model: GPT, tokenizer: Tokenizer, machine: Machine) -> Self:
+        """A poet of a model in memory, on the machine's device: it stays as it is and can be trained on.
+
+        It has no checkpoint, nor a training text: it can't save passages, check them or generate with max_copy.
+        """
+        poet = cls.__new__(cls)
+        poet._take(model, tokenizer, machine, record=False)
+        return poet
+
+    def _take(self, model: GPT, tokenizer: Tokenizer, machine: Machine, record: bool) -> None:
+        self.model, self.tokenizer, self.machine, self.record = model, tokenizer, machine, record
+        self.styles = styles(tokenizer)
+        forbidden = [id for name, id in tokenizer.specials.items() if name != END]
+        forbidden += range(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's padding
         self._copies: dict[tuple[int, bool], Copies] = {}
-        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.machine.device)
-        self.characters = find_characters(self.tokenizer, self.model.config.vocab_size, self.machine.device)
+        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=machine.device)
+        self.characters = find_characters(tokenizer, model.config.vocab_size, machine.device)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -78,6 +93,11 @@ class Poet:
         if key not in self._copies:
             self._copies[key] = Copies(self.originality, self.tokenizer, *key)
         return Copied(self._copies[key], prompt)
+
+    def sampler(self, texts: list[SampledText]) -> Sampler:
+        """A sampler of these texts, for the model's logits."""
+        dtype = torch.promote_types(self.machine.dtype, torch.float32)
+        return Sampler(texts, self.forbidden, self.characters, dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
     # generating
@@ -105,7 +125,7 @@ class Poet:
                 raise ConfigError(f"{name}: found {value!r}, must be a whole number from {low} to {high}")
         checked = make_settings(settings)
         rows = n * max(len(self.blend_of(checked.style)), 1)
-        self._check_prompt(prompt)
+        self.ids_of(prompt)
         self._check_memory(rows)
         if checked.max_copy:
             _ = self.originality
@@ -120,15 +140,15 @@ class Poet:
             raise ConfigError(f"passages: found {len(passages)}, must all come from one begin()")
         settings, device = passages[0].settings, self.machine.device
         blend = self.blend_of(settings.style)
-        ids = self.tokenizer.encode(passages[0].prompt or "\n")
+        ids = self.ids_of(passages[0].prompt)
         prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
         start = window_start(len(prompts[0]), self.model.config)  # of a long prompt, only its end is read
         windows = [row[start:] for row in prompts]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
-        numbers, weights = [passage.number for passage in passages], list(blend.values()) or [1.0]
         copied = self.copied(settings, passages[0].prompt)
-        sampler = Sampler(settings, self.forbidden, numbers, weights, prompts[0], copied, self.characters)
+        first = SampledText(settings, passages[0].number, prompts[0], list(blend.values()) or [1.0], copied)
+        sampler = self.sampler([first.fork(passage.number) for passage in passages])
         batch = Batch(passages, sampler, logprobs)
         steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all
@@ -173,7 +193,11 @@ class Poet:
         fate = f"taken as {UNKNOWN}" if UNKNOWN in self.tokenizer.specials else "left out"
         return f"prompt: the model does not know {', '.join(map(repr, unknown))}: {fate}"
 
-    def _check_prompt(self, prompt: str) -> None:
+    def ids_of(self, prompt: str) -> list[int]:
+        """A prompt's ids, at least one: without a prompt those of a line's end, or id 0 if the vocabulary has none.
+
+        Raises ConfigError if it is not text, is too long or has no character that the model knows.
+        """
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
             found = f"{len(prompt):,} characters" if isinstance(prompt, str) else repr(prompt)[:100]
             raise ConfigError(f"prompt: found {found}, must be a text of at most {MAX_PROMPT:,}")
@@ -181,8 +205,11 @@ class Poet:
             prompt.encode()
         except UnicodeEncodeError as e:
             raise ConfigError(f"prompt: character {e.start} is a lone surrogate, which UTF-8 can't encode") from None
-        if not self.tokenizer.encode(prompt or "\n"):
-            raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
+        if ids := self.tokenizer.encode(prompt or "\n"):
+            return ids
+        if not prompt:
+            return [0]
+        raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
 
     def _check_memory(self, rows: int) -> None:
         c = self.model.config
