@@ -37,6 +37,7 @@ SHOWN_PROBLEMS = 20  # most problems in one message
 SHOWN_CHARS = 300  # longest line of a message; some quote user input
 RANK_WAIT_S = 5.0  # torchrun looks for ranks that failed ten times a second
 BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no objects
+NO_KEY = {"no key": True}  # metadata of a config's field that no one can set, as it is no key
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -53,7 +54,7 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
 
     argv: `--key=value`, `--key value`, `--flag` and *.yaml, in any order. positional: the key that a bare argument
     sets, or adds to if the key is repeatable. `--help` and `--version` print and exit. Raises ConfigError with every
-    problem found, one a line. If `cls` has an attribute `given`, it is set to the keys that were given.
+    problem found, one a line. If `cls` has a field `given`, it gets the names of the keys that were given.
     """
     if "-h" in argv or "--help" in argv:
         print(usage(cls, positional))
@@ -62,16 +63,14 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
         print(f"RoboPoet {VERSION}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}")
         raise SystemExit(0)
     types = get_type_hints(cls)
-    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
+    hints = {field.name: types[field.name] for field in keys_of(cls)}
     found, problems = _parse(argv, hints, positional)
     values = _convert_all(found, hints, problems)
-    cfg = cls(**values)
+    cfg = cls(**values, **({"given": frozenset(values)} if "given" in types else {}))
     problems += cfg.problems()
     if problems:
         more = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"] if len(problems) > SHOWN_PROBLEMS else []
         raise ConfigError("\n  ".join([*map(shorten, problems[:SHOWN_PROBLEMS]), *more]))
-    if hasattr(cls, "given"):
-        object.__setattr__(cfg, "given", frozenset(values))
     return cfg
 
 
@@ -204,6 +203,16 @@ def _convert(kind: Any, value: Any) -> Any:
 # what a script calls
 
 
+def keys_of(cfg: Any) -> list[dataclasses.Field]:
+    """The fields of a config, or of its class, that are keys."""
+    return [field for field in dataclasses.fields(cfg) if NO_KEY.items().isdisjoint(field.metadata.items())]
+
+
+def values_of(cfg: Any) -> dict[str, Any]:
+    """The value of each key."""
+    return {field.name: getattr(cfg, field.name) for field in keys_of(cfg)}
+
+
 def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
     """A problem for each of the space-separated `keys` whose value lies outside [low, high]; None, auto, never does."""
     wanted = f"at least {low:g}" + (f" and at most {high:,}" if high < math.inf else "")
@@ -216,13 +225,6 @@ def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]
 def written(value: Any) -> Any:
     """A key's value as YAML and messages have it: `auto` for None, a list for a tuple."""
     return "auto" if value is None else list(value) if isinstance(value, tuple) else value
-
-
-def revise(cfg: Any, **values: Any) -> Any:
-    """A copy of `cfg` with other `values`, which do not count as given."""
-    revised = dataclasses.replace(cfg, **values)
-    object.__setattr__(revised, "given", cfg.given)
-    return revised
 
 
 def change(cfg: Any, key: str, text: str) -> Any:

@@ -6,14 +6,12 @@ python train.py config/demo.yaml --eval_only=true --split=test --init_from=out/d
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -25,24 +23,15 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
 from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
 from robopoet.recording import Graphed
-from robopoet.text import tokenizer
-from robopoet.text.dataset import Meta, Split, find_dataset, open_split, read_meta
+from robopoet.text import dataset, tokenizer
 from robopoet.text.windows import EvalPlan, TrainWindows
-from robopoet.training.average import Average
-from robopoet.training.clock import Clock
-from robopoet.training.evaluate import compare_tags, describe, evaluate
+from robopoet.training import optimizer, plan
+from robopoet.training.evaluate import evaluate, result_line
 from robopoet.training.log import Log, Meter, open_sinks
-from robopoet.training.memory import less_memory, recompute_blocks
-from robopoet.training.optimizer import configure_optimizers, set_rates, step_all, unscale
-from robopoet.training.plan import Trial, describe_choice, fit_minutes, fit_schedule, from_base, replan
-from robopoet.training.run import Progress, Run
-from robopoet.training.sampled_softmax import SampledSoftmax
-from robopoet.training.schedule import bad_plans, evaluates, lr_scale, micro_batches, rows_of
-from robopoet.training.sharding import full_tensor, shard
-from robopoet.training.start import SHAPE, Start, check_fit, complete, describe_resuming, find_start, restore
-from robopoet.training.teachers import Teachers
-from robopoet.training.trouble import Trouble
-from robopoet.weights import checkpoint
+from robopoet.training.loss import SampledSoftmax, Teachers
+from robopoet.training.memory import recompute_blocks, shard
+from robopoet.training.run import Run, Start, find_start
+from robopoet.training.schedule import Clock, Schedule, StepRows, bad_plans
 from robopoet.writing.preview import Preview
 
 RESUMABLE = 75  # exit code (EX_TEMPFAIL) after a signal: saved, --init_from=auto resumes
@@ -52,66 +41,66 @@ RESUMABLE = 75  # exit code (EX_TEMPFAIL) after a signal: saved, --init_from=aut
 class TrainConfig:
     """The keys of train.py, called as in nanoGPT where it has them. given: those set on the command line or in YAML."""
 
-    given: ClassVar[frozenset[str]] = frozenset()
+    given: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False, metadata=configurator.NO_KEY)
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
     init_from: str = "scratch"  # scratch, resume, auto (resume if out_dir has a checkpoint), a checkpoint, or gpt2
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
-    seed: int = 1337  # of initialisation, order of windows, dropout, and samples
+    seed: int = 1337  # seed of the initialisation, the order of windows, dropout and the sampled softmax
     # data
     dataset: str = "robopoet"  # a folder that prepare.py filled, or its name under data/
-    batch_size: int = 32  # rows of a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all ranks
-    block_size: int = 128  # tokens of a row
+    batch_size: int = 32  # rows in a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all ranks
+    block_size: int = 128  # tokens in a row: the model's context
     tag_prob: float = 0.9  # share of rows that begin with their style's tag
     # model
-    n_layer: int = 6  # blocks
-    n_head: int = 8  # attention heads
-    n_embd: int = 256  # width
-    dropout: float = 0.1  # probability, after embeddings, attention and MLP
-    bias: bool = True  # biases in Linear and LayerNorm
-    positions: Literal["learned", "rotary"] = "learned"  # GPT-2's embeddings, or rotated queries and keys
+    n_layer: int = 6  # number of blocks
+    n_head: int = 8  # attention heads in a block
+    n_embd: int = 256  # width: numbers that stand for a token
+    dropout: float = 0.1  # dropout probability after embeddings, attention and MLP (0: off)
+    bias: bool = True  # whether Linear and LayerNorm have biases
+    positions: Literal["learned", "rotary"] = "learned"  # GPT-2's learned embeddings, or rotated queries and keys
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 0.0  # AdamW's peak (0: 1e-2 beside Muon, 1e-3 alone)
-    muon_learning_rate: float = 0.02  # Muon's peak; follows the same schedule
-    weight_decay: float = 0.1  # of matrices and embeddings, decoupled
-    muon_weight_decay: float = -1.0  # of those that Muon trains (-1: weight_decay)
-    beta1: float = 0.8  # AdamW's first moment
-    beta2: float = 0.99  # AdamW's second moment
-    grad_clip: float = 1.0  # largest gradient norm (0: no clipping)
-    teacher: str = ""  # checkpoints, such as a.pt,b.pt, whose mean prediction is learned beside the text
-    teacher_share: float = 0.5  # of their prediction in the loss
-    sampled_softmax: int = 0  # ids that a step's loss compares: its own and a sample of the others (0: all)
+    learning_rate: float | None = None  # AdamW's peak learning rate (auto: 1e-2 beside Muon, 1e-3 alone)
+    muon_learning_rate: float = 0.02  # Muon's peak learning rate; follows the same schedule
+    weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings (0: off)
+    muon_weight_decay: float | None = None  # weight decay of the matrices that Muon trains (auto: weight_decay)
+    beta1: float = 0.8  # decay of AdamW's first moment
+    beta2: float = 0.99  # decay of AdamW's second moment
+    grad_clip: float = 1.0  # clip gradients to this norm (0: off)
+    teacher: str = ""  # distil from these checkpoints, such as a.pt,b.pt, beside the text (empty: off)
+    teacher_share: float = 0.5  # share of the loss that the teachers' mean prediction makes up
+    sampled_softmax: int = 0  # sampled softmax over this many ids (0: the full vocabulary)
     # schedule
     max_iters: int = 600  # optimizer steps in all
-    epochs: float = 0.0  # passes over the train split; overrides max_iters unless 0; with minutes, at most so many
-    minutes: float = 0.0  # choose what is not given, and keep moving the last step, to take so long (0: do neither)
-    plans: tuple[str, ...] = ()  # earlier plans of a run of minutes, each UNTIL_STEP:max_iters:eval_interval
-    decay_lr: bool = True  # decay by half a cosine (false: constant after warmup)
-    warmup_iters: int = 20  # steps of linear warmup (a tenth of a run too short for them)
-    lr_decay_iters: int = 0  # step at which min_lr is reached (0: the last)
-    ema: float = 0.0  # what a step keeps of the weights' average, which is evaluated and is best.pt (0: no average)
-    min_lr: float = 0.0  # AdamW's learning rate from there on; Muon's falls in proportion
+    epochs: float = 0.0  # passes over the train split, instead of max_iters (0: off); with minutes, at most so many
+    minutes: float = 0.0  # time budget in minutes; chooses every key that you leave out (0: off)
+    plans: tuple[str, ...] = ()  # what a run of minutes planned earlier, each UNTIL_STEP:max_iters:eval_interval
+    decay_lr: bool = True  # decay the learning rate by half a cosine (false: constant after warmup)
+    warmup_iters: int = 20  # steps of linear warmup (a tenth of the run if it is too short for them)
+    lr_decay_iters: int | None = None  # step at which the learning rate reaches min_lr (auto: max_iters)
+    ema: float = 0.0  # EMA decay; evaluation and best.pt use the average (0: off)
+    min_lr: float = 0.0  # AdamW's learning rate after the decay; Muon's falls in proportion
     # evaluation and logs
-    eval_interval: int = 0  # steps between evaluations, each of which saves (0: a half epoch, or a tenth of the run)
-    eval_iters: int = 0  # batches of an evaluation, spread over the split (0: the full split)
-    patience: int = 0  # evaluations without a better val loss before stopping (0: never)
+    eval_interval: int | None = None  # steps between evaluations, each of which saves (auto: ten a run, two an epoch)
+    eval_iters: int = 0  # evaluate on this many batches, spread over the split (0: the full split)
+    patience: int = 0  # stop after this many evaluations without a better val loss (0: never)
     log_interval: int = 10  # steps between status lines
-    sample_tokens: int = 60  # length of the sample that each evaluation writes to the log and loggers (0: none)
-    tensorboard: bool = False  # write events to out_dir
-    wandb: Literal["off", "online", "offline"] = "off"  # Weights & Biases
-    wandb_project: str = "robopoet"  # its project
-    wandb_run_name: str = ""  # its name for this run (out_dir's unless given)
+    sample_tokens: int = 60  # each evaluation logs a sample of this many tokens (0: off)
+    tensorboard: bool = False  # write TensorBoard's event files to out_dir
+    wandb: Literal["off", "online", "offline"] = "off"  # log to Weights & Biases
+    wandb_project: str = "robopoet"  # project of the run there
+    wandb_run_name: str | None = None  # name of the run there (auto: the name of out_dir)
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products; auto: the fastest
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: only on CUDA; on a CPU eager is faster
     record: bool = False  # replay each step as a CUDA graph: faster, but not yet proven on a GPU; one process alone
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed
-    timeout_s: float = 600.0  # how long a rank waits for the others before it gives up
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # backend of torch.distributed; auto: nccl on CUDA, else gloo
+    timeout_s: float = 600.0  # seconds that a rank waits for the others before it gives up
     shard: bool = False  # shard weights, gradients and optimizer states among ranks (FSDP2)
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
 
@@ -130,19 +119,30 @@ class TrainConfig:
         """AdamW's peak learning rate."""
         return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3}[self.optimizer]
 
+    @property
+    def matrix_decay(self) -> float:
+        """The weight decay of the matrices that Muon trains."""
+        return self.weight_decay if self.muon_weight_decay is None else self.muon_weight_decay
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The learning rate and the evaluations; eval_interval must have been chosen, as plan.finish does."""
+        floor = self.min_lr / self.peak_lr if self.decay_lr else None
+        keys = self.max_iters, self.warmup_iters, self.lr_decay_iters, floor, self.eval_interval, self.plans
+        return Schedule(*keys)
+
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
         found = bounds(self, "batch_size gradient_accumulation_steps", 1, 2**20)
-        found += bounds(self, "max_iters log_interval timeout_s", 1) + bounds(self, "muon_weight_decay", -1)
+        found += bounds(self, "max_iters log_interval timeout_s eval_interval lr_decay_iters", 1)
         found += bounds(self, "sample_tokens", 0, 10_000)  # a sample is written at each evaluation
-        found += bounds(self, "eval_interval eval_iters sampled_softmax grad_clip patience", 0)
-        found += bounds(self, "warmup_iters lr_decay_iters epochs minutes min_lr weight_decay", 0)
+        found += bounds(self, "eval_iters sampled_softmax grad_clip patience muon_weight_decay", 0)
+        found += bounds(self, "warmup_iters epochs minutes min_lr weight_decay", 0)
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
-        found += bounds(self, "muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1) + bad_plans(self.plans)
-        if self.learning_rate:
-            found += [f"{line}, or 0" for line in bounds(self, "learning_rate", 1e-12)]
+        found += bounds(self, "learning_rate muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
+        found += bad_plans(self.plans)
         try:
-            GPTConfig(**{key: getattr(self, key) for key in SHAPE})
+            GPTConfig(**{key: getattr(self, key) for key in plan.SHAPE})
         except ValueError as e:
             found += str(e).splitlines()
         if self.decay_lr and self.min_lr > self.peak_lr:
@@ -159,7 +159,7 @@ class TrainConfig:
 def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
     """A freshly initialised model, the same for the same seed."""
     torch.manual_seed(cfg.seed)
-    return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*SHAPE, "dropout")}))
+    return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*plan.SHAPE, "dropout")}))
 
 
 def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
@@ -167,9 +167,7 @@ def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
     if start.content is None:
         return new_model(cfg, vocab_size)
     torch.manual_seed(cfg.seed)  # of the ids that the checkpoint lacks
-    model = checkpoint.build_model(start.content, start.path, cfg.dropout, vocab_size)
-    model.crop_block_size(cfg.block_size)
-    return model
+    return start.build_model(cfg.block_size, cfg.dropout, vocab_size)
 
 
 @dataclass
@@ -185,16 +183,21 @@ class State:
     forward: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    trouble: Trouble
+    rows: StepRows
+    trouble: optimizer.Trouble
     sync_next: Callable[[bool], None] = lambda wanted: None
-    sample: SampledSoftmax | None = None
+    sampled_softmax: SampledSoftmax | None = None
     teachers: Teachers | None = None
-    average: Average | None = None
+    average: optimizer.Average | None = None
     graphed_update: Graphed | None = None
 
 
 def build_state(
-    cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None, meta: Meta | None = None
+    cfg: TrainConfig,
+    machine: Machine,
+    model: GPT,
+    split: dataset.Split | None = None,
+    meta: dataset.Meta | None = None,
 ) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
     if cfg.recompute:
@@ -208,7 +211,9 @@ def build_state(
     recorded = recorded and not (cfg.sampled_softmax or cfg.recompute)
     if cfg.record and not recorded:
         warn("record: needs a CUDA device, a single process, sampled_softmax=0 and recompute=false; not recording")
-    optimizers = configure_optimizers(cfg, model, machine, recorded)
+    rates = {"lr": cfg.peak_lr, "weight_decay": cfg.weight_decay, "betas": (cfg.beta1, cfg.beta2)}
+    rates |= {"muon_lr": cfg.muon_learning_rate, "muon_weight_decay": cfg.matrix_decay}
+    optimizers = optimizer.configure_optimizers(model, machine, cfg.optimizer, **rates, recorded=recorded)
     forward: torch.nn.Module = model
     if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
         if reason := why_no_compile(machine.device):
@@ -216,18 +221,20 @@ def build_state(
         else:
             forward = torch.compile(model)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
-    state = State(cfg, machine, model, forward, optimizers, scaler, Trouble(machine))
+    rows = StepRows(cfg.batch_size, cfg.gradient_accumulation_steps, machine.world_size)
+    state = State(cfg, machine, model, forward, optimizers, scaler, rows, optimizer.Trouble(machine))
     if sharded:
         state.sync_next = model.set_requires_gradient_sync
     elif machine.world_size > 1:
         state.forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # saves a copy
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if cfg.sampled_softmax:
-        state.sample = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine)
+        state.sampled_softmax = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine)
     if cfg.teacher:
-        state.teachers = Teachers(cfg, meta, machine)
+        paths = [path.strip() for path in cfg.teacher.split(",")]
+        state.teachers = Teachers(paths, cfg.teacher_share, cfg.block_size, cfg.out_dir, cfg.dataset, meta, machine)
     if cfg.ema:
-        state.average = Average(model, cfg.ema)
+        state.average = optimizer.Average(model, cfg.ema)
     if recorded:
         state.graphed_update = Graphed(functools.partial(update, state))
     return state
@@ -244,9 +251,9 @@ def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Te
     and state.trouble notes the step.
     """
     cfg, machine = state.cfg, state.machine
-    inputs, targets = windows.batch(*rows_of(step, machine.rank, cfg, machine), machine.device)
+    inputs, targets = windows.batch(*state.rows.of(step, machine.rank), machine.device)
     machine.seed(step_seed(cfg.seed, step, machine.rank))
-    number, scale = torch.full((), step, device=machine.device), lr_scale(step, cfg)
+    number, scale = torch.full((), step, device=machine.device), cfg.schedule.lr_scale(step)
     if state.graphed_update:  # a Python number would be recorded with the value it has now
         result = state.graphed_update(inputs, targets, number, torch.full((), scale, device=machine.device))
     else:
@@ -264,34 +271,35 @@ def update(
     step: int64 scalar. scale: factor on the peak learning rates. Ranks average gradients in the last micro-batch.
     Returns what train_step does.
     """
-    cfg, machine, scaler = state.cfg, state.machine, state.scaler
+    machine, scaler, count, size = state.machine, state.scaler, state.rows.count, state.rows.size
     state.forward.train()
-    set_rates(state.optimizers, scale)
-    count, rows = micro_batches(cfg, machine)
-    total = torch.zeros((), device=machine.device)
-    targets, sample = state.sample(targets) if state.sample else (targets, None)
-    for micro, (x, y) in enumerate(zip(inputs.split(rows), targets.split(rows), strict=True)):
+    for group in (group for each in state.optimizers for group in each.param_groups):
+        group["lr"] = group["peak_lr"] * scale
+    total, candidates = torch.zeros((), device=machine.device), None
+    if state.sampled_softmax:
+        targets, candidates = state.sampled_softmax(targets)
+    for micro, (x, y) in enumerate(zip(inputs.split(size), targets.split(size), strict=True)):
         state.sync_next(micro == count - 1)
         with machine.autocast():
-            y = state.teachers(x, y, sample) if state.teachers else y
-            loss = state.forward(x, y, sample=sample)[1]  # no name holds the logits through the next micro-batch
+            y = state.teachers(x, y, candidates) if state.teachers else y
+            loss = state.forward(x, y, sample=candidates)[1]  # no name holds the logits through the next micro-batch
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
-    unscale(state.optimizers, scaler)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf))
+    optimizer.unscale(state.optimizers, scaler)
+    norm = optimizer.clip(state.model, state.cfg.grad_clip)
     bad = state.trouble.note(step, total, norm, scaler.is_enabled())
-    step_all(state.optimizers, scaler, bad)
+    optimizer.step_all(state.optimizers, scaler, bad)
     return total, norm
 
 
-def trial(start: Start, folder: Path, meta: Meta, machine: Machine, cfg: TrainConfig) -> Trial:
+def trial(start: Start, folder: Path, meta: dataset.Meta, machine: Machine, cfg: TrainConfig) -> plan.Trial:
     """A step, and a batch of an evaluation, of a model that is then thrown away, for `minutes` to time."""
-    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split, meta)
     sizes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    plan = EvalPlan(cfg.block_size, cfg.batch_size, limit=1)
-    return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, plan, machine)
+    part = EvalPlan(cfg.block_size, cfg.batch_size, limit=1)
+    return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, part, machine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,15 +308,14 @@ def trial(start: Start, folder: Path, meta: Meta, machine: Machine, cfg: TrainCo
 
 def main(cfg: TrainConfig) -> None:
     """Train, or evaluate a checkpoint, as `cfg` says."""
-    if cfg.minutes and not cfg.eval_only and "init_from" not in cfg.given:
-        cfg = from_base(cfg, read_meta(find_dataset(cfg.dataset)))
+    cfg = plan.from_base(cfg)
     start = find_start(cfg.init_from, Path(cfg.out_dir), cfg.eval_only)
-    cfg = complete(cfg, start)
+    cfg = plan.complete(cfg, start)
     try:
         evaluate_checkpoint(cfg, start) if cfg.eval_only else train(cfg, start)
     except RuntimeError as e:
         if is_out_of_memory(e):
-            raise ConfigError(less_memory(cfg)) from None
+            raise ConfigError(plan.less_memory(cfg)) from None
         raise
 
 
@@ -317,40 +324,36 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # --- machine
     machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
     clock = Clock(cfg.minutes, machine)
-    micro_batches(cfg, machine)  # raises if the ranks can't share the rows
+    StepRows(cfg.batch_size, cfg.gradient_accumulation_steps, machine.world_size)  # raises if ranks can't share them
 
     # --- data
-    folder = find_dataset(cfg.dataset)
-    meta = read_meta(folder)
-    check_fit(start, cfg.dataset, cfg.optimizer, meta)
-    if cfg.minutes and not start.resumes:
-        cfg = fit_minutes(cfg, start, meta, clock, functools.partial(trial, start, folder, meta, machine))
-    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    folder = dataset.find_dataset(cfg.dataset)
+    meta = dataset.read_meta(folder)
+    start.check_fit(cfg.dataset, cfg.optimizer, meta)
+    cfg = plan.fit_minutes(cfg, start, meta, clock, functools.partial(trial, start, folder, meta, machine))
+    val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     tok = tokenizer.from_json(meta.tokenizer)
     token_bytes = tokenizer.token_bytes(tok)
-    cfg = fit_schedule(cfg, windows.per_epoch)
-    plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters, even=cfg.shard)
+    cfg = plan.finish(cfg, windows.per_epoch)
+    eval_plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters, even=cfg.shard)
 
     # --- model and optimizers
     model = make_model(cfg, start, meta.vocab_size)
-    run = Run(Path(cfg.out_dir), dataclasses.asdict(cfg), meta, machine)
+    run = Run(Path(cfg.out_dir), configurator.values_of(cfg), meta, machine)
     run.check_space(model, start.resumes, cfg.ema > 0)
     state = build_state(cfg, machine, model, split, meta)
 
     # --- resume, or start a new run
-    progress, teachers = Progress(run_id=secrets.token_hex(4)), state.teachers.sha256 if state.teachers else {}
-    run.about["teachers"] = teachers
-    if start.resumes:
-        progress = restore(start, state.optimizers, state.scaler, state.average, teachers)
+    run.teachers = state.teachers.sha256 if state.teachers else {}
+    progress = start.restore(state.optimizers, state.scaler, state.average, run.teachers)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None, progress)
-    run.keep_config(cfg)
-    sinks = open_sinks(run.about["config"], progress.run_id) if machine.is_main else []
+    plan.keep(cfg, run)
+    sinks = open_sinks(run.config, progress.run_id) if machine.is_main else []
     log = Log(run.folder.where, progress, machine, sinks)
-    about = f"{machine}, parameters: {model.num_params():,}"
-    log.print(about, *describe_choice(cfg, start), *moved, *describe_resuming(cfg, start, progress))
-    clock.start(cfg, progress, log, windows.per_epoch / cfg.rows_per_step)
+    log.print(f"{machine}, parameters: {model.num_params():,}", *moved, *plan.describe_start(cfg, start, progress))
+    clock.start(cfg.max_iters, cfg.epochs, windows.per_epoch / cfg.rows_per_step, progress, log)
     start.release()
 
     # --- loop
@@ -362,24 +365,24 @@ def train(cfg: TrainConfig, start: Start) -> None:
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not requests.end:
-            cfg = state.cfg = replan(cfg, clock, progress, meter, log, run)
+            cfg = state.cfg = plan.replan(cfg, clock, progress, meter, log, run)
             bar.total = cfg.max_iters
             loss, norm = train_step(state, windows, progress.iter_num)
             progress.iter_num += 1
             meter.steps += 1
             bar.update()
             requests = signals.agreed(bool(run.folder.lost))
-            at_eval = evaluates(progress.iter_num, cfg)
+            at_eval = cfg.schedule.evaluates(progress.iter_num)
             logs = at_eval or any(requests) or meter.compile_s is None or progress.iter_num % cfg.log_interval == 0
             if logs or machine.device.type == "cpu":
-                state.trouble.check(windows, functools.partial(rows_of, cfg=cfg, machine=machine), cfg.out_dir)
+                state.trouble.check(windows, state.rows.of, cfg.out_dir)
             if logs:
-                lr = cfg.peak_lr * lr_scale(progress.iter_num - 1, cfg)
+                lr = cfg.peak_lr * cfg.schedule.lr_scale(progress.iter_num - 1)
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
             val_loss = math.inf
             if at_eval:
                 with state.average.applied() if state.average else contextlib.nullcontext():
-                    result = evaluate(model, val, token_bytes, plan, machine)
+                    result = evaluate(model, val, token_bytes, eval_plan, machine)
                     sample = preview(model) if previews else {}
                 progress.note(val_loss := result["loss"])
                 log.evaluation(progress, result | sample)
@@ -405,23 +408,19 @@ def train(cfg: TrainConfig, start: Start) -> None:
 
 
 def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
-    """Print the loss of a checkpoint on `split`, and what another style's tag costs there."""
+    """Print the loss of a checkpoint on `split`."""
     machine = find_machine(cfg.device, cfg.dtype, cfg.backend, cfg.timeout_s)
-    folder = find_dataset(cfg.dataset)
-    meta = read_meta(folder)
-    check_fit(start, cfg.dataset, cfg.optimizer, meta)
-    split = open_split(folder, cfg.split, meta, cfg.block_size, machine.device)
+    folder = dataset.find_dataset(cfg.dataset)
+    meta = dataset.read_meta(folder)
+    start.check_fit(cfg.dataset, cfg.optimizer, meta)
+    split = dataset.open_split(folder, cfg.split, meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     model = make_model(cfg, start, meta.vocab_size).to(machine.device)
-    plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
-    result = evaluate(model, split, token_bytes, plan, machine)
-    costs = compare_tags(model, split, meta.styles, plan, machine) if len(meta.styles) in range(2, 9) else {}
+    result = evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters), machine)
     if machine.is_main:
         print(f"{machine}, parameters: {model.num_params():,}")
         part = f"at most {cfg.eval_iters} batches, spread over " if cfg.eval_iters else ""
-        print(f"{start.path} on {part}{split.path}: {describe(result)}")
-        for (style, other), (more, error) in costs.items():
-            print(f"{style} under {other}'s tag: {more:+.4f} ± {error:.4f} nats/token")
+        print(f"{start.path} on {part}{split.path}: {result_line(result)}")
     machine.leave()
 
 

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 import train
-from configurator import ConfigError, warn
+from configurator import ConfigError, keys_of, warn, written
 from model import GPT
 from robopoet import files, untrusted
 from robopoet.errors import CheckpointError
@@ -30,7 +30,8 @@ from robopoet.text import tokenizer
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
-from robopoet.training.start import Start, check_fit, complete
+from robopoet.training.plan import complete
+from robopoet.training.run import Start
 from robopoet.weights import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
@@ -210,12 +211,14 @@ def train_command(cfg: train.TrainConfig, **changes: Any) -> list[str]:
 
     With minutes, only with those that were given: train.py chooses the others.
     """
-    names = [field.name for field in dataclasses.fields(train.TrainConfig)]
+    names = [field.name for field in keys_of(train.TrainConfig)]
     keys = {name: getattr(cfg, name) for name in names if not cfg.minutes or name in cfg.given}
     keys |= {"init_from": "scratch", "eval_only": False, "tensorboard": False, "wandb": "off"} | changes
-    # -u: each line arrives as it is printed
-    each = [(key, item) for key, value in keys.items() for item in (value if isinstance(value, tuple) else (value,))]
-    return [sys.executable, "-u", train.__file__, *(f"--{key}={item}" for key, item in each)]
+    each = []
+    for key, value in keys.items():
+        shown = written(value)
+        each += [f"--{key}={item}" for item in (shown if isinstance(shown, list) else [shown])]
+    return [sys.executable, "-u", train.__file__, *each]  # -u: each line arrives as it is printed
 
 
 def evaluate_checkpoint(
@@ -231,7 +234,7 @@ def evaluate_checkpoint(
     cfg = complete(train.TrainConfig(eval_only=True, init_from=str(path)), start)
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
-    check_fit(start, cfg.dataset, cfg.optimizer, meta)
+    start.check_fit(cfg.dataset, cfg.optimizer, meta)
     split = open_split(folder, split_name, meta, cfg.block_size, machine.device)
     token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
     return evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size), machine)

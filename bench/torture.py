@@ -5,7 +5,6 @@ python -m bench.torture --minutes=10
 Also measures what the protections cost at the reference size: their share of a step, and how long a save takes.
 """
 
-import dataclasses
 import random
 import signal
 import statistics
@@ -29,8 +28,7 @@ from robopoet.machine import Machine, Signals, find_machine
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import TrainWindows
 from robopoet.training.folder import earlier_runs
-from robopoet.training.run import Progress, Run
-from robopoet.training.start import find_start
+from robopoet.training.run import Progress, Run, find_start
 from robopoet.weights import checkpoint
 
 FAULTS = ("kill", "terminate", "flip a bit", "cut", "begin anew")
@@ -124,7 +122,7 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
             found.append(1000 * (time.perf_counter() - start))
         return statistics.median(found[1:])
 
-    run, saved = Run(out, dataclasses.asdict(keys), meta, machine), (state.model, state.optimizers, state.scaler)
+    run, saved = Run(out, configurator.values_of(keys), meta, machine), (state.model, state.optimizers, state.scaler)
     progress = Progress(iter_num=1)
     return {
         "step_ms": median_ms(lambda i: train.train_step(state, windows, i), 5),

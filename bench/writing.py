@@ -19,11 +19,12 @@ import train
 from bench.coders import Texts, bits_per_byte
 from bench.common import evaluate_checkpoint, markdown, origin, progress, write_result
 from configurator import bounds
+from model import GPT
 from robopoet.errors import CheckpointError, DataError
-from robopoet.text.dataset import SPLITS, find_dataset, open_split, read_meta
+from robopoet.machine import Machine
+from robopoet.text.dataset import SPLITS, Split, find_dataset, open_split, read_meta
 from robopoet.text.tokenizer import Tokenizer
-from robopoet.text.windows import EvalPlan
-from robopoet.training.evaluate import compare_tags
+from robopoet.text.windows import EvalPlan, eval_batches
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Settings
@@ -197,6 +198,33 @@ def judge(
             "people": [outside(passage, people) for passage in of_people].count([]) / len(of_people),
         },
     }
+
+
+@torch.no_grad()
+def compare_tags(
+    model: GPT, split: Split, tags: dict[str, int], plan: EvalPlan, machine: Machine
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """What a wrong tag costs: (style, another style) -> nats/token more under the other's tag, and its standard error.
+
+    tags: style -> id. Means over windows; the standard error is that of the difference between the same windows.
+    """
+    names = list(tags)
+    style_of = torch.tensor([names.index(style) for style in split.styles])
+    # for each style and tag: windows, sum and sum of squares of the differences between their mean losses
+    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
+    tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
+    for right, *others in zip(*(eval_batches(each, plan, machine) for each in (split, *tagged)), strict=True):
+        with machine.autocast():
+            loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
+        more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)
+        more = more.cpu().double()
+        per_row = torch.stack([torch.ones_like(more), more, more**2])
+        sums.index_add_(1, style_of[torch.from_numpy(right.span)], per_row)
+    n, total, square = machine.all_reduce(sums)
+    mean = total / n
+    error = ((square / n - mean**2).clamp(min=0) / n).sqrt()
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j and n[i, j]]
+    return {(names[i], names[j]): (mean[i, j].item(), error[i, j].item()) for i, j in pairs}
 
 
 def main(cfg: WritingConfig) -> None:

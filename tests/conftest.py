@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from robopoet.text import corpus
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
-from robopoet.training.start import SHAPE
+from robopoet.training.plan import SHAPE
 from robopoet.weights import checkpoint
 from sample import Poet
 from train import TrainConfig

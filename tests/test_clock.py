@@ -15,9 +15,8 @@ from conftest import records
 import configurator
 import train
 from robopoet.machine import Machine
-from robopoet.training import clock, plan
+from robopoet.training import plan, schedule
 from robopoet.training.run import Progress
-from robopoet.training.schedule import evaluates, lr_scale
 from robopoet.weights import checkpoint
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -46,26 +45,26 @@ def wall(monkeypatch) -> SimpleNamespace:
 
 def simulate(wall, minutes: float, load, step_s: float = 0.3, pause_s: float = 2.0, epochs: float = 10.0, **keys):
     """The loop of train.py with steps and pauses that only take time; returns its config, and the share it took."""
-    began, first = wall.now, clock.Clock(minutes, CPU)
+    began, first = wall.now, schedule.Clock(minutes, CPU)
     pace = load(0)
     wall.now += 5.0
     first.pause = pause_s / step_s
-    steps = clock.steps_within(first.left_s / (step_s * pace), first.pause, lambda steps: max(steps // 10, 1))
+    steps = schedule.steps_within(first.left_s / (step_s * pace), first.pause, lambda steps: max(steps // 10, 1))
     cfg = train.TrainConfig(minutes=minutes, epochs=epochs, max_iters=min(steps, int(epochs * 10**6)), **keys)
-    cfg = plan.fit_schedule(cfg, 10**6 * cfg.rows_per_step)
+    cfg = plan.finish(cfg, 10**6 * cfg.rows_per_step)
     progress, found = Progress(), []
-    log, run = SimpleNamespace(later=[], write=found.append, print=str), SimpleNamespace(keep_config=str)
+    log, run = SimpleNamespace(later=[], write=found.append, print=str), SimpleNamespace(keep_config=lambda *_: None)
     meter = SimpleNamespace(running_s=0.0)
-    first.start(cfg, progress, log, 10**6)
+    first.start(cfg.max_iters, cfg.epochs, 10**6, progress, log)
     while progress.iter_num < cfg.max_iters:
         before, cfg = cfg, plan.replan(cfg, first, progress, meter, log, run)
         step = progress.iter_num
-        assert lr_scale(step, cfg) == pytest.approx(lr_scale(step, before), abs=1e-9)  # continuous
+        assert cfg.schedule.lr_scale(step) == pytest.approx(before.schedule.lr_scale(step), abs=1e-9)  # continuous
         pace = load((wall.now - began) / (60 * minutes))
         wall.now += step_s * pace
         meter.running_s += step_s * pace
         progress.iter_num += 1
-        if evaluates(progress.iter_num, cfg):
+        if cfg.schedule.evaluates(progress.iter_num):
             progress.seconds, meter.running_s = progress.seconds + meter.running_s, 0.0
             wall.now += pause_s * pace
             found.append({"kind": "eval", "iter": progress.iter_num})
@@ -81,8 +80,8 @@ def test_a_run_ends_in_time_though_other_programs_come_and_go(wall, load, minute
     assert (len(plans) == 0) == (load == "none")
     evaluated = [record["iter"] for record in found if record["kind"] == "eval"]
     assert len(evaluated) >= 6 and evaluated[-1] == cfg.max_iters
-    scales = [lr_scale(step, cfg) for step in range(cfg.warmup_iters, cfg.max_iters)]
-    assert scales == sorted(scales, reverse=True) and scales[-1] < 0.05 and lr_scale(cfg.max_iters, cfg) == 0
+    scales = [cfg.schedule.lr_scale(step) for step in range(cfg.warmup_iters, cfg.max_iters)]
+    assert scales == sorted(scales, reverse=True) and scales[-1] < 0.05 and cfg.schedule.lr_scale(cfg.max_iters) == 0
 
 
 def test_a_plan_grows_from_few_steps_to_hundreds_with_its_evaluations(wall):
@@ -108,12 +107,12 @@ def test_the_learning_rate_without_earlier_plans_has_the_bits_it_had():
     floor = cfg.min_lr / cfg.peak_lr
     for step in range(13, 977):
         cosine = math.cos(math.pi * ((step - 13) / (977 - 13)))
-        assert lr_scale(step, cfg) == floor + (1 - floor) * 0.5 * (1 + cosine)
+        assert cfg.schedule.lr_scale(step) == floor + (1 - floor) * 0.5 * (1 + cosine)
 
 
 def test_an_evaluation_comes_an_interval_after_the_one_before_whatever_was_planned():
     cfg = train.TrainConfig(max_iters=100, eval_interval=30, plans=("7:20:2", "31:50:10", "32:40:5"))
-    found = [step for step in range(1, 101) if evaluates(step, cfg)]
+    found = [step for step in range(1, 101) if cfg.schedule.evaluates(step)]
     assert found == [2, 4, 6, 16, 26, 56, 86, 100]
 
 

@@ -9,12 +9,13 @@ import torch
 from test_train import CPU
 
 import train
+from bench.writing import compare_tags
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import EvalPlan
-from robopoet.training.evaluate import compare_tags, evaluate
+from robopoet.training.evaluate import evaluate
 
 
 def test_evaluation_equals_a_naive_loop(small, small_config, books):

@@ -104,9 +104,8 @@ def test_on_gpus_the_votes_time_out_before_nccl_does(monkeypatch):
 @pytest.mark.parametrize("recorded", [False, True])
 def test_adamw_is_capturable_only_where_it_is_recorded(recorded):
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=8)
-    adamw, _ = configure_optimizers(
-        cfg, train.new_model(cfg, 61), Machine(torch.device("cpu"), torch.float32), recorded
-    )
+    model, cpu = train.new_model(cfg, 61), Machine(torch.device("cpu"), torch.float32)
+    adamw, _ = configure_optimizers(model, cpu, "muon", 1e-2, 0.1, (0.8, 0.99), 0.02, 0.1, recorded)
     assert adamw.defaults["capturable"] == recorded
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import os
 import random
 import re
@@ -27,8 +26,8 @@ from robopoet.text.tokenizer import CharTokenizer
 from robopoet.training import log
 from robopoet.training import run as run_module
 from robopoet.training.folder import lock_folder
-from robopoet.training.run import Progress, Run
-from robopoet.training.start import find_start
+from robopoet.training.run import Progress, Run, find_start
+from robopoet.training.schedule import StepRows
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -59,7 +58,7 @@ def save_step():
     meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())
 
     def save(out: Path, step: int) -> None:
-        run = Run(out, dataclasses.asdict(cfg), meta, CPU)
+        run = Run(out, configurator.values_of(cfg), meta, CPU)
         run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), val_loss=float(-step))
         run.folder.close()
 
@@ -337,17 +336,16 @@ def test_no_code_is_run_from_data_and_no_clock_can_jump():
                 assert name not in forbidden, f"{path}:{call.lineno}: {name}"
 
 
-def test_a_window_is_read_in_the_same_order_whatever_the_ranks(small):
+def test_a_window_is_read_in_the_same_order_whatever_the_ranks():
     """9: two ranks, then one, then two; an uneven share is refused."""
-    cfg, rows = TrainConfig(**small | {"gradient_accumulation_steps": 2}), []
+    rows = []
     for step, world_size in enumerate([2, 2, 1, 1, 2]):
         for rank in range(world_size):
-            machine = Machine(CPU.device, CPU.dtype, rank, world_size)
-            first, count = train.rows_of(step, rank, cfg, machine)
+            first, count = StepRows(8, 2, world_size).of(step, rank)
             rows += range(first, first + count)
     assert rows == list(range(5 * 16))
     with pytest.raises(ConfigError, match="can't be shared equally by 3 ranks"):
-        train.rows_of(0, 0, cfg, Machine(CPU.device, CPU.dtype, 0, 3))
+        StepRows(8, 2, 3)
 
 
 def test_a_timeout_of_nothing_is_refused():

@@ -12,11 +12,10 @@ from peak import PeakMemory
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.training import optimizer, sharding, start
-from robopoet.training.optimizer import Muon, configure_optimizers, orthogonalize, share
+from robopoet.training import memory, optimizer, run
+from robopoet.training.optimizer import Muon, assign_owners, configure_optimizers, orthogonalize
 from robopoet.untrusted import convert
 from robopoet.weights.header import SavedOptimizer
-from train import TrainConfig
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 CPU = torch.device("cpu")
@@ -33,6 +32,9 @@ def gradients(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
+RATES = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.99), "muon_lr": 0.02, "muon_weight_decay": 0.1}
+
+
 def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
     for p, grad in zip(params, gradients(step), strict=True):
         p.grad = grad.to(p.dtype)
@@ -41,7 +43,7 @@ def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
     model = GPT(SMALL)
-    optimizers = configure_optimizers(TrainConfig(optimizer=kind), model, Machine(CPU, torch.float32))
+    optimizers = configure_optimizers(model, Machine(CPU, torch.float32), kind, **RATES)
     groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(p) for _, group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -55,7 +57,7 @@ def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
 
 @pytest.mark.parametrize("dtype, muons", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_muons_products_have_the_runs_dtype_but_for_float16(dtype, muons):
-    _, muon = configure_optimizers(TrainConfig(), GPT(SMALL), Machine(CPU, getattr(torch, dtype)))
+    _, muon = configure_optimizers(GPT(SMALL), Machine(CPU, getattr(torch, dtype)), "muon", **RATES)
     assert muon.dtype is getattr(torch, muons)
 
 
@@ -169,8 +171,8 @@ def on_ranks(monkeypatch):
             return act(rank)
 
         rank_of: dict[int, int] = {}
-        monkeypatch.setattr(sharding.dist, "all_gather", all_gather)
-        monkeypatch.setattr(sharding.dist, "all_to_all_single", all_to_all_single)
+        monkeypatch.setattr(memory.dist, "all_gather", all_gather)
+        monkeypatch.setattr(memory.dist, "all_to_all_single", all_to_all_single)
         with ThreadPoolExecutor(ranks) as pool:
             return list(pool.map(on_rank, range(ranks)))
 
@@ -216,8 +218,8 @@ def test_shards_reach_the_owners_of_their_matrices_and_come_back(on_ranks, ranks
     shards = [*matrices.chunk(ranks, dim=1), *[matrices[:, :0]] * ranks][:ranks]
 
     def act(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        owned = sharding.to_owners(shards[rank], n_rows, counts, rank)
-        return owned, sharding.from_owners(2 * owned, counts, rank)
+        owned = memory.to_owners(shards[rank], n_rows, counts, rank)
+        return owned, memory.from_owners(2 * owned, counts, rank)
 
     found = on_ranks(ranks, act)
     assert torch.equal(torch.cat([owned for owned, _ in found]), matrices)
@@ -254,7 +256,7 @@ def test_ranks_have_equal_shares_of_the_work():
 
     def loads(width: int, layers: int, ranks: int) -> list[int]:
         shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
-        owners = share([torch.Size(shape) for shape in shapes], ranks)
+        owners = assign_owners([torch.Size(shape) for shape in shapes], ranks)
         assert len(owners) == len(shapes) and set(owners) <= set(range(ranks))
         return [sum(cost(*s) for s, owner in zip(shapes, owners, strict=True) if owner == r) for r in range(ranks)]
 
@@ -274,7 +276,7 @@ def test_a_step_count_is_restored_to_where_this_runs_settings_keep_it(capturable
     theirs.param_groups[0]["capturable"] = not capturable
     ours = torch.optim.AdamW(here.parameters(), 0.25, capturable=capturable)
     state = convert(theirs.state_dict(), SavedOptimizer, "", CheckpointError, "")
-    start._restore_optimizer(ours, state, "", Path("ckpt.pt"), 1)
+    run._restore_optimizer(ours, state, "", Path("ckpt.pt"), 1)
     for state in ours.state.values():
         assert state["step"].device.type == place and state["exp_avg"].device.type == "meta"
     (group,) = ours.param_groups

@@ -17,8 +17,8 @@ from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import dataset, tokenizer
 from robopoet.text.dataset import read_meta
-from robopoet.training import clock, plan
-from robopoet.training.start import Start
+from robopoet.training import plan, schedule
+from robopoet.training.run import Start
 from robopoet.weights import checkpoint
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -40,7 +40,7 @@ def imagine(monkeypatch):
     step, in seconds it would take. tried: gets each config that is timed.
     """
     wall = SimpleNamespace(now=0.0)
-    for module in (plan, clock):
+    for module in (plan, schedule):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: wall.now))
 
     def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None):
@@ -59,7 +59,11 @@ def imagine(monkeypatch):
         imagined = SimpleNamespace(splits=splits, vocab_size=4095)
         cfg = configurator.load(train.TrainConfig, [f"--minutes={minutes}", *argv])
         begin = wall.now
-        return plan.fit_minutes(cfg, start, imagined, clock.Clock(cfg.minutes, CPU), trial), imagined, wall.now - begin
+        return (
+            plan.fit_minutes(cfg, start, imagined, schedule.Clock(cfg.minutes, CPU), trial),
+            imagined,
+            wall.now - begin,
+        )
 
     return choose
 
@@ -70,10 +74,10 @@ def imagine(monkeypatch):
 def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens, load):
     cfg, meta, seconds = imagine(minutes, tokens, load=load)
     step = cost(cfg) * load
-    fitted = train.fit_schedule(cfg, tokens // cfg.block_size)
+    fitted = plan.finish(cfg, tokens // cfg.block_size)
     evaluations = -(-fitted.max_iters // fitted.eval_interval)
     n_batches = -(-meta.splits["val"].tokens // (cfg.batch_size * cfg.block_size))
-    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * step / 3 + clock.SAVE_S
+    per_evaluation = min(n_batches, cfg.eval_iters or n_batches) * step / 3 + schedule.SAVE_S
     seconds += fitted.max_iters * step + evaluations * per_evaluation
     passes = fitted.max_iters * cfg.rows_per_step * cfg.block_size / tokens
     assert seconds <= 60 * minutes and evaluations >= 10
@@ -155,7 +159,7 @@ def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):
     assert cfg.weight_decay == cfg.muon_weight_decay == 0.7
     for argv, start in ((["--optimizer=adamw"], NEW), ([], Start({"model_extra": {}}, None, False))):
         cfg = imagine(5, 20_480, *argv, start=start)[0]
-        assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, -1)
+        assert (cfg.weight_decay, cfg.muon_weight_decay) == (0.1, None)
 
 
 def test_too_few_minutes_and_several_ranks_are_refused(imagine):
@@ -163,7 +167,7 @@ def test_too_few_minutes_and_several_ranks_are_refused(imagine):
         imagine(0.0001, 10**6)
     two = dataclasses.replace(CPU, world_size=2)
     with pytest.raises(ConfigError, match=r"^minutes: is for one process"):
-        clock.Clock(1, two)
+        schedule.Clock(1, two)
 
 
 def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_path, capsys):

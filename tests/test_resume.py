@@ -19,9 +19,8 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import read_meta
 from robopoet.training.log import Meter
-from robopoet.training.plan import fit_schedule
-from robopoet.training.run import Progress
-from robopoet.training.start import check_fit, find_start
+from robopoet.training.plan import finish
+from robopoet.training.run import Progress, find_start
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -153,7 +152,7 @@ def test_a_run_without_tags_is_not_resumed_with_tags(small):
     untagged = dataclasses.replace(meta, styles={})
     start = find_start("resume", Path(small["out_dir"]), eval_only=False)
     with pytest.raises(CheckpointError, match="tags alpha, beta -> none"):
-        check_fit(start, "mine", "muon", untagged)
+        start.check_fit("mine", "muon", untagged)
 
 
 def test_weights_that_may_have_read_the_val_split_are_told_of(small, cut_elsewhere, tmp_path, capsys):
@@ -209,14 +208,31 @@ def test_positions_of_another_kind_than_the_checkpoints_are_refused(small, shape
     assert "transformer.wpe.weight" not in checkpoint.load(tmp_path / "new" / "best.pt")["model"]
 
 
+def test_a_run_of_a_version_that_wrote_numbers_for_auto_resumes_as_it_would_have(small, capsys):
+    whole = run(small, max_iters=9)
+    run(small, max_iters=3, lr_decay_iters=9)
+    path = Path(small["out_dir"]) / "ckpt.pt"
+    content = checkpoint.load(path)
+    before = {"learning_rate": 0.0, "muon_weight_decay": -1.0, "lr_decay_iters": 0, "wandb_run_name": ""}
+    checkpoint.save(path, content | {"config": content["config"] | before})
+    capsys.readouterr()
+    resumed = run({"out_dir": small["out_dir"], "device": "cpu"}, init_from="resume", max_iters=9)
+    assert "changed since the checkpoint: max_iters 3 -> 9\n" in capsys.readouterr().out
+    for kind in ("train", "eval"):
+        ours, theirs = ([(r["iter"], r["loss"]) for r in found if r["kind"] == kind] for found in (resumed, whole))
+        assert ours == theirs
+    kept = checkpoint.load(path)["config"]
+    assert [kept[key] for key in before] == [None] * 4
+
+
 def test_a_warmup_is_shortened_for_a_short_run_and_one_that_was_given_not_without_a_word(small, capsys):
     keys = {key: small[key] for key in small if key != "warmup_iters"}
     assert [r["iter"] for r in run(keys, max_iters=10) if r["kind"] == "train"] == list(range(1, 11))
     assert checkpoint.load(Path(small["out_dir"]) / "best.pt")["config"]["warmup_iters"] == 1
     cfg = configurator.load(TrainConfig, ["config/demo.yaml", "--max_iters=2"])
-    assert fit_schedule(cfg, 1).warmup_iters == 0
+    assert finish(cfg, 1).warmup_iters == 0
     assert capsys.readouterr().err == "warning: warmup_iters: 20 steps don't fit into 2; the warmup takes 0\n"
-    cfg = fit_schedule(TrainConfig(max_iters=100), 1)
+    cfg = finish(TrainConfig(max_iters=100), 1)
     assert cfg.warmup_iters == 20
 
 

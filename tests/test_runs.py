@@ -22,7 +22,7 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import find_machine
 from robopoet.text.dataset import encode_meta, read_meta
 from robopoet.training.log import Log, wrapped
-from robopoet.training.plan import fit_schedule
+from robopoet.training.plan import finish
 from robopoet.training.run import Progress
 from robopoet.weights import checkpoint
 from train import TrainConfig
@@ -264,21 +264,21 @@ def test_the_time_left_counts_evaluations(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("steps", "per_epoch", "given", "expected"),
     [
-        (600, 10_000, 0, 60),  # ten times a run
-        (600, 320, 0, 20),  # twice an epoch of 40 steps
-        (600, 10, 0, 1),
-        (5, 10_000, 0, 1),
-        (600_000, 10**9, 0, 1000),
+        (600, 10_000, None, 60),  # ten times a run
+        (600, 320, None, 20),  # twice an epoch of 40 steps
+        (600, 10, None, 1),
+        (5, 10_000, None, 1),
+        (600_000, 10**9, None, 1000),
         (600, 10_000, 250, 250),
     ],
 )
 def test_evaluations_come_twice_an_epoch_and_ten_times_a_run(steps, per_epoch, given, expected):
     cfg = TrainConfig(max_iters=steps, batch_size=4, gradient_accumulation_steps=2, eval_interval=given)
-    assert fit_schedule(cfg, per_epoch).eval_interval == expected
+    assert finish(cfg, per_epoch).eval_interval == expected
 
 
 def test_a_runs_config_yaml_gives_the_same_run(small, tmp_path):
-    keys = small | {"learning_rate": 1e-5, "dropout": 0.1, "eval_interval": 0, "epochs": 0.3, "bias": False}
+    keys = small | {"learning_rate": 1e-5, "dropout": 0.1, "eval_interval": None, "epochs": 0.3, "bias": False}
     first = run(keys)
     path = f"{small['out_dir']}/config.yaml"
     assert "n_layer: 2\n" in Path(path).read_text() and "seed" not in Path(path).read_text()

@@ -15,8 +15,8 @@ from model import GPT, GPTConfig
 from robopoet.machine import Machine
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import TrainWindows
-from robopoet.training import sampled_softmax
-from robopoet.training.sampled_softmax import SampledSoftmax, inclusion_probabilities, sampling_weights
+from robopoet.training import loss
+from robopoet.training.loss import SampledSoftmax, inclusion_probabilities, sampling_weights
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -121,7 +121,7 @@ def test_ids_are_drawn_once_each_as_often_as_they_should_and_estimate_the_sum_ov
 def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, on_disk, window, whole):
     if on_disk:
         monkeypatch.setattr("robopoet.text.dataset.ON_DEVICE_BYTES", 0)
-    monkeypatch.setattr(sampled_softmax, "WINDOW", window)
+    monkeypatch.setattr(loss, "WINDOW", window)
     meta = read_meta(books)
     split = open_split(books, "train", meta, 32, CPU)
     tokens = np.fromfile(books / "train.bin", dtype="<u2")

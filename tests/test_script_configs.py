@@ -1,6 +1,5 @@
 """The keys of the three scripts: help, types, ranges, and the files in config/."""
 
-import dataclasses
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -10,7 +9,7 @@ from test_configurator import error
 import prepare
 import sample
 import train
-from configurator import load
+from configurator import keys_of, load, written
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -32,10 +31,10 @@ def test_help_prints_every_key_with_default_and_meaning(cls, capsys):
             load(cls, ["--nonsense", flag])
         assert not caught.value.code
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
-        fields = dataclasses.fields(cls)
+        fields = keys_of(cls)
         assert set(lines) == {f"--{field.name}" for field in fields}
         for field in fields:
-            default = "" if field.default == () else str(field.default)
+            default = "" if field.default == () else str(written(field.default))
             _, _, rest = lines[f"--{field.name}"].partition(field.name)
             assert rest.split()[: len(default.split())] == default.split()
             assert len(rest.split()) > len(default.split())  # words of meaning follow
@@ -50,8 +49,8 @@ def test_there_is_a_demo_config():
     assert "demo.yaml" in [path.name for path in CONFIG_FILES]
 
 
-KEYS = [(cls, field.name) for cls in SCRIPTS for field in dataclasses.fields(cls)]
-TYPED = [(cls, key) for cls, key in KEYS if get_type_hints(cls)[key] not in (str, tuple[str, ...])]
+KEYS = [(cls, field.name) for cls in SCRIPTS for field in keys_of(cls)]
+TYPED = [(cls, key) for cls, key in KEYS if get_type_hints(cls)[key] not in (str, str | None, tuple[str, ...])]
 
 
 @pytest.mark.parametrize("cls, key", TYPED, ids=[f"{cls.__name__}.{key}" for cls, key in TYPED])
@@ -104,6 +103,15 @@ def test_every_key_without_a_value_is_named(write, cls, key):
 )
 def test_values_out_of_range_name_their_key(cls, argv, named):
     assert named in error(cls, *argv)
+
+
+@pytest.mark.parametrize(
+    "key, old", [("learning_rate", 0), ("muon_weight_decay", -1), ("eval_interval", 0), ("lr_decay_iters", 0)]
+)
+def test_a_number_that_once_stood_for_auto_is_refused_in_one_line_that_says_so(write, key, old):
+    for argv in ([f"--{key}={old}"], [write(f"{key}: {old}")]):
+        assert error(train.TrainConfig, *argv).startswith(f"{key}: found {old}")
+        assert error(train.TrainConfig, *argv).endswith(", or auto")
 
 
 def test_the_ends_of_ranges_are_allowed():

@@ -15,7 +15,7 @@ from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import TrainWindows
-from robopoet.training.teachers import Teachers
+from robopoet.training.loss import Teachers
 from robopoet.weights import checkpoint
 from train import TrainConfig
 
@@ -50,7 +50,8 @@ def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(smal
     state = train.build_state(cfg, CPU, model, split, meta)
     drawn = []
     if sampled:
-        state.sample, draw = lambda y: drawn.append(draw(y)) or drawn[-1], state.sample
+        draw = state.sampled_softmax
+        state.sampled_softmax = lambda y: drawn.append(draw(y)) or drawn[-1]
     loss, _ = train.train_step(state, windows, 0)
 
     x, y = windows.batch(0, cfg.rows_per_step, CPU.device)

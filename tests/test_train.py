@@ -20,7 +20,7 @@ from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training.evaluate import evaluate
-from robopoet.training.schedule import lr_scale
+from robopoet.training.schedule import StepRows
 from train import State, TrainConfig
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -64,7 +64,7 @@ def weights(model: GPT) -> torch.Tensor:
 
 def test_learning_rate_at_its_corners():
     cfg = TrainConfig(learning_rate=2e-3, min_lr=2e-4, warmup_iters=4, max_iters=24)
-    shares = [lr_scale(step, cfg) for step in range(30)]
+    shares = [cfg.schedule.lr_scale(step) for step in range(30)]
     assert shares[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])  # warmup starts above 0 and reaches 1 after it
     assert shares[4] == 1.0
     assert shares[14] == pytest.approx((1 + 0.1) / 2)  # half way down the cosine
@@ -72,10 +72,10 @@ def test_learning_rate_at_its_corners():
     assert shares[4:25] == sorted(shares[4:25], reverse=True)
     for step in range(4, 24):
         assert shares[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 20)))
-    assert lr_scale(0, dataclasses.replace(cfg, warmup_iters=0)) == 1.0
-    assert lr_scale(29, dataclasses.replace(cfg, decay_lr=False)) == 1.0
-    assert lr_scale(12, dataclasses.replace(cfg, lr_decay_iters=12)) == pytest.approx(0.1)
-    assert lr_scale(0, dataclasses.replace(cfg, warmup_iters=24)) == pytest.approx(1 / 25)
+    assert dataclasses.replace(cfg, warmup_iters=0).schedule.lr_scale(0) == 1.0
+    assert dataclasses.replace(cfg, decay_lr=False).schedule.lr_scale(29) == 1.0
+    assert dataclasses.replace(cfg, lr_decay_iters=12).schedule.lr_scale(12) == pytest.approx(0.1)
+    assert dataclasses.replace(cfg, warmup_iters=24).schedule.lr_scale(0) == pytest.approx(1 / 25)
 
 
 def test_each_group_follows_the_schedule_from_its_own_peak(small):
@@ -90,13 +90,12 @@ def test_each_group_follows_the_schedule_from_its_own_peak(small):
 # --- the step
 
 
-def test_the_rows_of_a_step_are_shared_equally_or_refused(small_config):
-    cfg = dataclasses.replace(small_config, batch_size=12, gradient_accumulation_steps=4)
+def test_the_rows_of_a_step_are_shared_equally_or_refused():
     for ranks in (1, 2, 3, 4, 6, 8, 16, 24, 48):
-        count, rows = train.micro_batches(cfg, Machine(CPU.device, CPU.dtype, 0, ranks))
-        assert count * rows * ranks == 48 and rows <= 12
+        rows = StepRows(12, 4, ranks)
+        assert rows.count * rows.size * ranks == 48 and rows.size <= 12
     with pytest.raises(ConfigError, match="4 x 12 = 48 rows a step can't be shared equally by 5 ranks"):
-        train.micro_batches(cfg, Machine(CPU.device, CPU.dtype, 0, 5))
+        StepRows(12, 4, 5)
 
 
 def test_accumulating_micro_batches_equals_one_batch(small):
@@ -275,4 +274,4 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
 def test_each_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given():
     assert [TrainConfig(optimizer=kind).peak_lr for kind in ("muon", "adamw")] == [1e-2, 1e-3]
     assert [TrainConfig(optimizer=kind, learning_rate=5e-4).peak_lr for kind in ("muon", "adamw")] == [5e-4, 5e-4]
-    assert lr_scale(99, TrainConfig(optimizer="adamw", min_lr=5e-4, max_iters=10)) == pytest.approx(0.5)
+    assert TrainConfig(optimizer="adamw", min_lr=5e-4, max_iters=10).schedule.lr_scale(99) == pytest.approx(0.5)

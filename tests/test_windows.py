@@ -8,12 +8,12 @@ import pytest
 import torch
 from splits import DOCS, STYLES, VOCAB, describe, write_split
 
-import train
 from configurator import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import dataset
 from robopoet.text.dataset import Bin, Span, Split, open_split
 from robopoet.text.windows import EvalPlan, TrainWindows, eval_batches
+from robopoet.training.schedule import StepRows
 
 CPU = torch.device("cpu")
 ALONE = Machine(CPU, torch.float32)
@@ -108,24 +108,26 @@ def test_a_batch_is_the_naive_slice(split):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("accumulation, batch_size", [(1, 12), (4, 6), (5, 12), (12, 1)])
 def test_ranks_share_a_step_without_overlap_in_equal_micro_batches(split, world_size, accumulation, batch_size):
-    cfg = train.TrainConfig(gradient_accumulation_steps=accumulation, batch_size=batch_size)
-    windows, total, step = TrainWindows(split, T, 1, 0.5), accumulation * batch_size, 3
+    rows, windows, total, step = (
+        StepRows(batch_size, accumulation, world_size),
+        TrainWindows(split, T, 1, 0.5),
+        accumulation * batch_size,
+        3,
+    )
+    assert rows.size <= batch_size and rows.count * rows.size * world_size == total
     full = windows.batch(step * total, total, CPU)
     parts = []
     for rank in range(world_size):
-        count, rows = train.micro_batches(cfg, Machine(CPU, torch.float32, rank, world_size))
-        assert rows <= batch_size
-        assert count * rows * world_size == total
-        first = step * total + rank * count * rows
-        parts += [windows.batch(first + micro * rows, rows, CPU) for micro in range(count)]
+        first, count = rows.of(step, rank)
+        assert count == rows.count * rows.size
+        parts += [windows.batch(first + micro * rows.size, rows.size, CPU) for micro in range(rows.count)]
     for i in range(2):
         assert torch.equal(torch.cat([part[i] for part in parts]), full[i])
 
 
 def test_ranks_that_can_not_share_equally_are_refused():
-    cfg = train.TrainConfig(gradient_accumulation_steps=1, batch_size=8)
     with pytest.raises(ConfigError, match=r"batch_size.*3 ranks"):
-        train.micro_batches(cfg, Machine(CPU, torch.float32, 0, 3))
+        StepRows(8, 1, 3)
 
 
 # --- tags

@@ -1,6 +1,5 @@
-"""Evaluation: the loss over a split, and what another style's tag costs."""
+"""Evaluation: the loss over a split."""
 
-import dataclasses
 import math
 import time
 from typing import Any
@@ -50,37 +49,10 @@ def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, plan: EvalPlan, 
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def result_line(result: dict[str, Any]) -> str:
     """An evaluation in one line."""
     styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
     return (
         f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
         f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
     )
-
-
-@torch.no_grad()
-def compare_tags(
-    model: GPT, split: Split, tags: dict[str, int], plan: EvalPlan, machine: Machine
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """What a wrong tag costs: (style, another style) -> nats/token more under the other's tag, and its standard error.
-
-    tags: style -> id. Means over windows; the standard error is that of the difference between the same windows.
-    """
-    names = list(tags)
-    style_of = torch.tensor([names.index(style) for style in split.styles])
-    # for each style and tag: windows, sum and sum of squares of the differences between their mean losses
-    sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
-    tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
-    for right, *others in zip(*(eval_batches(each, plan, machine) for each in (split, *tagged)), strict=True):
-        with machine.autocast():
-            loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
-        more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)
-        more = more.cpu().double()
-        per_row = torch.stack([torch.ones_like(more), more, more**2])
-        sums.index_add_(1, style_of[torch.from_numpy(right.span)], per_row)
-    n, total, square = machine.all_reduce(sums)
-    mean = total / n
-    error = ((square / n - mean**2).clamp(min=0) / n).sqrt()
-    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j and n[i, j]]
-    return {(names[i], names[j]): (mean[i, j].item(), error[i, j].item()) for i, j in pairs}

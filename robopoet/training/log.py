@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from configurator import ConfigError, warn
+from configurator import ConfigError, warn, written
 from model import GPT
 from robopoet.files import append_lines, replacing
 from robopoet.machine import Machine
 from robopoet.ops import linear
-from robopoet.training.evaluate import describe
+from robopoet.training.evaluate import result_line
 from robopoet.training.run import Progress
 from robopoet.untrusted import Count, decode_json, read_lines
 from robopoet.weights.header import Seconds
@@ -52,7 +52,10 @@ def tensorboard_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callab
         last.update({f"hparam/{key}": values[key] for key in ("train/loss", "val/loss", "val/bpb") if key in values})
 
     def close() -> None:
-        board.add_hparams(config, last, run_name=".")
+        known = {
+            key: value if isinstance(value, int | float | str) else str(written(value)) for key, value in config.items()
+        }
+        board.add_hparams(known, last, run_name=".")
         board.close()
 
     return write, close
@@ -203,7 +206,7 @@ class Log:
         """Write an evaluation of the val split and print it, with its text if there is one."""
         self.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
         self.eval_s = result["seconds"]
-        self.print(f"step {progress.iter_num:>6}  val {describe(result)}")
+        self.print(f"step {progress.iter_num:>6}  val {result_line(result)}")
         if text := result.get("text", ""):
             self.print(wrapped(text))
             if "copied_words" in result:

@@ -1,15 +1,22 @@
-"""Which optimizer trains which parameter; and Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+"""From gradients to weights: which optimizer trains which parameter, steps that must not count, and the average.
 
+Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+"""
+
+import contextlib
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from model import GPT
+from robopoet.errors import DivergedError
 from robopoet.machine import Machine
-from robopoet.training.sharding import from_owners, gather, is_shard, local, to_owners
+from robopoet.text.windows import TrainWindows
+from robopoet.training.memory import from_owners, full_tensor, gather, is_shard, local, shard_like, to_owners
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -27,7 +34,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def share(shapes: list[torch.Size], ranks: int) -> list[int]:
+def assign_owners(shapes: list[torch.Size], ranks: int) -> list[int]:
     """The rank that orthogonalises each matrix: costly ones first, each on the rank that has the least to do.
 
     Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
@@ -43,10 +50,9 @@ def share(shapes: list[torch.Size], ranks: int) -> list[int]:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum: torch.optim.Muon's numbers, but all matrices of one shape at once.
 
-    Each rank orthogonalises its share of the matrices, and all receive the results; of a sharded model, their shards
-    of them. It never waits for the device, so
-    a CUDA graph can hold it, and like fused AdamW it skips the step if GradScaler found an overflow. dtype: in which
-    orthogonalize() computes.
+    Each rank orthogonalises its share of the matrices, and all receive the results, or their shards of them if the
+    model is sharded. It never waits for the device, so a CUDA graph can hold it, and like fused AdamW it skips the step
+    if GradScaler found an overflow. dtype: in which orthogonalize() computes.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets found_inf, a scalar tensor, before step()
@@ -69,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter from its gradient; all ranks call it together."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            owners, sharded = share([p.shape for p in group["params"]], self.ranks), is_shard(group["params"][0])
+            owners = assign_owners([p.shape for p in group["params"]], self.ranks)
+            sharded = is_shard(group["params"][0])
             shapes: dict[torch.Size, list[list[nn.Parameter]]] = {}  # the matrices of a shape, by owner
             for p, owner in zip(group["params"], owners, strict=True):
                 shapes.setdefault(p.shape, [[] for _ in range(self.ranks)])[owner].append(p)
@@ -103,27 +110,37 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(update))
 
 
-def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool = False) -> list[torch.optim.Optimizer]:
-    """AdamW on every parameter; or Muon on the matrices of the blocks, and AdamW on the others.
+def configure_optimizers(
+    model: GPT,
+    machine: Machine,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    muon_lr: float,
+    muon_weight_decay: float,
+    recorded: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """AdamW on every parameter (kind "adamw"); or Muon on the matrices of the blocks, AdamW on the others ("muon").
 
-    cfg: a TrainConfig. recorded: steps are captured in a CUDA graph. Matrices and embeddings decay, vectors don't
-    (Loshchilov and Hutter 2019, arXiv:1711.05101). Each group keeps its peak rate, "peak_lr", for the schedule.
+    lr, muon_lr: the peak learning rates, which each group keeps as "peak_lr" for the schedule. recorded: steps are
+    captured in a CUDA graph. Matrices and embeddings decay, vectors don't (Loshchilov and Hutter 2019,
+    arXiv:1711.05101).
     """
-    hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if cfg.optimizer == "muon" else set()
+    hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
     others = [p for p in model.parameters() if id(p) not in hidden]
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas, fused = (cfg.beta1, cfg.beta2), machine.device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, cfg.peak_lr, betas, fused=fused, capturable=recorded)
+    fused = machine.device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, lr, betas, fused=fused, capturable=recorded)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]
         dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
         ranks = {"rank": machine.rank, "ranks": machine.world_size}
-        decay = cfg.weight_decay if cfg.muon_weight_decay < 0 else cfg.muon_weight_decay
-        optimizers.append(Muon(matrices, cfg.muon_learning_rate, decay, dtype, **ranks))
+        optimizers.append(Muon(matrices, muon_lr, muon_weight_decay, dtype, **ranks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -131,17 +148,10 @@ def configure_optimizers(cfg: Any, model: GPT, machine: Machine, recorded: bool 
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
-    """Of what `optimizer`, Muon or AdamW, keeps once it has stepped: "3.exp_avg", of its parameter 3, -> shape."""
+    """The shapes of what `optimizer`, Muon or AdamW, keeps once it has stepped: "3.exp_avg" is its parameter 3's."""
     names = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq", "step")
     params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
     return {f"{i}.{name}": p.shape if name != "step" else torch.Size() for i, p in enumerate(params) for name in names}
-
-
-def set_rates(optimizers: list[torch.optim.Optimizer], scale: float | torch.Tensor) -> None:
-    """Set each group's learning rate to its peak times `scale`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
 
 
 def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
@@ -155,6 +165,11 @@ def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScale
             flag.copy_(overflow)
 
 
+def clip(model: GPT, most: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of at most `most` (0: no clipping); returns the norm before, a scalar."""
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf))
+
+
 def step_all(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, bad: torch.Tensor) -> None:
     """Step every optimizer, unless `bad`, a scalar on the device, is 1; then clear the gradients."""
     for optimizer in optimizers:
@@ -165,3 +180,88 @@ def step_all(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScal
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
+
+
+class Trouble:
+    """The first step of a run whose loss or gradient was not finite on any rank: noted on the device, so no step waits.
+
+    first: (2,) int64 on the device, that step (-1: none), and whether this rank's loss was not finite in it.
+    """
+
+    def __init__(self, machine: Machine):
+        self.machine, self.first = machine, torch.tensor([-1, 0], device=machine.device)
+
+    def note(self, step: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor, is_scaled: bool) -> torch.Tensor:
+        """1.0 if a rank's loss or the gradient norm of this step is not finite, else 0.0; all scalars on the device.
+
+        is_scaled: the loss alone counts, because in float16 gradients overflow now and then, as GradScaler expects.
+        """
+        finite = loss.isfinite() if is_scaled else loss.isfinite() & norm.isfinite()
+        bad = (~finite).float()
+        if self.machine.world_size > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        here = torch.stack([step, ~loss.isfinite()])
+        self.first.copy_(torch.where((self.first[0] < 0) & (bad > 0), here, self.first))
+        return bad
+
+    def check(self, windows: TrainWindows, rows_of: Callable[[int, int], tuple[int, int]], out_dir: str) -> None:
+        """Raise DivergedError if there was such a step: it names the ranks whose loss was not finite, and their rows.
+
+        rows_of: (step, rank) -> first row, number of rows. Waits for the device.
+        """
+        step, here = self.first.tolist()
+        if step < 0:
+            return
+        votes = torch.zeros(self.machine.world_size)
+        votes[self.machine.rank] = here
+        ranks = [rank for rank, vote in enumerate(self.machine.all_reduce(votes).tolist()) if vote]
+        lines = [f"step {step + 1}: the {'loss' if ranks else 'gradient'} is not finite; nothing was updated by it"]
+        for rank in ranks or range(self.machine.world_size):
+            first, count = rows_of(step, rank)
+            starts, _ = windows.rows(first, count)
+            place = f"rows {first} to {first + count - 1}, tokens {starts.tolist()} of {windows.split.path}"
+            lines.append(f"rank {rank}: {place}")
+        lines.append(f"a lower learning_rate may help; {out_dir} keeps what was saved before")
+        raise DivergedError("\n  ".join(lines))
+
+
+class Average:
+    """An exponential moving average of weights, which predicts better than the last ones (Polyak and Juditsky 1992).
+
+    If the model is sharded, a rank averages its own shards. decay: what a step keeps of the average; early, at step n,
+    (1 + n) / (10 + n) if that is less, to forget the first weights.
+    """
+
+    def __init__(self, model: GPT, decay: float):
+        self.model, self.decay = model, decay
+        self.params = list(model.parameters())
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step`."""
+        kept = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.weights.values()), self.params, 1 - kept)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the average as its weights, and its own again afterwards."""
+        own = [p.detach().clone() for p in self.params]
+        self._copy(list(self.weights.values()))
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: list[torch.Tensor]) -> None:
+        if hasattr(self.model, "reshard"):  # FSDP2 would keep the full embeddings of the last forward pass
+            self.model.reshard()
+        for p, weight in zip(self.params, weights, strict=True):
+            p.copy_(weight)
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take a checkpoint's average, which is not sharded; raises KeyError or RuntimeError if it does not fit."""
+        for name, weight in self.weights.items():
+            weight.copy_(shard_like(saved[name], weight))

@@ -1,9 +1,11 @@
-"""A run's steps, and what `--minutes` chooses: start, shape, dropout and decay, for this text on this machine.
+"""The only room that makes one TrainConfig from another: train.py's loop gets the finished one.
 
-The steps are planned again when the machine's pace changes. The rule for the rest was fitted on texts of 60 KB to
-1.5 MB: "One dial" in bench/LOG.md.
+A config is completed from a checkpoint, `epochs` become steps, and a warmup is shortened to fit. `minutes` choose the
+start, shape, dropout and decay for this text on this machine, and move the last step when the machine's pace changes;
+their rule was fitted on texts of 60 KB to 1.5 MB: "One dial" in bench/LOG.md.
 """
 
+import dataclasses
 import functools
 import gc
 import math
@@ -11,20 +13,21 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from configurator import ConfigError, is_out_of_memory, revise, warn
+from configurator import ConfigError, is_out_of_memory, values_of, warn, written
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.text.dataset import Meta
-from robopoet.training.clock import SAVE_S, Clock, steps_within
+from robopoet.text.dataset import Meta, find_dataset, read_meta
 from robopoet.training.log import Log, Meter
-from robopoet.training.memory import less_memory
-from robopoet.training.run import Progress, Run
-from robopoet.training.schedule import evaluation_interval
-from robopoet.training.start import SHAPE, Start, check_fit
+from robopoet.training.run import Progress, Run, Start
+from robopoet.training.schedule import SAVE_S, Clock, evaluation_interval, steps_within
+from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
+from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 
-Config = TypeVar("Config")  # a TrainConfig
+Config = TypeVar("Config")  # train.TrainConfig, which a room may not import
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
+SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
+OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
 SIZES = ("n_layer", "n_head", "n_embd")
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets fewer than ENOUGH_STEPS, as on a busy machine
@@ -42,24 +45,149 @@ CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "lear
 CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
 
 
-def from_base(cfg: Config, meta: Meta) -> Config:
-    """`cfg`, started from the base model's weights if they read this dataset and were not trained on it."""
+def _change(cfg: Config, **values: Any) -> Config:
+    """`cfg` with other `values`, which do not count as given: the only place where a config changes."""
+    return dataclasses.replace(cfg, **values)
+
+
+def _choose(cfg: Config, **values: Any) -> Config:
+    """`cfg` with `values` for the keys that were not given."""
+    return _change(cfg, **{key: value for key, value in values.items() if key not in cfg.given})
+
+
+def _differing(cfg: Config) -> dict[str, Any]:
+    """The keys whose values differ from their defaults, as YAML has them."""
+    defaults = values_of(type(cfg)())
+    return {key: written(value) for key, value in values_of(cfg).items() if value != defaults[key]}
+
+
+def from_base(cfg: Config) -> Config:
+    """`cfg`; a run of minutes starts from the base model if that reads the dataset and was not trained on it."""
+    if not cfg.minutes or cfg.eval_only or "init_from" in cfg.given:
+        return cfg
+    meta = read_meta(find_dataset(cfg.dataset))
     if content := checkpoint.load_base():
         try:
-            check_fit(Start(content, checkpoint.BASE, False), cfg.dataset, cfg.optimizer, meta)
+            Start(content, checkpoint.BASE, False).check_fit(cfg.dataset, cfg.optimizer, meta)
         except CheckpointError:
             return cfg
         if content.get("text_sha256") != meta.text_sha256:
-            return revise(cfg, init_from=str(checkpoint.BASE))
+            return _change(cfg, init_from=str(checkpoint.BASE))
     return cfg
 
 
-def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Callable[[Config], Trial]) -> Config:
-    """`cfg` with what was not given chosen for the time that is left, or for less if the text teaches nothing more.
+def complete(cfg: Config, start: Start) -> Config:
+    """`cfg` with the keys that were not given taken from the checkpoint.
 
-    trial: makes what is timed on this machine. epochs is the most that the run may read when it plans again, or 0 if
-    max_iters was given. Raises ConfigError if time or memory is too small for LEAST_STEPS steps of the smallest choice.
+    A resumed run and an evaluation take every key, a new run the model's shape. Raises CheckpointError if a given key
+    contradicts that shape; only a new run may shorten block_size.
     """
+    if start.content is None:
+        return _change(cfg, init_from="scratch")  # auto found nothing
+    if start.resumes and not cfg.eval_only:
+        read_run(start.content, start.path)  # raises if there is none
+    given = cfg.given | _differing(cfg).keys()
+    shape = read_header(start.content, start.path).shape
+    taken = {key: shape[key] for key in SHAPE}
+    problems = []
+    for key in given.intersection(SHAPE):
+        least = 2 if taken["positions"] == "rotary" else 1
+        may_shorten = key == "block_size" and not start.resumes and least <= cfg.block_size < taken[key]
+        if getattr(cfg, key) != taken[key] and not may_shorten:
+            problems.append(f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out")
+    if problems:
+        raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
+    if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
+        saved = convert(start.config, type(cfg), start.path, CheckpointError, "its config is damaged")
+        taken = values_of(saved) | taken
+        if cfg.eval_only:
+            del taken["eval_iters"]  # the full split, however much of it the run read
+        if "max_iters" in given:
+            taken |= {"epochs": 0.0, "minutes": 0.0, "plans": ()}  # they would override it
+    begun = {"init_from", "minutes"} if start.resumes and not cfg.eval_only else set()  # stay as the run began
+    cfg = _change(cfg, **{key: value for key, value in taken.items() if key in begun or key not in given | {*OWN}})
+    if problems := cfg.problems():
+        raise CheckpointError(f"{start.path}: " + "; ".join(problems))
+    return cfg
+
+
+def finish(cfg: Config, windows_per_epoch: int) -> Config:
+    """`cfg` with the max_iters that `epochs` asks for, a warmup that fits into the decay, and an eval_interval."""
+    per_epoch = windows_per_epoch / cfg.rows_per_step
+    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs and not cfg.minutes else cfg.max_iters
+    last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
+    if warmup > last:
+        warmup = last // 10
+        if "warmup_iters" in cfg.given:
+            warn(f"warmup_iters: {cfg.warmup_iters} steps don't fit into {last}; the warmup takes {warmup}")
+    interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
+    return _change(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
+
+
+def keep(cfg: Config, run: Run) -> None:
+    """Save `cfg` in the run's checkpoints from here on, and in config.yaml the keys that differ from their defaults.
+
+    block_size is always there, as it may shorten that of init_from; minutes and epochs are not if they have chosen.
+    """
+    kept = _differing(cfg) | {"block_size": cfg.block_size}
+    if kept.pop("minutes", 0):
+        kept.pop("epochs", 0)
+    run.keep_config(values_of(cfg), kept)
+
+
+def describe_start(cfg: Config, start: Start, progress: Progress) -> list[str]:
+    """What a run prints first: what a resumed one has changed, or as YAML, what a new one of minutes has chosen."""
+    if not start.resumes:
+        return describe_choice(cfg) if cfg.minutes else []
+    lines = [f"resuming from {start.path}, step {progress.iter_num}"]
+    if changed := differences(cfg, start.config):
+        lines.append(f"changed since the checkpoint: {changed}")
+    if progress.iter_num >= cfg.max_iters:
+        larger = "--epochs" if cfg.epochs and not cfg.minutes else "--max_iters"
+        lines.append(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
+    return lines
+
+
+def differences(cfg: Config, saved: dict[str, Any]) -> str:
+    """The keys of a resumed run that differ from its checkpoint's, as `max_iters 600 -> 900`."""
+    keys = {key: value for key, value in values_of(cfg).items() if key in saved and key not in OWN}
+    changed = {key: value for key, value in keys.items() if saved[key] != value}
+    return ", ".join(f"{key} {written(saved[key])} -> {written(value)}" for key, value in changed.items())
+
+
+def describe_choice(cfg: Config) -> list[str]:
+    """The keys that were chosen for a new run of so many minutes, as YAML."""
+    # what train.py chooses by itself is told as what it is
+    values = values_of(cfg) | {"learning_rate": cfg.peak_lr, "muon_weight_decay": cfg.matrix_decay}
+    chosen = [f"{key}: {values[key]}" for key in CHOSEN if key not in cfg.given]
+    return [f"# chosen for {cfg.minutes:g} minutes", *chosen]
+
+
+def less_memory(cfg: Config) -> str:
+    """What to change in `cfg`, for which a GPU has too little memory."""
+    rows, micros, ways = cfg.batch_size, cfg.gradient_accumulation_steps, []
+    if rows % 2 == 0:
+        halved = f"--batch_size={rows // 2} --gradient_accumulation_steps={2 * micros}"
+        ways.append(f"{halved} (now {rows} and {micros}; the same losses)")
+    if not cfg.recompute:
+        ways.append("--recompute=true (the same losses in a third more time)")
+    ways.append(f"a block_size below {cfg.block_size}")
+    return f"the GPU has too little memory; take {', or '.join(ways)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run of minutes
+
+
+def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Callable[[Config], Trial]) -> Config:
+    """`cfg`; a new run of minutes gets what was not given chosen for the time that is left.
+
+    It takes less time if the text teaches nothing more. trial: makes what is timed on this machine. epochs becomes the
+    most that the run may read when it plans again, or 0 if max_iters was given. Raises ConfigError if time or memory is
+    too small for LEAST_STEPS steps of the smallest choice.
+    """
+    if not cfg.minutes or start.resumes:
+        return cfg
     machine, tokens = clock.machine, meta.splits["train"].tokens
     on_cpu = machine.device.type == "cpu"
     if start.content is None:
@@ -89,7 +217,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
     cfg = _choose(cfg, dropout=next(share for limit, share in DROPOUT if passes <= limit))
-    return revise(cfg, epochs=0.0 if "max_iters" in cfg.given else epochs)
+    return _change(cfg, epochs=0.0 if "max_iters" in cfg.given else epochs)
 
 
 def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log, run: Run) -> Config:
@@ -98,45 +226,15 @@ def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log
     A new plan is on the disk before it takes effect.
     """
     step = progress.iter_num
-    if (last := clock.last_step(cfg, progress, meter)) == cfg.max_iters:
+    if (last := clock.last_step(cfg.schedule, progress, meter)) == cfg.max_iters:
         return cfg
     if step > clock.known:  # else it is there already
         log.write({"kind": "plan", "iter": step, "max_iters": last, "step_s": clock.step_s, "left_s": clock.left_s})
     log.print(f"step {step:>6}  planned anew: {last} steps in all, not {cfg.max_iters}")
     plans = (*cfg.plans, f"{step}:{cfg.max_iters}:{cfg.eval_interval}")
-    cfg = revise(cfg, plans=plans, max_iters=last, eval_interval=clock.interval(last, cfg))
-    run.keep_config(cfg)
+    cfg = _change(cfg, plans=plans, max_iters=last, eval_interval=clock.interval(last, cfg.schedule))
+    keep(cfg, run)
     return cfg
-
-
-def fit_schedule(cfg: Config, windows_per_epoch: int) -> Config:
-    """`cfg` with the max_iters that `epochs` asks for, a warmup that fits into the decay and, unless given, a fitting
-    eval_interval.
-    """
-    per_epoch = windows_per_epoch / cfg.rows_per_step
-    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs and not cfg.minutes else cfg.max_iters
-    last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
-    if warmup > last:
-        warmup = last // 10
-        if "warmup_iters" in cfg.given:
-            warn(f"warmup_iters: {cfg.warmup_iters} steps don't fit into {last}; the warmup takes {warmup}")
-    interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
-    return revise(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
-
-
-def describe_choice(cfg: Config, start: Start) -> list[str]:
-    """The keys that were chosen for a new run of so many minutes, as YAML; nothing without minutes."""
-    if start.resumes or not cfg.minutes:
-        return []
-    cfg = revise(cfg, learning_rate=cfg.peak_lr)  # 0 and -1 stand for what other keys say
-    cfg = revise(cfg, muon_weight_decay=cfg.weight_decay) if cfg.muon_weight_decay < 0 else cfg
-    chosen = {key: getattr(cfg, key) for key in CHOSEN if key not in cfg.given}
-    return [f"# chosen for {cfg.minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen.items())]
-
-
-def _choose(cfg: Config, **values: Any) -> Config:
-    """`cfg` with `values` for the keys that were not given."""
-    return revise(cfg, **{key: value for key, value in values.items() if key not in cfg.given})
 
 
 def _rates(start: Start) -> dict[str, Any]:
@@ -163,7 +261,7 @@ def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) ->
     gc.collect()  # an earlier trial's model may hold itself
     least = []
     try:
-        for work in trial(revise(cfg, compile="false")):
+        for work in trial(_change(cfg, compile="false")):
             found: list[float] = []
             for spent in (LONG_S, LONG_S, TRIAL_S, TRIAL_S, TRIAL_S):
                 if sum(found) < spent:
@@ -188,7 +286,7 @@ def _climb(cfg: Config, most: float, clock: Clock, seconds: Callable[[Config], l
         return read >= min(TOKENS_A_WEIGHT * weights, most / 2)
 
     for shape in LADDER:
-        tried = revise(cfg, **dict(zip(SIZES, shape, strict=True)))
+        tried = _change(cfg, **dict(zip(SIZES, shape, strict=True)))
         weights = 12 * tried.n_layer * tried.n_embd**2
         if chosen is not cfg and (most < REREAD_A_WEIGHT * weights or not reads_enough(weights)):
             break  # the larger shape is slower still

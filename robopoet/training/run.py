@@ -1,9 +1,10 @@
-"""A run: how far it has come, and what it saves in its folder."""
+"""A run: what it starts from, how far it has come, and what it saves in its folder."""
 
 import contextlib
 import dataclasses
 import math
 import os
+import secrets
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -16,13 +17,24 @@ from torch.utils._pytree import tree_map_only
 
 from configurator import ConfigError, describe, warn
 from model import GPT
+from robopoet.errors import CheckpointError
 from robopoet.files import replacing
 from robopoet.machine import Machine
-from robopoet.text.dataset import Meta
-from robopoet.training.average import Average
-from robopoet.training.folder import Folder, earlier_runs, set_aside
-from robopoet.training.sharding import full_tensor
+from robopoet.text.dataset import SPLITS, Meta
+from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
+from robopoet.training.memory import full_tensor, shard_like
+from robopoet.training.optimizer import Average, state_shapes
 from robopoet.weights import checkpoint
+from robopoet.weights.header import NANOGPT_ARGS, SavedOptimizer, read_header, read_run
+
+# what earlier versions saved for a key that is now None: chosen by train.py
+EARLIER_AUTO = {
+    "learning_rate": 0,
+    "muon_weight_decay": -1,
+    "lr_decay_iters": 0,
+    "eval_interval": 0,
+    "wandb_run_name": "",
+}
 
 
 @dataclass
@@ -64,6 +76,155 @@ class Progress:
         ]
 
 
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from (None: from scratch), its path, and whether the run resumes."""
+
+    content: dict[str, Any] | None
+    path: Path
+    resumes: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of the run that saved the checkpoint, as this version writes them."""
+        saved = self.content["config"]
+        return {key: None if _was_auto(key, value) else value for key, value in saved.items()}
+
+    def build_model(self, block_size: int, dropout: float, vocab_size: int) -> GPT:
+        """The checkpoint's model, its context shortened to `block_size`, with new ids up to `vocab_size`."""
+        model = checkpoint.build_model(self.content, self.path, dropout, vocab_size)
+        model.crop_block_size(block_size)
+        return model
+
+    def release(self) -> None:
+        """Free the checkpoint's tensors once the run has copied them."""
+        if self.content:
+            self.content.clear()
+
+    def check_fit(self, dataset: str, optimizer: str, meta: Meta) -> None:
+        """Raise CheckpointError if the dataset or, on resuming, the optimizer is not the checkpoint's."""
+        if self.content is None:
+            return
+        problems, path = [], self.path
+        if self.resumes and self.content.get("text_sha256") != meta.text_sha256:
+            raise CheckpointError(
+                f"{path}: it was trained on another text than {dataset}; a new run can start from its weights: "
+                f"prepare.py --tokenizer={path}, then --init_from={path} with another --out_dir"
+            )
+        theirs, ours = checkpoint.tokenizer_of(self.content, path).to_json(), meta.tokenizer.to_json()
+        if not self.resumes:  # a new run may add special tokens to the checkpoint's
+            ours["specials"] = ours["specials"][: len(theirs["specials"])]
+        header = read_header(self.content, path)
+        if self.resumes and (changes := meta.changes(header.identity)):
+            cut = f"another cut of {dataset}'s text, {_list(changes)}"
+            problems.append(f"it was trained on {cut}; prepare that as it was")
+        elif theirs != ours:
+            problems.append(f"its tokenizer is not the dataset's; prepare that again, with --tokenizer={path}")
+        elif not self.resumes:
+            warn_of_other_splits(self.content, path, dataset, meta)
+        if self.resumes and (saved := header.config.optimizer) != optimizer:
+            problems.append(f"optimizer: the checkpoint has {saved}, the config {optimizer}")
+        if problems:
+            raise CheckpointError(f"{path}: " + "\n  ".join(problems))
+
+    def restore(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        average: Average | None,
+        teachers: dict[str, str],
+    ) -> Progress:
+        """Give optimizers, scaler and the weights' average their saved states; returns how far the run had come.
+
+        teachers: path -> SHA-256. A new run is at step 0 and gets a run_id. Raises CheckpointError unless all is such
+        as this run itself would save.
+        """
+        if not self.resumes:
+            return Progress(run_id=secrets.token_hex(4))
+        path, saved = self.path, read_run(self.content, self.path)
+        for name in teachers.keys() & saved.teachers.keys():
+            if teachers[name] != saved.teachers[name]:
+                advice = "put that back, or begin a new run"
+                raise CheckpointError(f"teacher: {name} is not the model that has taught this run so far; {advice}")
+        if any(weight.dtype is not torch.float32 for weight in self.content["model"].values()):
+            raise CheckpointError(f"{path}: its weights are not all float32, as a run's are; use --init_from={path}")
+        if len(saved.optimizer_states) != len(optimizers):
+            found = len(saved.optimizer_states)
+            raise CheckpointError(f"{path}: has the states of {found} optimizers, the run has {len(optimizers)}")
+        for i, (optimizer, state) in enumerate(zip(optimizers, saved.optimizer_states, strict=True)):
+            _restore_optimizer(optimizer, state, f"the states of its optimizer {i}", path, saved.iter_num)
+        if average and (saved.average or saved.config.ema):  # a run may begin to average when it is resumed
+            shapes = {name: weight.shape for name, weight in average.weights.items()}
+            checkpoint.check_tensors(saved.average, shapes, "its averages", path, (torch.float32,))
+            average.load(saved.average)
+        if scaler.is_enabled() and saved.scaler:
+            scaler.load_state_dict(scaler.state_dict() | dataclasses.asdict(saved.scaler))
+        return Progress(**{field.name: getattr(saved, field.name) for field in dataclasses.fields(Progress)})
+
+
+def _was_auto(key: str, value: Any) -> bool:
+    return key in EARLIER_AUTO and type(value) in (int, float, str) and value == EARLIER_AUTO[key]
+
+
+def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
+    """What `init_from` names; raises ConfigError or CheckpointError if there is no such thing."""
+    latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
+    if init_from == "scratch" or (init_from == "auto" and not latest.exists() and not previous.exists()):
+        if eval_only:
+            raise ConfigError(f"init_from: auto found no ckpt.pt in {out}; name one, e.g. --init_from=out/demo/best.pt")
+        kept = [folder for folder in (out / "previous", *earlier_runs(out)) if (folder / "ckpt.pt").exists()]
+        if init_from == "auto" and kept:
+            warn(f"{out} has no ckpt.pt, a new run begins; --out_dir={kept[-1]} resumes the one there")
+        return Start(None, latest, False)
+    if init_from not in ("resume", "auto"):
+        if not eval_only and replaces(out, Path(init_from)):
+            raise ConfigError(f"init_from: {init_from} is what this run replaces; choose another out_dir")
+        return Start(checkpoint.load(Path(init_from)), Path(init_from), False)
+    try:
+        return Start(checkpoint.load(latest), latest, True)
+    except CheckpointError as e:
+        if init_from == "resume" or not previous.exists():
+            raise
+        warn(f"{e}; resuming from {previous}")
+        return Start(checkpoint.load(previous), previous, True)
+
+
+def warn_of_other_splits(content: dict[str, Any], path: Path, dataset: str, meta: Meta) -> None:
+    """Warn that a checkpoint may have read what it is evaluated on: it was trained on other splits of the same text."""
+    header = read_header(content, path)
+    changes = meta.changes({key: length for key, length in header.identity.items() if key in SPLITS})
+    if changes and header.text_sha256 == meta.text_sha256:
+        warn(f"{path} was trained on another cut of {dataset}'s text and may have read its val split: {_list(changes)}")
+
+
+def _list(changes: dict[str, str]) -> str:
+    return ", ".join(f"{key} {change}" for key, change in changes.items())
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int
+) -> None:
+    """Give `optimizer` what it kept of each parameter.
+
+    Its settings stay: rates and decay, as the config may have changed, and `fused`, which places the states.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [list(group.params) for group in saved.param_groups] != [group["params"] for group in groups]:
+        raise CheckpointError(f"{path}: {what} are not of this model's parameters")
+    kept = {f"{i}.{name}": tensor for i, state in saved.state.items() for name, tensor in state.items()}
+    checkpoint.check_tensors(kept, state_shapes(optimizer), what, path, (torch.float32,))
+    for name, tensor in kept.items():
+        least, most = {"step": (0, steps), "exp_avg_sq": (0, math.inf)}.get(name.split(".")[1], (-math.inf, math.inf))
+        if not ((tensor >= least) & (tensor <= most)).all():
+            raise CheckpointError(f"{path}: {what}: {name} is below {least} or above {most}")
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    states = {  # contiguous: fused AdamW assumes it
+        i: {name: shard_like(tensor.contiguous(), params[i]) for name, tensor in state.items()}
+        for i, state in saved.state.items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
 class Run:
     """What a run saves in `out`, which is its own until close(), or until its process ends, however it ends.
 
@@ -74,9 +235,9 @@ class Run:
     def __init__(self, out: Path, config: dict[str, Any], meta: Meta, machine: Machine):
         if len(str(out).splitlines()) > 1:
             raise ConfigError(f"out_dir: found {str(out)!r}, must be a single line")
-        self.machine, self.best_loss = machine, math.inf  # best.pt's, if it is this run's
-        self.about = {"config": config, "tokenizer": meta.tokenizer.to_json()}
-        self.about |= {"text_sha256": meta.text_sha256, "identity": meta.identity, "licences": list(meta.licences)}
+        self.config, self.meta, self.machine = config, meta, machine
+        self.teachers: dict[str, str] = {}  # path -> SHA-256
+        self.best_loss = math.inf  # best.pt's, if it is this run's
         self.folder = Folder(out, machine.is_main)
 
     @property
@@ -98,18 +259,47 @@ class Run:
         val_loss: of this step, if it was evaluated. average: of the weights, which best.pt then holds. All ranks call
         it, to gather what is sharded; the main one writes. Returns "" if it was written, else an error message.
         """
-        latest = {**checkpoint.model_entries(model), **dataclasses.asdict(progress), **self.about}
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        latest |= {"average": average.weights if average else {}, "optimizer_states": states}
-        latest = tree_map_only(torch.Tensor, self._gather, latest)
+        weights, averaged, states = tree_map_only(
+            torch.Tensor,
+            self._gather,
+            (model.state_dict(), average.weights if average else {}, [each.state_dict() for each in optimizers]),
+        )
         if not self.machine.is_main:
             return ""
-        best = {key: value for key, value in latest.items() if key not in ("average", "optimizer_states")}
-        best |= {"model": best["model"] | latest["average"], "best_val_loss": val_loss, "best_iter": progress.iter_num}
-        for content in (best, latest):  # tied, and written once
-            content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]
-        # nanoGPT reads "optimizer", AdamW's
-        latest |= {"optimizer": latest["optimizer_states"][0], "scaler": scaler.state_dict()}
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied, and written once
+        shape, meta = dataclasses.asdict(model.config), self.meta
+        best = {
+            # nanoGPT's keys
+            "model": weights,  # its state dict: name -> float32 tensor
+            "model_args": {key: shape[key] for key in NANOGPT_ARGS},  # seven of GPTConfig's values
+            "iter_num": progress.iter_num,  # steps taken
+            "best_val_loss": val_loss,  # nats/token
+            "config": self.config,  # the value of each key of train.py
+            # ours; with nanoGPT's above, enough to write
+            "model_extra": {key: shape[key] for key in shape if key not in NANOGPT_ARGS},  # GPTConfig's others
+            "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
+            "text_sha256": meta.text_sha256,  # of the text that the model has read
+            "identity": meta.identity,  # hashes of its splits and its tokenizer, by name
+            "licences": list(meta.licences),  # of its sources
+            "teachers": self.teachers,  # path -> SHA-256 of the models that have taught it
+            "first_val_loss": progress.first_val_loss,  # nats/token, at the first evaluation
+            "best_iter": progress.iter_num,  # the step of best_val_loss
+            "bad_evals": progress.bad_evals,  # evaluations since then, for patience
+            "seconds": progress.seconds,  # time in training alone
+            "other_s": progress.other_s,  # time in all else, of a run of minutes
+            "run_id": progress.run_id,  # the run's own, also in its metrics.jsonl
+        }
+        latest = best | {
+            "best_val_loss": progress.best_val_loss,
+            "best_iter": progress.best_iter,
+            # what only resuming needs
+            "optimizer": states[0],  # AdamW's state, where nanoGPT looks for it
+            "optimizer_states": states,  # each optimizer's
+            "scaler": scaler.state_dict(),  # the loss scale of float16; empty for other dtypes
+            "average": averaged,  # name -> averaged weight; empty without ema
+        }
+        best["model"] = weights | averaged
+        best["model"]["lm_head.weight"] = best["model"]["transformer.wte.weight"]
         try:
             out = self.folder.where()
             if not (out / "best.pt").exists():
@@ -123,23 +313,18 @@ class Run:
             return f"step {progress.iter_num} could not be saved: {describe(e)}; {kept}"
         return ""
 
-    def keep_config(self, cfg: Any) -> None:
-        """Write the keys of `cfg` that differ from their defaults to config.yaml, with which train.py runs the same.
+    def keep_config(self, config: dict[str, Any], written: dict[str, Any]) -> None:
+        """Save the keys `config` in checkpoints from here on, and write config.yaml, with which train.py runs the same.
 
-        block_size is always there, as it may shorten that of init_from; minutes and epochs are not if they have chosen.
-        Checkpoints hold all keys from here on.
+        written: what config.yaml holds.
         """
-        self.about["config"] = dataclasses.asdict(cfg)
+        self.config = config
         if not self.machine.is_main:
             return
-        values = {field.name: (getattr(cfg, field.name), field.default) for field in dataclasses.fields(cfg)}
-        kept = {key: value for key, (value, default) in values.items() if value != default or key == "block_size"}
-        if kept.pop("minutes", 0):
-            kept.pop("epochs", 0)
-        text = yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()})
         try:
             with replacing(self.out / "config.yaml") as f:
-                f.write(f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n{text}".encode())
+                command = f"# python train.py {shlex.quote(f'{self.out}/config.yaml')}\n"
+                f.write(f"{command}{yaml.safe_dump(written)}".encode())
         except OSError as e:
             warn(describe(e))
 
