@@ -1,5 +1,6 @@
 """The interactive session, as called, over a pipe and in a terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -9,12 +10,11 @@ import types
 import pytest
 from scripts import Script, run_script
 
-import configurator
 from configurator import ConfigError
 from robopoet.writing import session
 from robopoet.writing.passage import Settings
 from robopoet.writing.replay import replay
-from robopoet.writing.session import SETTERS, Session
+from robopoet.writing.session import Session, key_of
 
 
 def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # noqa: B008
@@ -35,7 +35,8 @@ def interact(poet, monkeypatch, lines, settings=Settings(max_new_tokens=5)):  # 
 
 def test_commands_change_settings_and_mistakes_end_no_session(poet, monkeypatch, capsys):
     script = ["/temp 0", "/topk 5", "/topp 0.5", "/rep 1.2", "/tokens 7", "/seed 9", "/style alice", "/style bob",
-              "/temp cold", "/xyzzy", "/tmp", "/help", "^C", "/settings", "once", "/quit", "never read"]  # fmt: skip
+              "/minp 0.25", "/stop \\n\\n", "/ngram 3", "/ngram", "/until line", "/temp cold", "/xyzzy", "/temprature",
+              "/top 3", "/maxcopy 1", "/help", "^C", "/settings", "once", "/quit", "never read"]  # fmt: skip
     interact(poet, monkeypatch, script)
     out = capsys.readouterr().out
     for line in (
@@ -49,9 +50,13 @@ def test_commands_change_settings_and_mistakes_end_no_session(poet, monkeypatch,
         "must be one of the model's: alice, bard",
         "found 'cold', must be a number",
         "/xyzzy: no such command; /help lists all",
-        "/tmp: no such command; did you mean /temp?",
-        "/temp     0 to 1e6",
-        "/until    auto, tokens, line,",
+        "/temprature: no such command; did you mean /temperature?",
+        "/top: could be /top_k, /top_p; write more of it",
+        "max_copy: found 1, must be at least 3 and at most 100, or 0",
+        "min_p: 0.25",
+        "until: 'line'",
+        "no_repeat_ngram: 0",
+        r"stop: ('\n\n',)",
     ):
         assert line in out
     assert "once" in out and "never read" not in out
@@ -148,14 +153,17 @@ def test_a_session_in_a_terminal(random_pt, tmp_path):
     os.close(terminal)
 
 
-def test_the_ranges_in_help_are_those_that_are_checked():
-    for setting, values in SETTERS.values():
-        for low, high in re.findall(r"^(\S+) to (\S+)", values):
-            for value in (float(low), float(high)):
-                changed = configurator.change(Settings(), setting, f"{value:g}")
-                assert getattr(changed, setting) == value
-            with pytest.raises(ConfigError, match=f"^{setting}: "):
-                configurator.change(Settings(), setting, str(float(high) * 2))
+def test_help_tells_each_setting_and_a_part_of_its_name_is_a_command(poet, monkeypatch, capsys):
+    interact(poet, monkeypatch, ["/help"])
+    out = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert re.search(rf"^/{field.name}  .*\w", out, re.M) and key_of(f"/{field.name}") == field.name
+    assert "[auto tokens line sentence paragraph speech scene]" in out and "\n/more continues" in out
+    short = "style temp topk topp minp rep ngram maxcopy tokens until seed stop".split()
+    assert [key_of(f"/{word}") for word in short] == [
+        *("style", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram"),
+        *("max_copy", "max_new_tokens", "until", "seed", "stop"),
+    ]
 
 
 def test_a_terminal_has_a_history_that_lasts_and_completes_commands_and_styles(tmp_path, monkeypatch):

@@ -2,35 +2,25 @@
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import configurator
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
-from robopoet.writing.passage import Passage, Settings, Until
+from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.replay import save
 from robopoet.writing.terminal import check_save, print_passages, unescape
 
-SETTERS = {  # a command -> the setting that it changes, and the values that it takes
-    "/style": ("style", "NAME, or a blend: NAME:0.7,NAME:0.3"),
-    "/temp": ("temperature", "0 to 1e6 (0: always the likeliest)"),
-    "/topk": ("top_k", "from 0 (0: all)"),
-    "/topp": ("top_p", "1e-9 to 1 (1: all)"),
-    "/minp": ("min_p", "0 to 1 (0: off)"),
-    "/rep": ("repetition_penalty", "1e-6 to 1e6 (1: off)"),
-    "/ngram": ("no_repeat_ngram", "0 to 100 (0: off)"),
-    "/maxcopy": ("max_copy", "3 to 100 (0: off)"),
-    "/tokens": ("max_new_tokens", "from 1"),
-    "/until": ("until", ", ".join(get_args(Until))),
-    "/seed": ("seed", "from 0"),
-}
+KEYS = tuple(field.name for field in dataclasses.fields(Settings))
 ABOUT_LAST = ("/more", "/again", "/check", "/save")
-COMMANDS = (*SETTERS, *ABOUT_LAST, "/settings", "/help", "/quit", "/exit")
-HELP = f"""{chr(10).join(f"{command:<9} {values}" for command, (_, values) in SETTERS.items())}
+COMMANDS = (*(f"/{key}" for key in KEYS), *ABOUT_LAST, "/settings", "/help", "/quit", "/exit")
+HELP = """
+
+Each of these sets a value, or its default if you give none; a part of a name is enough: /temp 0.7, /topk 40
 /settings shows the values they have
 /more continues the last passage, /again generates another from its prompt
 /check shows how much of it is copied, /save FILE saves it
@@ -81,11 +71,6 @@ class Session:
             raise ConfigError(f"{command}: there is no passage yet; type a prompt")
         if not line.startswith("/"):
             self.generate(unescape(line))
-        elif command in SETTERS:
-            changed = configurator.change(self.settings, SETTERS[command][0], argument)
-            self.poet.blend_of(changed.style)  # raises for an unknown style
-            self.settings = changed
-            self.next_number = 0 if command == "/seed" else self.next_number
         elif command == "/more":
             self.generate(self.last[0].prompt + self.last[0].text, echo=False)
         elif command == "/again":
@@ -101,18 +86,40 @@ class Session:
             save(Path(argument), self.poet, self.last)
         elif command == "/settings":
             print("\n".join(f"{key}: {value!r}" for key, value in dataclasses.asdict(self.settings).items()))
-        elif command != "/help":
-            near = configurator.did_you_mean(command, COMMANDS)
-            raise ConfigError(f"{command}: no such command{near or '; /help lists all'}")
-        else:
-            print(HELP)
+        elif command == "/help":
+            print(re.sub("^  --", "/", configurator.usage(Settings).partition("\n\n")[2], flags=re.M) + HELP)
             print(f"styles: {', '.join(self.poet.styles) or 'none'}")
+        else:
+            self.set(key_of(command), unescape(argument))
+
+    def set(self, key: str, text: str) -> None:
+        """Give a setting the value of `text`, or its default for none; raises ConfigError if it can't have that."""
+        given = dataclasses.asdict(self.settings) | {key: getattr(Settings, key)}
+        changed = configurator.change(self.settings, key, text) if text else make_settings(given)
+        self.poet.blend_of(changed.style)  # raises for an unknown style
+        self.settings = changed
+        self.next_number = 0 if key == "seed" else self.next_number
 
     def generate(self, prompt: str, echo: bool = True) -> None:
         """Continue `prompt` with the next random stream; echo: print the prompt, too."""
         self.last = self.poet.begin(prompt, 1, self.next_number, **dataclasses.asdict(self.settings))
         self.next_number += 1
         print_passages(self.poet, self.last, self.poet.stream(self.last, logprobs=True), echo=echo)
+
+
+def key_of(command: str) -> str:
+    """The setting that a command changes: its name, without underscores, begins with the command's or else holds it.
+
+    Raises ConfigError unless there is one.
+    """
+    part, names = command[1:].replace("_", ""), {key.replace("_", ""): key for key in KEYS}
+    found = [name for name in names if name.startswith(part)] or [name for name in names if part in name]
+    if len(found) == 1:
+        return names[found[0]]
+    if found:
+        raise ConfigError(f"{command}: could be {', '.join(f'/{names[name]}' for name in found)}; write more of it")
+    near = configurator.did_you_mean(command, COMMANDS)
+    raise ConfigError(f"{command}: no such command{near or '; /help lists all'}")
 
 
 @contextlib.contextmanager
