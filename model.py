@@ -14,7 +14,7 @@ import torch.nn as nn
 # torch's functions of the same names give the same numbers, slower on a CPU
 from robopoet.ops import Dropout, Linear, cross_entropy, linear, scaled_dot_product_attention
 
-Sample = tuple[torch.Tensor, torch.Tensor]  # of the vocabulary: (n,) int64 ids, (n,) float32 added to their logits
+Candidates = tuple[torch.Tensor, torch.Tensor]  # sampled softmax: (n,) int64 ids, (n,) float32 added to their logits
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         cache: KVCache | None = None,
         reduction: str = "mean",
-        sample: Sample | None = None,
+        candidates: Candidates | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits, and the loss if there are targets.
 
@@ -197,8 +197,8 @@ class GPT(nn.Module):
         int64, -1 to ignore. Returns logits (B, T, V) and the cross-entropy in nats per token (reduction "mean": scalar;
         "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
         loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
-        sample: ids that are compared instead of the whole vocabulary; targets are then places among them. For a mean,
-        targets may be probabilities, (B, T, V) float32.
+        candidates: ids that are compared instead of the whole vocabulary; targets are then places among them. For a
+        mean, targets may be probabilities, (B, T, V) float32.
         """
         c, T, rotation = self.config, idx.shape[1], None
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -215,10 +215,11 @@ class GPT(nn.Module):
             cache.length += T
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        if sample is None:
+        if candidates is None:
             logits = self.lm_head(x)
         else:
-            logits = linear(x, self.lm_head.weight.index_select(0, sample[0]), bias=sample[1].to(x.dtype))
+            ids, shifts = candidates
+            logits = linear(x, self.lm_head.weight.index_select(0, ids), bias=shifts.to(x.dtype))
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), ignore_index=-1, reduction=reduction)
         return logits.detach(), loss.view_as(targets) if reduction == "none" else loss
 

@@ -21,9 +21,9 @@ import configurator
 from configurator import ConfigError, bounds, is_out_of_memory, warn
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
-from robopoet.machine import Machine, Requests, Signals, find_machine, step_seed, why_no_compile
+from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
 from robopoet.recording import Graphed
-from robopoet.text import dataset, tokenizer
+from robopoet.text import dataset
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training import optimizer, plan
 from robopoet.training.evaluate import evaluate, result_line
@@ -156,18 +156,12 @@ class TrainConfig:
 # model and optimizers
 
 
-def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
-    """A freshly initialised model, the same for the same seed."""
+def make_model(cfg: TrainConfig, vocab_size: int, start: Start | None = None) -> GPT:
+    """The model that a run starts with: freshly initialised from the seed, or the checkpoint's with new ids from it."""
     torch.manual_seed(cfg.seed)
+    if start and start.content:
+        return start.build_model(cfg.block_size, cfg.dropout, vocab_size)
     return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(cfg, key) for key in (*plan.SHAPE, "dropout")}))
-
-
-def make_model(cfg: TrainConfig, start: Start, vocab_size: int) -> GPT:
-    """The model that a run starts with: a new one, or the checkpoint's, its context shortened to block_size."""
-    if start.content is None:
-        return new_model(cfg, vocab_size)
-    torch.manual_seed(cfg.seed)  # of the ids that the checkpoint lacks
-    return start.build_model(cfg.block_size, cfg.dropout, vocab_size)
 
 
 @dataclass
@@ -214,12 +208,7 @@ def build_state(
     rates = {"lr": cfg.peak_lr, "weight_decay": cfg.weight_decay, "betas": (cfg.beta1, cfg.beta2)}
     rates |= {"muon_lr": cfg.muon_learning_rate, "muon_weight_decay": cfg.matrix_decay}
     optimizers = optimizer.configure_optimizers(model, machine, cfg.optimizer, **rates, recorded=recorded)
-    forward: torch.nn.Module = model
-    if cfg.compile == "true" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        if reason := why_no_compile(machine.device):
-            warn(f"compile: {reason} on this machine; training uncompiled")
-        else:
-            forward = torch.compile(model)
+    forward = compiled(model, cfg.compile, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
     rows = StepRows(cfg.batch_size, cfg.gradient_accumulation_steps, machine.world_size)
     state = State(cfg, machine, model, forward, optimizers, scaler, rows, optimizer.Trouble(machine))
@@ -282,7 +271,8 @@ def update(
         state.sync_next(micro == count - 1)
         with machine.autocast():
             y = state.teachers(x, y, candidates) if state.teachers else y
-            loss = state.forward(x, y, sample=candidates)[1]  # no name holds the logits through the next micro-batch
+            # no name holds the logits through the next micro-batch
+            loss = state.forward(x, y, candidates=candidates)[1]
         scaler.scale(loss / count).backward()
         total += loss.detach() / count
     optimizer.unscale(state.optimizers, scaler)
@@ -296,10 +286,10 @@ def trial(start: Start, folder: Path, meta: dataset.Meta, machine: Machine, cfg:
     """A step, and a batch of an evaluation, of a model that is then thrown away, for `minutes` to time."""
     val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    state = build_state(cfg, machine, make_model(cfg, start, meta.vocab_size), split, meta)
-    sizes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
+    state = build_state(cfg, machine, make_model(cfg, meta.vocab_size, start), split, meta)
+    tok = meta.load_tokenizer()
     part = EvalPlan(cfg.block_size, cfg.batch_size, limit=1)
-    return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, sizes, part, machine)
+    return functools.partial(train_step, state, windows), lambda step: evaluate(state.model, val, tok, part, machine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,13 +323,12 @@ def train(cfg: TrainConfig, start: Start) -> None:
     cfg = plan.fit_minutes(cfg, start, meta, clock, functools.partial(trial, start, folder, meta, machine))
     val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    tok = tokenizer.from_json(meta.tokenizer)
-    token_bytes = tokenizer.token_bytes(tok)
+    tok = meta.load_tokenizer()
     cfg = plan.finish(cfg, windows.per_epoch)
     eval_plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters, even=cfg.shard)
 
     # --- model and optimizers
-    model = make_model(cfg, start, meta.vocab_size)
+    model = make_model(cfg, meta.vocab_size, start)
     run = Run(Path(cfg.out_dir), configurator.values_of(cfg), meta, machine)
     run.check_space(model, start.resumes, cfg.ema > 0)
     state = build_state(cfg, machine, model, split, meta)
@@ -382,7 +371,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
             val_loss = math.inf
             if at_eval:
                 with state.average.applied() if state.average else contextlib.nullcontext():
-                    result = evaluate(model, val, token_bytes, eval_plan, machine)
+                    result = evaluate(model, val, tok, eval_plan, machine)
                     sample = preview(model) if previews else {}
                 progress.note(val_loss := result["loss"])
                 log.evaluation(progress, result | sample)
@@ -414,9 +403,9 @@ def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
     meta = dataset.read_meta(folder)
     start.check_fit(cfg.dataset, cfg.optimizer, meta)
     split = dataset.open_split(folder, cfg.split, meta, cfg.block_size, machine.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    model = make_model(cfg, start, meta.vocab_size).to(machine.device)
-    result = evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters), machine)
+    model = make_model(cfg, meta.vocab_size, start).to(machine.device)
+    eval_plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
+    result = evaluate(model, split, meta.load_tokenizer(), eval_plan, machine)
     if machine.is_main:
         print(f"{machine}, parameters: {model.num_params():,}")
         part = f"at most {cfg.eval_iters} batches, spread over " if cfg.eval_iters else ""

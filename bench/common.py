@@ -26,7 +26,6 @@ from model import GPT
 from robopoet import files, untrusted
 from robopoet.errors import CheckpointError
 from robopoet.machine import Machine
-from robopoet.text import tokenizer
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
@@ -236,8 +235,7 @@ def evaluate_checkpoint(
     meta = read_meta(folder)
     start.check_fit(cfg.dataset, cfg.optimizer, meta)
     split = open_split(folder, split_name, meta, cfg.block_size, machine.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    return evaluate(model, split, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size), machine)
+    return evaluate(model, split, meta.load_tokenizer(), EvalPlan(cfg.block_size, cfg.batch_size), machine)
 
 
 def evaluate_test(path: Path, machine: Machine) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=2"]
 QUICK += ["--gradient_accumulation_steps=1", "--dtype=float32"]
 ADVICE = "halve batch_size"  # what configurator.launch prints when memory runs out
-UNCOMPILED = "uncompiled"  # in the warning of train.build_state when it can't compile
+UNCOMPILED = "uncompiled"  # in the warning of machine.compiled when it can't compile
 
 
 class TimeUpError(ConfigError):

@@ -37,7 +37,6 @@ from bench.peer import Launch, iteration_ms
 from configurator import ConfigError, bounds
 from robopoet.errors import CheckpointError, DataError
 from robopoet.machine import Machine, find_machine
-from robopoet.text import tokenizer
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
@@ -90,7 +89,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
     meta = read_meta(folder)
     split = open_split(folder, "val", meta, 1, machine.device)
     split = dataclasses.replace(split, tags=np.full_like(split.tags, -1))  # its model knows no tags
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
+    tok = meta.load_tokenizer()
     args = shlex.split(cfg.peer_args)
     given = dict(arg.removeprefix("--").split("=", 1) for arg in args if "=" in arg)
     try:
@@ -111,7 +110,7 @@ def run_peer(cfg: LearnConfig, machine: Machine, folder: Path, seed: int, rate: 
             saved = checkpoint.load(Path(scratch) / "out" / f"ckpt.pt.{iteration}")
             model = checkpoint.build_model(saved, Path(scratch)).to(machine.device)
             plan = EvalPlan(model.config.block_size, cfg.batch_size)
-            found = evaluate(model, split, token_bytes, plan, machine)
+            found = evaluate(model, split, tok, plan, machine)
             tokens = iteration * saved["config"]["batch_size"] * model.config.block_size
             tokens *= saved["config"]["gradient_accumulation_steps"]
             place = {"iter": iteration, "tokens": tokens, "seconds": float(ms[iteration - 1]) / 1000}

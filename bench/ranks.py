@@ -88,7 +88,7 @@ def main(cfg: RanksConfig) -> None:
     """Time one rank and several in turns, print a table and write the result."""
     machine = find_machine(cfg.device, cfg.dtype)
     meta = read_meta(find_dataset(cfg.dataset))
-    parameters = train.new_model(cfg, meta.vocab_size).num_params()
+    parameters = train.make_model(cfg, meta.vocab_size).num_params()
     speed: dict[int, list[float]] = {1: [], cfg.ranks: []}
     for _ in progress(range(cfg.repeats), "rounds"):
         for ranks, found in speed.items():

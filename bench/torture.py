@@ -106,7 +106,7 @@ def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, keys.block_size, machine.device)
     windows = TrainWindows(split, keys.block_size, keys.seed, keys.tag_prob)
-    state = train.build_state(keys, machine, train.new_model(keys, meta.vocab_size), split)
+    state = train.build_state(keys, machine, train.make_model(keys, meta.vocab_size), split)
     signals, one = Signals(machine, keys.timeout_s), torch.ones(())
 
     def watch() -> None:

@@ -125,7 +125,7 @@ def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train
     """What train.py would build: a new model with its optimizers, and the rows of the corpus in `folder`."""
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
-    state = train.build_state(cfg, machine, train.new_model(cfg, meta.vocab_size), split)
+    state = train.build_state(cfg, machine, train.make_model(cfg, meta.vocab_size), split)
     if isinstance(cfg, SpeedConfig) and cfg.compile_mode != "default" and state.forward is not state.model:
         state.forward = torch.compile(state.model, mode=cfg.compile_mode)
     return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)

@@ -331,6 +331,16 @@ def why_no_kernels(device: torch.device) -> str | None:
     )
 
 
+def compiled(model: torch.nn.Module, how: str, device: torch.device) -> torch.nn.Module:
+    """`model` compiled, if `how` is "true", or "auto" on CUDA; as it is, with a warning, where that can't be."""
+    if how == "false" or (how == "auto" and device.type != "cuda"):
+        return model
+    if reason := why_no_compile(device):
+        warn(f"compile: {reason} on this machine; training uncompiled")
+        return model
+    return torch.compile(model)
+
+
 def why_no_compile(device: torch.device) -> str | None:
     """What torch.compile lacks for `device` on this machine (a compiler, Python's headers), or None if it can work."""
     if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "g++"), "clang++")):

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
     torch.save(kept | {"config": {}}, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match="does not say"):
         demo.main(demo.DemoConfig(run=str(tmp_path), device="cpu"))
-    model = train.new_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
+    model = train.make_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
     machine = find_machine("cpu", "float32")
     with pytest.raises(CheckpointError, match="does not say what it was trained on"):
         common.evaluate_checkpoint(kept, tmp_path / "best.pt", model, "val", machine)

@@ -272,9 +272,9 @@ def test_what_is_looked_for_is_what_is_printed(small, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         configurator.launch(main, train_speed.SpeedConfig)
     assert gpu_stages.ADVICE in capsys.readouterr().err
-    monkeypatch.setattr(train, "why_no_compile", lambda device: "no compiler")
+    monkeypatch.setattr("robopoet.machine.why_no_compile", lambda device: "no compiler")
     cfg = train.TrainConfig(**small | {"compile": "true"})
-    train.build_state(cfg, Machine(torch.device("cpu"), torch.float32), train.new_model(cfg, 61))
+    train.build_state(cfg, Machine(torch.device("cpu"), torch.float32), train.make_model(cfg, 61))
     assert gpu_stages.UNCOMPILED in capsys.readouterr().err
 
 

@@ -118,14 +118,14 @@ def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, m
     assert result["start_s"] is None and "s to first step" not in train_speed.table([result])
     peaks = iter([1e15, 1e15, 4e15])
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
-    model = train.new_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
+    model = train.make_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
     flops = model.flops_per_token() * 4 * 16
     assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # of the best peak
 
 
 def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):
     modes = []
-    monkeypatch.setattr(train, "why_no_compile", lambda device: None)
+    monkeypatch.setattr("robopoet.machine.why_no_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or torch.nn.Sequential(model)[0])
     args = [f"{run}/tiny.yaml", *TINY, "--repeats=2", "--steps=1", "--start=false", "--dtype=float16"]
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
@@ -146,7 +146,7 @@ def test_train_speed_on_random_ids(run, results, tmp_path, monkeypatch):
     args = [f"{run}/tiny.yaml", *TINY, "--repeats=1", "--steps=1", "--vocab_size=300"]
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     cfg = configurator.load(train_speed.SpeedConfig, args)
-    assert result["parameters"] == train.new_model(cfg, 300).num_params()
+    assert result["parameters"] == train.make_model(cfg, 300).num_params()
     assert result["loss"] == pytest.approx(np.log(300), abs=0.2)
     assert "random" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 

@@ -32,7 +32,7 @@ def losses_and_norms(cfg: TrainConfig, steps: int) -> tuple[np.ndarray, train.St
     machine, folder = Machine(torch.device("cuda"), getattr(torch, cfg.dtype)), Path(cfg.dataset)
     split = open_split(folder, "train", read_meta(folder), cfg.block_size, machine.device)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    state = train.build_state(cfg, machine, train.new_model(cfg, 61))  # a vocabulary that is padded
+    state = train.build_state(cfg, machine, train.make_model(cfg, 61))  # a vocabulary that is padded
     assert (state.graphed_update is not None) == cfg.record
     found = []
     for step in range(steps):
@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_updates_nothing_while_it_is_replayed(small, m
     machine, folder = Machine(torch.device("cuda"), torch.float32), Path(cfg.dataset)
     split = open_split(folder, "train", read_meta(folder), cfg.block_size, machine.device)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    state = train.build_state(cfg, machine, train.new_model(cfg, 61))
+    state = train.build_state(cfg, machine, train.make_model(cfg, 61))
     for step in range(6):
         train.train_step(state, windows, step)
     state.model.transformer.ln_f.weight.data[0] = torch.inf
@@ -120,7 +120,7 @@ def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, d
 
 def test_evaluation_needs_little_more_than_its_logits(small):
     keys = small | {"device": "cuda", "n_layer": 1, "n_embd": 16, "block_size": 512}
-    model = train.new_model(TrainConfig(**keys), 50_257).to("cuda", torch.bfloat16).eval()
+    model = train.make_model(TrainConfig(**keys), 50_257).to("cuda", torch.bfloat16).eval()
     idx = torch.zeros(8, 512, dtype=torch.long, device="cuda")
     logits_bytes = 2 * idx.numel() * 50_257
     torch.cuda.reset_peak_memory_stats()

@@ -38,7 +38,7 @@ def test_evaluation_equals_a_naive_loop(small, small_config, books):
             size += sum(lengths[target] for target in window[1:])
             means.append(np.mean(found))
     plan = EvalPlan(small_config.block_size, small_config.batch_size)
-    result = evaluate(model, split, lengths, plan, CPU)
+    result = evaluate(model, split, tokenizer.from_json(meta.tokenizer), plan, CPU)
     total = sum(nats.values()) / sum(count.values())
     assert result["loss"] == pytest.approx(total, abs=1e-9)
     assert result["ppl"] == pytest.approx(math.exp(total))
@@ -52,22 +52,22 @@ def test_evaluation_equals_a_naive_loop(small, small_config, books):
 def test_ranks_that_share_an_evaluation_find_what_one_rank_does(small_config, books, monkeypatch, even):
     meta = read_meta(books)
     split = open_split(books, "val", meta, 32, CPU.device)
-    lengths = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
-    model, plan = train.new_model(small_config, meta.vocab_size).double(), EvalPlan(32, 8, even=even)
-    alone = evaluate(model, split, lengths, plan, CPU)
+    tok = meta.load_tokenizer()
+    model, plan = train.make_model(small_config, meta.vocab_size).double(), EvalPlan(32, 8, even=even)
+    alone = evaluate(model, split, tok, plan, CPU)
     ranks, sums = [dataclasses.replace(CPU, rank=rank, world_size=3) for rank in range(3)], []
     monkeypatch.setattr(Machine, "all_reduce", lambda self, tensor: sums.append(tensor) or tensor)
     for rank in ranks:
-        evaluate(model, split, lengths, plan, rank)
+        evaluate(model, split, tok, plan, rank)
     monkeypatch.setattr(Machine, "all_reduce", lambda self, tensor: sum(sums))
     for rank in ranks:
-        found = evaluate(model, split, lengths, plan, rank)
+        found = evaluate(model, split, tok, plan, rank)
         for key in alone.keys() - {"seconds"}:
             assert found[key] == pytest.approx(alone[key], abs=1e-12), key
 
 
 def test_the_cost_of_a_wrong_tag_is_that_of_a_naive_loop(small, small_config, books):
-    model = train.new_model(small_config, read_meta(books).vocab_size).double()
+    model = train.make_model(small_config, read_meta(books).vocab_size).double()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     meta = read_meta(books)

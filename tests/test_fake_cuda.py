@@ -104,7 +104,7 @@ def test_on_gpus_the_votes_time_out_before_nccl_does(monkeypatch):
 @pytest.mark.parametrize("recorded", [False, True])
 def test_adamw_is_capturable_only_where_it_is_recorded(recorded):
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=8)
-    model, cpu = train.new_model(cfg, 61), Machine(torch.device("cpu"), torch.float32)
+    model, cpu = train.make_model(cfg, 61), Machine(torch.device("cpu"), torch.float32)
     adamw, _ = configure_optimizers(model, cpu, "muon", 1e-2, 0.1, (0.8, 0.99), 0.02, 0.1, recorded)
     assert adamw.defaults["capturable"] == recorded
 
@@ -112,7 +112,7 @@ def test_adamw_is_capturable_only_where_it_is_recorded(recorded):
 def test_an_unfused_adamw_skips_a_step_that_is_not_finite(small, monkeypatch):
     """As on MPS, whose AdamW reads no verdict."""
     cpu, cfg = Machine(torch.device("cpu"), torch.float32), TrainConfig(**small | {"optimizer": "adamw"})
-    state = train.build_state(cfg, cpu, train.new_model(cfg, 61))
+    state = train.build_state(cfg, cpu, train.make_model(cfg, 61))
     groups = state.optimizers[0].param_groups
     state.optimizers = [torch.optim.AdamW([{**group, "fused": False} for group in groups], fused=False)]
     ids = torch.zeros(8, 32, dtype=torch.long)
@@ -128,5 +128,5 @@ def test_an_unfused_adamw_skips_a_step_that_is_not_finite(small, monkeypatch):
 
 def test_recording_where_it_can_not_be_is_said_and_left_out(small, capsys):
     cpu, cfg = Machine(torch.device("cpu"), torch.float32), TrainConfig(**small | {"record": True})
-    assert train.build_state(cfg, cpu, train.new_model(cfg, 61)).graphed_update is None
+    assert train.build_state(cfg, cpu, train.make_model(cfg, 61)).graphed_update is None
     assert "record: needs a CUDA device" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def in_a_child(work) -> int:
 def save_step():
     """Saves a small run as it stands at a step."""
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, device="cpu", dtype="float32")
-    state = train.build_state(cfg, CPU, train.new_model(cfg, 50))
+    state = train.build_state(cfg, CPU, train.make_model(cfg, 50))
     chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
     splits = {"train": size, "val": size, "test": size}
     meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())

@@ -52,7 +52,7 @@ def test_the_losses_are_the_same_bits(small, tmp_path, optimizer):
 def test_a_micro_batchs_logits_are_gone_before_the_next_ones_are_made(small):
     cpu, cfg = machine.Machine(torch.device("cpu"), torch.float32), TrainConfig(**small | {"batch_size": 4})
     cfg = dataclasses.replace(cfg, gradient_accumulation_steps=3)
-    state, earlier = train.build_state(cfg, cpu, train.new_model(cfg, 61)), []
+    state, earlier = train.build_state(cfg, cpu, train.make_model(cfg, 61)), []
 
     def forward(*args, **keys):
         assert all(logits() is None for logits in earlier)

@@ -15,7 +15,6 @@ import torch
 
 import train
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import EvalPlan
 from robopoet.training.evaluate import evaluate
@@ -305,7 +304,7 @@ def test_one_rank_evaluates_what_sharded_ranks_have_learnt(uneven):
     split = open_split(folder, "val", meta, cfg.block_size, cpu.device)
     model, tok, content = checkpoint.load_model(out / "ckpt.pt", cpu.device, cpu.dtype)
     plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
-    found = evaluate(model, split, tokenizer.token_bytes(tok), plan, cpu)
+    found = evaluate(model, split, tok, plan, cpu)
     assert content["iter_num"] == 30 and found["loss"] == pytest.approx(losses(out, "eval")[-1], abs=1e-6)
 
 

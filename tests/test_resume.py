@@ -185,7 +185,7 @@ def test_a_new_run_may_shorten_the_context_and_change_nothing_else_of_the_shape(
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config, positions):
-    model = train.new_model(dataclasses.replace(small_config, positions=positions), 64).eval()
+    model = train.make_model(dataclasses.replace(small_config, positions=positions), 64).eval()
     idx = torch.randint(64, (2, 16))
     before = model(idx, idx)[0]
     model.crop_block_size(16)
@@ -307,7 +307,7 @@ def test_mfu_is_never_above_one_and_its_peak_is_measured_again_when_passed(small
     peaks = iter([1.0, 2e15, 1.0, 1.0])
     machine = Machine(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(Machine, "matmul_flops", lambda self, product: next(peaks))
-    meter = Meter(machine, train.new_model(small_config, 64), 100)
+    meter = Meter(machine, train.make_model(small_config, 64), 100)
     loss = torch.tensor(1.0)
     meter.steps = 1
     first = meter.lap(Progress(1), loss, loss, 1e-3)["mfu"]

@@ -68,9 +68,9 @@ def test_equal_weights_are_drawn_with_equal_probability():
 def test_a_sample_of_all_ids_gives_the_loss_and_gradients_of_the_full_softmax():
     (idx, targets), full, sampled = rows(), make_model(), make_model()
     _, expected = full(idx, targets)
-    places, sample = Sampler(V)(targets)
-    assert sorted(sample[0].tolist()) == list(range(V)) and not sample[1].any()
-    _, loss = sampled(idx, places, sample=sample)
+    places, (ids, shifts) = Sampler(V)(targets)
+    assert sorted(ids.tolist()) == list(range(V)) and not shifts.any()
+    _, loss = sampled(idx, places, candidates=(ids, shifts))
     for each in (expected, loss):
         each.backward()
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
@@ -81,7 +81,7 @@ def test_a_sample_of_all_ids_gives_the_loss_and_gradients_of_the_full_softmax():
 def test_the_loss_of_a_sample_is_that_of_a_naive_loop_over_its_ids():
     model, (idx, targets) = make_model(), rows()
     places, (ids, shifts) = Sampler(35)(targets)
-    _, loss = model(idx, places, sample=(ids, shifts))
+    _, loss = model(idx, places, candidates=(ids, shifts))
     logits, _ = model(idx, targets)
     found = []
     for z, y in zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True):
@@ -175,7 +175,7 @@ def test_compiled_steps_with_samples_learn_as_plain_ones_without_compiling_anew(
     split = open_split(books, "train", meta, cfg.block_size, CPU)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     for compiled in (False, True):
-        state = train.build_state(cfg, MACHINE, train.new_model(cfg, meta.vocab_size), split)
+        state = train.build_state(cfg, MACHINE, train.make_model(cfg, meta.vocab_size), split)
         if compiled:
             torch._dynamo.reset()
             state.forward = torch.compile(state.model, backend="aot_eager")
@@ -188,6 +188,6 @@ def test_the_flops_of_a_sample_are_those_of_its_logits_and_never_more_than_of_al
     model = GPT(GPTConfig(vocab_size=1000)).double()  # the counter doesn't know oneDNN's products in float32
     idx, ids = torch.randint(300, (2, 128)), torch.arange(300)
     with FlopCounterMode(display=False) as counter:
-        model(idx, idx, sample=(ids, torch.zeros(300)))[1].backward()
+        model(idx, idx, candidates=(ids, torch.zeros(300)))[1].backward()
     assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(300), rel=0.01)
     assert model.flops_per_token(2000) == model.flops_per_token(1000) == model.flops_per_token()

@@ -44,9 +44,9 @@ def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(smal
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, CPU.device)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
-    model = train.new_model(cfg, meta.vocab_size)
+    model = train.make_model(cfg, meta.vocab_size)
     weights = [checkpoint.build_model(checkpoint.load(Path(path)), Path(path)).double() for path in teachers.split(",")]
-    student = train.new_model(cfg, meta.vocab_size).double()
+    student = train.make_model(cfg, meta.vocab_size).double()
     state = train.build_state(cfg, CPU, model, split, meta)
     drawn = []
     if sampled:

@@ -16,7 +16,6 @@ import train
 from configurator import ConfigError
 from model import GPT
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training.evaluate import evaluate
@@ -48,7 +47,7 @@ def windows_of(keys: dict, **changes) -> TrainWindows:
 def sgd_state(keys: dict, **changes) -> State:
     """A state whose step is w -= gradient, so that the change of the weights shows the gradient."""
     cfg = TrainConfig(**keys | changes)
-    state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
+    state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
     sgd = torch.optim.SGD(state.model.parameters(), lr=1.0, fused=True)
     sgd.param_groups[0]["peak_lr"] = 1.0
     state.optimizers = [sgd]
@@ -80,7 +79,7 @@ def test_learning_rate_at_its_corners():
 
 def test_each_group_follows_the_schedule_from_its_own_peak(small):
     cfg = TrainConfig(**small | {"warmup_iters": 0, "max_iters": 10})
-    state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
+    state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
     train.train_step(state, windows_of(small), 5)
     rates = {type(o).__name__: [group["lr"] for group in o.param_groups] for o in state.optimizers}
     assert rates["AdamW"] == pytest.approx([cfg.peak_lr / 2] * 2)
@@ -133,7 +132,7 @@ def test_overfits_one_batch_to_near_zero(small, optimizer):
     keys = small | {"optimizer": optimizer, "max_iters": 100, "learning_rate": 1e-2, "tag_prob": 0.0}
     cfg, windows = TrainConfig(**keys), windows_of(keys)
     windows.rows = lambda first, count: (np.arange(count) * cfg.block_size, np.full(count, -1))
-    state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
+    state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
     for step in range(cfg.max_iters):
         loss, _ = train.train_step(state, windows, step)
     assert loss.item() < 0.05
@@ -151,7 +150,7 @@ def test_the_seed_of_a_step_differs_by_step_and_rank_and_by_nothing_else():
 def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small, optimizer):
     keys = small | {"optimizer": optimizer, "dtype": "float16"}
     cfg, machine, windows = TrainConfig(**keys), Machine(CPU.device, torch.float16), windows_of(keys)
-    state = train.build_state(cfg, machine, train.new_model(cfg, 64))
+    state = train.build_state(cfg, machine, train.make_model(cfg, 64))
     train.train_step(state, windows, 0)
     before, scale = weights(state.model), state.scaler.get_scale()
     wte = state.model.transformer.wte.weight
@@ -203,7 +202,7 @@ def test_a_recorded_step_is_given_each_steps_rows_seed_and_rate(small, monkeypat
     cfg, windows = TrainConfig(**keys), windows_of(keys)
     ends = []
     for recorded in (False, True):
-        state = train.build_state(cfg, CPU, train.new_model(cfg, 64))
+        state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
         if recorded:
             device = RecordedOnCPU(monkeypatch, state)
             state.graphed_update = train.Graphed(functools.partial(train.update, state))
@@ -219,12 +218,12 @@ def test_nothing_is_compiled_anew_while_a_step_is_recorded(small, books, monkeyp
     keys = small | {"optimizer": optimizer, "gradient_accumulation_steps": 2}
     cfg, windows, meta = TrainConfig(**keys), windows_of(keys), read_meta(books)
     val = open_split(books, "val", meta, cfg.block_size, CPU.device)
-    token_bytes = tokenizer.token_bytes(tokenizer.from_json(meta.tokenizer))
+    tok = meta.load_tokenizer()
     found = []
     for recorded in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        state = train.build_state(cfg, CPU, train.new_model(cfg, meta.vocab_size))
+        state = train.build_state(cfg, CPU, train.make_model(cfg, meta.vocab_size))
         if recorded:
             state.forward = torch.compile(state.model, backend="aot_eager")
             device = RecordedOnCPU(monkeypatch, state)
@@ -234,7 +233,7 @@ def test_nothing_is_compiled_anew_while_a_step_is_recorded(small, books, monkeyp
             with torch._dynamo.config.patch(error_on_recompile=True):
                 losses.append(float(train.train_step(state, windows, step)[0]))
             if step in (1, 4):
-                evaluate(state.model, val, token_bytes, EvalPlan(cfg.block_size, cfg.batch_size), CPU)
+                evaluate(state.model, val, tok, EvalPlan(cfg.block_size, cfg.batch_size), CPU)
         found.append(losses)
     assert device.replays == 3 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
@@ -248,7 +247,7 @@ def test_a_compiled_backward_is_given_no_gradient_for_the_logits(small):
         return make_boxed_func(graph)
 
     torch._dynamo.reset()
-    model = train.new_model(cfg, 61)
+    model = train.make_model(cfg, 61)
     backend = aot_autograd(fw_compiler=count, bw_compiler=count)
     idx = torch.zeros(8, 32, dtype=torch.long)
     torch.compile(model, backend=backend, fullgraph=True)(idx, idx)[1].backward()
@@ -264,7 +263,7 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
     machine, windows, found = Machine(CPU.device, getattr(torch, dtype)), windows_of(small), []
     for how in ("false", "true"):
         cfg = TrainConfig(**small | {"dtype": dtype, "compile": how})
-        state = train.build_state(cfg, machine, train.new_model(cfg, 61))
+        state = train.build_state(cfg, machine, train.make_model(cfg, 61))
         assert (state.forward is not state.model) == (how == "true")
         steps = [train.train_step(state, windows, step) for step in range(6)]
         found.append([(loss.item(), norm.item()) for loss, norm in steps])

@@ -126,6 +126,10 @@ class Meta:
         lengths = {name: f"{split.characters:,} characters" for name, split in self.splits.items()}
         return lengths | {"tags": ", ".join(self.styles) or "none"}
 
+    def load_tokenizer(self) -> tokenizer.Tokenizer:
+        """The tokenizer whose ids the bins hold."""
+        return tokenizer.from_json(self.tokenizer)
+
     def changes(self, identity: dict[str, str]) -> dict[str, str]:
         """What differs from another dataset's identity, as {"val": "319 characters -> 851 characters"}."""
         ours = self.identity

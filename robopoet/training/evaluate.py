@@ -4,27 +4,27 @@ import math
 import time
 from typing import Any
 
-import numpy as np
 import torch
 
 from model import GPT
 from robopoet.machine import Machine
 from robopoet.text.dataset import Split
+from robopoet.text.tokenizer import Tokenizer, token_bytes
 from robopoet.text.windows import EvalPlan, eval_batches
 
 
 @torch.no_grad()
-def evaluate(model: GPT, split: Split, token_bytes: np.ndarray, plan: EvalPlan, machine: Machine) -> dict[str, Any]:
+def evaluate(model: GPT, split: Split, tok: Tokenizer, plan: EvalPlan, machine: Machine) -> dict[str, Any]:
     """Loss (nats/token) over a split, its standard error, perplexity, bits per byte, and the loss of each style.
 
-    The ranks share the batches and sum in float64. token_bytes: (vocab_size,), bytes of text in each token. loss_se:
-    the standard error of the mean over windows. seconds: how long the evaluation took.
+    The ranks share the batches and sum in float64. tok: the tokenizer whose ids the split holds. loss_se: the standard
+    error of the mean over windows. seconds: how long the evaluation took.
     """
     start = time.perf_counter()
     model.eval()
     names = list(dict.fromkeys(split.styles))
     style_of = torch.tensor([names.index(style) for style in split.styles])
-    lengths = torch.from_numpy(token_bytes).to(machine.device)
+    lengths = torch.from_numpy(token_bytes(tok)).to(machine.device)
     # for each style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
     sums = torch.zeros(6, len(names), dtype=torch.float64)
     for inputs, targets, span in eval_batches(split, plan, machine):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from configurator import ConfigError
-from model import GPT, Sample
+from model import GPT, Candidates
 from robopoet.machine import Machine
 from robopoet.ops import in_float64
 from robopoet.text.dataset import Meta, Split
@@ -55,12 +55,12 @@ class SampledSoftmax:
     def __init__(self, split: Split, vocab_size: int, size: int, machine: Machine):
         self.weights, self.size, self.machine = sampling_weights(split, vocab_size, machine.device), size, machine
 
-    def __call__(self, targets: torch.Tensor) -> tuple[torch.Tensor, Sample]:
-        """This rank's targets, any shape, int64, as places among the ids of the sample; -1 stays.
+    def __call__(self, targets: torch.Tensor) -> tuple[torch.Tensor, Candidates]:
+        """This rank's targets, any shape, int64, as places among the candidates; -1 stays.
 
-        All ranks call it together and get the same sample. Others are drawn without replacement by systematic sampling
-        (Madow 1949), with the default generator of the first rank's device. Minus the log of its probability is added
-        to a drawn id's logit: so the sum of all ids' exponentials is estimated without bias.
+        All ranks call it together and get the same candidates. Others are drawn without replacement by systematic
+        sampling (Madow 1949), with the default generator of the first rank's device. Minus the log of its probability
+        is added to a drawn id's logit: so the sum of all ids' exponentials is estimated without bias.
         """
         device, targets = targets.device, targets.to(self.weights.device)
         own = torch.zeros_like(self.weights, dtype=torch.bool)
@@ -115,13 +115,13 @@ class Teachers:
             self.models.append(model.requires_grad_(False).to(machine.device).eval())
 
     @torch.no_grad()
-    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, sample: Sample | None) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, candidates: Candidates | None) -> torch.Tensor:
         """The probabilities to learn: the models' mean for `share`, the text's own token for the rest.
 
-        inputs, targets: (B, T) int64; with a sample, targets are places in it. Returns (B, T, V or the sample's size)
-        float32.
+        inputs, targets: (B, T) int64; with candidates, targets are places among them. Returns (B, T, V or the
+        number of candidates) float32.
         """
-        keys = {"targets": targets, "sample": sample, "reduction": "none"}  # this loss takes the least memory
+        keys = {"targets": targets, "candidates": candidates, "reduction": "none"}  # this loss takes the least memory
         first, *others = self.models
         probs = first(inputs, **keys)[0].softmax(-1, dtype=torch.float32)
         for model in others:

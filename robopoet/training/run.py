@@ -279,7 +279,7 @@ class Run:
             "model_extra": {key: shape[key] for key in shape if key not in NANOGPT_ARGS},  # GPTConfig's others
             "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
             "text_sha256": meta.text_sha256,  # of the text that the model has read
-            "identity": meta.identity,  # hashes of its splits and its tokenizer, by name
+            "identity": meta.identity,  # how it was cut: each split's length, and the tags
             "licences": list(meta.licences),  # of its sources
             "teachers": self.teachers,  # path -> SHA-256 of the models that have taught it
             "first_val_loss": progress.first_val_loss,  # nats/token, at the first evaluation
