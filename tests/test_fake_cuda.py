@@ -27,7 +27,7 @@ def test_a_step_and_a_token_never_read_the_device_and_find_every_tensor_on_it(tm
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("step") for line in lines) == 18 and sum("token" in line for line in lines) == 4
-    assert sum(line.startswith("compiled") for line in lines) == 4
+    assert sum(line.startswith("compiled") for line in lines) == 2
 
 
 def test_a_gpu_too_old_for_triton_trains_uncompiled(monkeypatch):

@@ -96,7 +96,7 @@ def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, row
 
 @pytest.mark.parametrize("as_on_cuda", [False, True])
 @pytest.mark.parametrize("tag", [None, 60])
-@pytest.mark.parametrize("n_prompt", [1, 10, 16, 40])
+@pytest.mark.parametrize("n_prompt", [1, 16, 40])
 def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypatch, n_prompt, tag, as_on_cuda):
     model, prompt, seen = make(ROTARY), ids(2, n_prompt), []
     if as_on_cuda:
@@ -107,7 +107,7 @@ def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypat
         return greedy(logits)
 
     tags = None if tag is None else torch.full((2,), tag)
-    written = torch.stack(list(generate(model, prompt, 60, choose, tags)), dim=1)
+    written = torch.stack(list(generate(model, prompt, 36, choose, tags)), dim=1)
     for row in range(2):
         window = prompt[row, -16:].clone()
         window[0] = window[0] if tag is None else tag

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from robopoet import portable
 
 REPO = Path(__file__).parents[1]
@@ -34,8 +32,7 @@ for command in commands:
 """
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-def test_all_scripts_run_where_windows_lacks_what_unix_has(small, tmp_path, encoding):
+def test_all_scripts_run_where_windows_lacks_what_unix_has(small, tmp_path):
     (tmp_path / "book.txt").write_text("Être ou ne pas être — 存在 — that is the question.\n\n" * 200, "utf-8")
     prepare = ["prepare.py", f"--input={tmp_path}/book.txt", f"--out={tmp_path}/bins", "--vocab_size=290"]
     keys = small | {"dataset": tmp_path / "bins", "sample_tokens": 9}
@@ -45,12 +42,12 @@ def test_all_scripts_run_where_windows_lacks_what_unix_has(small, tmp_path, enco
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(HIDDEN), json.dumps([prepare, train, resume, sample])],
         cwd=REPO,
-        env={"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "PYTHONIOENCODING": encoding},
+        env={"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "PYTHONIOENCODING": "cp1252"},
         capture_output=True,
     )
-    said = done.stdout.decode(encoding)
+    said = done.stdout.decode("cp1252")
     assert done.returncode == 0 and "ended" not in said and b"Traceback" not in done.stderr, done.stderr.decode()
-    assert "resuming from" in said and "step 6" in said and ("存在" if encoding == "utf-8" else "\n??") in said
+    assert "resuming from" in said and "step 6" in said and "\n??" in said
     assert not (tmp_path / "out" / ".lock").exists()  # without fcntl, filelock's lock is the file itself
 
 

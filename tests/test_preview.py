@@ -52,4 +52,5 @@ def test_a_samples_longest_copy_is_told(small, books, monkeypatch, capsys):
         assert record["copied_words"] == len(max(copied, key=len, default="").split())
     assert found[-1]["copied_words"] > 0
     monkeypatch.setattr(preview, "LARGEST", 1000)
+    keys |= {"max_iters": 4, "eval_interval": 2}
     assert [record.get("copied_words") for record in evaluations()] == [None, None]

@@ -85,6 +85,9 @@ def mutations(content: dict) -> Iterator[tuple[tuple, Any]]:
         yield from ((path, odd) for odd in (..., *new))
 
 
+CONTENT: dict[str, Any] = {}  # of a checkpoint; with_value copies it
+
+
 @pytest.fixture
 def resume(small, tmp_path, monkeypatch):
     """Resumes the run in a checkpoint for two steps, with further keys; returns its losses, or the one line it ends in.
@@ -101,7 +104,9 @@ def resume(small, tmp_path, monkeypatch):
         "dropout": 0.1,
         "eval_iters": 1,
     }
-    train.main(TrainConfig(**small | shape | {"sample_tokens": 0}))
+    if not CONTENT:  # made once
+        train.main(TrainConfig(**small | shape | {"sample_tokens": 0}))
+        CONTENT.update(checkpoint.load(Path(small["out_dir"]) / "ckpt.pt"))
 
     def again(content: dict, **keys) -> list | str:
         out = tmp_path / "again"
@@ -117,7 +122,7 @@ def resume(small, tmp_path, monkeypatch):
             return str(e).splitlines()[0]
         return [(record["iter"], record["kind"], record["loss"]) for record in records(out)]
 
-    again.content = checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")
+    again.content, again.out = CONTENT, tmp_path / "again"
     return again
 
 
@@ -139,7 +144,7 @@ def check(resume, path: tuple, odd: Any, expected: list) -> None:
 def test_some_resealed_checkpoints_are_refused_in_one_line_or_change_nothing(resume):
     expected, cases = resume(resume.content), list(mutations(resume.content))
     assert len(expected) == 3 and len(cases) > 1500
-    for path, odd in random.Random(0).sample(cases, 40):
+    for path, odd in random.Random(0).sample(cases, 25):
         check(resume, path, odd, expected)
 
 
@@ -196,7 +201,7 @@ def test_what_no_run_saves_is_refused_by_name(resume, path, odd, told):
 def test_the_state_of_a_scaler_is_bounded_and_its_settings_are_the_runs_own(resume):
     keys = {"dtype": "float16", "max_iters": 4}
     resume(resume.content, **keys)
-    content = checkpoint.load(Path(resume.content["config"]["out_dir"]).parent / "again" / "ckpt.pt")
+    content = checkpoint.load(resume.out / "ckpt.pt")
     expected = resume(content, dtype="float16")
     assert len(content["scaler"]) == 5 and len(expected) == 2
     for key, odd in (("scale", 0.0), ("scale", float("inf")), ("scale", "x"), ("_growth_tracker", -1), ("scale", ...)):

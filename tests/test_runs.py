@@ -48,8 +48,10 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
     assert checkpoint.load(out / "ckpt.prev.pt")["iter_num"] == 20
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
+@pytest.mark.parametrize(
+    "optimizer, positions, dtype",
+    [("adamw", "learned", "float32"), ("muon", "learned", "bfloat16"), ("muon", "rotary", "float32")],
+)
 def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, positions, dtype):
     keys = small | {"optimizer": optimizer, "positions": positions, "dtype": dtype, "dropout": 0.2}
     keys |= {"gradient_accumulation_steps": 2, "ema": 0.9}

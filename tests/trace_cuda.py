@@ -68,7 +68,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     for rows, positions in itertools.product((1, 32), ("learned", "rotary")):
         trace_token(rows, positions)
         print("token", rows, positions)
-for positions, dtype in itertools.product(("learned", "rotary"), dtypes[:2]):
+for positions, dtype in (("learned", torch.float32), ("rotary", torch.bfloat16)):
     with FakeTensorMode(allow_non_fake_inputs=True):
         trace_step("adamw", positions, dtype, False, "compiled")
     print("compiled", positions, dtype)

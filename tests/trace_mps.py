@@ -14,7 +14,7 @@ from robopoet.writing.passage import make_settings
 from robopoet.writing.poet import Poet
 from train import TrainConfig
 
-FREE = {"until": "tokens", "max_new_tokens": 16}
+FREE = {"until": "tokens", "max_new_tokens": 8}
 SETTINGS = [
     {"temperature": 0},
     {"top_p": 1.0},
@@ -34,7 +34,7 @@ def run(keys: dict, **changes) -> list[tuple[str, float]]:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"ema": 0.9, "sample_tokens": 20},
+        {"ema": 0.9, "sample_tokens": 6},
         {"positions": "rotary", "sampled_softmax": 30, "gradient_accumulation_steps": 2, "optimizer": "adamw"},
         {"dtype": "float16", "recompute": True, "dropout": 0.1, "optimizer": "adamw"},
         {"dtype": "bfloat16", "positions": "rotary", "sampled_softmax": 30},
@@ -42,7 +42,7 @@ def run(keys: dict, **changes) -> list[tuple[str, float]]:
     ids=str,
 )
 def test_a_run_is_resumed_and_evaluated_with_the_losses_of_the_cpu(small, tmp_path, keys):
-    small |= {"n_layer": 1, "block_size": 16, "warmup_iters": 1}
+    small |= {"n_layer": 1, "block_size": 16, "warmup_iters": 1, "eval_iters": 2}
     run(small, out_dir=str(tmp_path / "taught"), max_iters=1)
     best = str(tmp_path / "taught/best.pt")
     keys = small | keys | {"teacher": f"{best},{best}", "max_iters": 3, "lr_decay_iters": 3, "eval_interval": 2}
@@ -97,7 +97,7 @@ async def serve(poet: Poet) -> list[list[str]]:
     ids, requests = poet.tokenizer.encode(prompt), []
     for given in SETTINGS:
         settings = make_settings(FREE | given)
-        requests.append([Choice(ids, prompt, settings, i, 16, 2, True, gain) for i in range(2)])
+        requests.append([Choice(ids, prompt, settings, i, FREE["max_new_tokens"], 2, True, gain) for i in range(2)])
         engine.submit(requests[-1])
     for _ in range(2 * len(requests)):
         await finished.get()
