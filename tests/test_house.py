@@ -106,6 +106,21 @@ def test_each_file_is_short():
     assert {path: n for path, n in lengths.items() if n > most.get(path, 400)} == {}
 
 
+def changes_of_configs(source: str) -> list[str]:
+    """The calls in `source` that make one config from another, or write into a frozen one."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    replaces = [call for call in calls if ast.unparse(call.func) in ("dataclasses.replace", "replace")]
+    found = [call for call in replaces if call.args and ast.unparse(call.args[0]).rpartition(".")[2] in ("cfg", "self")]
+    return [ast.unparse(call) for call in (*found, *(c for c in calls if ast.unparse(c.func) == "object.__setattr__"))]
+
+
+def test_a_train_config_changes_in_plan_alone():
+    files = {path: text for path, text in python_files().items() if path.startswith(("train.py", "robopoet/training/"))}
+    found = {path: changes for path, text in files.items() if (changes := changes_of_configs(text))}
+    assert found == {"robopoet/training/plan.py": ["dataclasses.replace(cfg, **values)"]}
+    assert len(changes_of_configs("replace(self.cfg, a=1)\nobject.__setattr__(cfg, 'given', x)\nreplace(config)")) == 2
+
+
 # a small house that keeps the rule; each case below breaks it in one place
 HOUSE = {
     "configurator.py": "import sys, yaml",

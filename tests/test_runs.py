@@ -292,6 +292,13 @@ def test_a_runs_config_yaml_gives_the_same_run(small, tmp_path):
 # --- loggers that fail
 
 
+def test_tensorboard_takes_every_kind_of_key(small, capsys):
+    pytest.importorskip("tensorboard")
+    run(small, tensorboard=True, max_iters=2, plans=("1:9:1",))
+    assert "left out" not in capsys.readouterr().err
+    assert [*Path(small["out_dir"]).glob("events.out.tfevents.*")]
+
+
 def test_a_failing_logger_never_stops_training(small, monkeypatch, capsys):
     class Run:
         def log(self, numbers):

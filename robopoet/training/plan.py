@@ -140,19 +140,15 @@ def describe_start(cfg: Config, start: Start, progress: Progress) -> list[str]:
     if not start.resumes:
         return describe_choice(cfg) if cfg.minutes else []
     lines = [f"resuming from {start.path}, step {progress.iter_num}"]
-    if changed := differences(cfg, start.config):
+    saved = start.config
+    found = {key: value for key, value in values_of(cfg).items() if key not in OWN and saved.get(key, value) != value}
+    if found:
+        changed = ", ".join(f"{key} {written(saved[key])} -> {written(value)}" for key, value in found.items())
         lines.append(f"changed since the checkpoint: {changed}")
     if progress.iter_num >= cfg.max_iters:
         larger = "--epochs" if cfg.epochs and not cfg.minutes else "--max_iters"
         lines.append(f"finished: step {progress.iter_num} of max_iters {cfg.max_iters}; a larger {larger} trains on")
     return lines
-
-
-def differences(cfg: Config, saved: dict[str, Any]) -> str:
-    """The keys of a resumed run that differ from its checkpoint's, as `max_iters 600 -> 900`."""
-    keys = {key: value for key, value in values_of(cfg).items() if key in saved and key not in OWN}
-    changed = {key: value for key, value in keys.items() if saved[key] != value}
-    return ", ".join(f"{key} {written(saved[key])} -> {written(value)}" for key, value in changed.items())
 
 
 def describe_choice(cfg: Config) -> list[str]:

@@ -28,13 +28,8 @@ from robopoet.weights import checkpoint
 from robopoet.weights.header import NANOGPT_ARGS, SavedOptimizer, read_header, read_run
 
 # what earlier versions saved for a key that is now None: chosen by train.py
-EARLIER_AUTO = {
-    "learning_rate": 0,
-    "muon_weight_decay": -1,
-    "lr_decay_iters": 0,
-    "eval_interval": 0,
-    "wandb_run_name": "",
-}
+EARLIER_AUTO = {"learning_rate": 0, "muon_weight_decay": -1, "lr_decay_iters": 0, "eval_interval": 0}
+EARLIER_AUTO |= {"wandb_run_name": ""}
 
 
 @dataclass
@@ -88,7 +83,8 @@ class Start:
     def config(self) -> dict[str, Any]:
         """The keys of the run that saved the checkpoint, as this version writes them."""
         saved = self.content["config"]
-        return {key: None if _was_auto(key, value) else value for key, value in saved.items()}
+        plain = {key: saved[key] for key in EARLIER_AUTO.keys() & saved.keys() if type(saved[key]) in (int, float, str)}
+        return saved | {key: None for key, value in plain.items() if value == EARLIER_AUTO[key]}
 
     def build_model(self, block_size: int, dropout: float, vocab_size: int) -> GPT:
         """The checkpoint's model, its context shortened to `block_size`, with new ids up to `vocab_size`."""
@@ -160,10 +156,6 @@ class Start:
         if scaler.is_enabled() and saved.scaler:
             scaler.load_state_dict(scaler.state_dict() | dataclasses.asdict(saved.scaler))
         return Progress(**{field.name: getattr(saved, field.name) for field in dataclasses.fields(Progress)})
-
-
-def _was_auto(key: str, value: Any) -> bool:
-    return key in EARLIER_AUTO and type(value) in (int, float, str) and value == EARLIER_AUTO[key]
 
 
 def find_start(init_from: str, out: Path, eval_only: bool) -> Start:
