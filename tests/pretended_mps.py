@@ -117,7 +117,7 @@ class Calls(TorchFunctionMode):
         if func is torch.Tensor.backward:  # in which blocks may be computed again
             with self:
                 return torch.autograd.backward(args[0])
-        if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], list):
             args[1] = torch.tensor(args[1], device="cpu").to(args[0].device)
         if func is torch.Tensor.new_tensor:
             func, args, kwargs = torch.tensor, args[1:], {"dtype": args[0].dtype, "device": args[0].device} | kwargs
