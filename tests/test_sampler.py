@@ -140,7 +140,7 @@ def test_sampled_tokens_have_the_filtered_distribution(k, p, min_p):
     n, logits = 20_000, torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     settings = Settings(temperature=0.7, top_k=k, top_p=p, min_p=min_p)
     sample = make_sampler(settings, torch.tensor([5]), n)
-    counts = torch.bincount(sample(logits.expand(n, -1)), minlength=12)
+    counts = torch.bincount(sample(logits.repeat(n, 1)), minlength=12)
     expected = logits[0] / 0.7
     expected[5] = -math.inf
     for i, order in enumerate(expected.argsort(descending=True).tolist()):

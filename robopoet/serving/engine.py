@@ -1,7 +1,6 @@
 """The engine: one thread that owns the model and steps all texts together; a text joins or leaves between two steps."""
 
 import asyncio
-import itertools
 import queue
 import threading
 import traceback
@@ -246,14 +245,13 @@ class Engine(threading.Thread):
             self.running.sort(key=lambda choice: choice.rows[0].place)
             self.sampler = self.poet.sampler([choice.sampled for choice in self.running])
         sampler, by_place = self.sampler, list(self.running)
-        places = {choice: [row.place for row in choice.rows] for choice in by_place}
         logprobs = {  # the model's own, of every token
-            choice: blended(logits[places[choice]], choice.weights).log_softmax(-1)[0]
+            choice: blended(logits[[row.place for row in choice.rows]], choice.weights).log_softmax(-1)[0]
             for choice in by_place
             if choice.top is not None
         }
         if len(by_place) < len(logits):  # some are blends
-            logits = logits[[*itertools.chain(*places.values())]]
+            logits = logits[[row.place for choice in by_place for row in choice.rows]]
         sampler(logits)
         for choice, id in zip(by_place, sampler.ids.tolist(), strict=True):
             try:

@@ -1,6 +1,9 @@
 """Sampling the next token of each text: penalties, temperature and filters, then a draw from what they leave.
 
-B: texts, each with its own settings. V: vocab_size. A column is a setting of each text, (B, 1).
+B: texts, each with its own settings. R: rows of logits, one for each style of a text. V: vocab_size.
+
+A new filter is a key of passage.Settings and three lines here: a column, which is a setting of each text, (B, 1); its
+rule in Columns.filter; and in is_kept, or as min_p before the draw, so that a token that it drops is drawn again.
 """
 
 import copy
@@ -60,16 +63,6 @@ class NGrams:
         self.tail = (self.tail + last)[-size:] if size else b""
 
 
-def mask(logits: torch.Tensor, ids: Sequence[Ids]) -> torch.Tensor:
-    """Set the logits of each row's `ids` to -inf."""
-    if not any(map(len, ids)):
-        return logits
-    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-    columns = np.concatenate([np.asarray(row, np.int64) for row in ids])
-    index = tuple(torch.from_numpy(part).to(logits.device) for part in (rows, columns))
-    return logits.index_put(index, logits.new_tensor(-torch.inf))
-
-
 def keep_top_k(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Keep the k largest logits of each row and set the rest to -inf (Fan et al. 2018, arXiv:1805.04833)."""
     k = k.clamp(max=logits.shape[1])
@@ -95,10 +88,10 @@ def keep_min_p(logits: torch.Tensor, p: torch.Tensor | float) -> torch.Tensor:
 
 
 def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
-    """Whether keep_top_k and then keep_top_p would keep each row's token, (B,) bool; not both may be None.
+    """Whether keep_top_k and then keep_top_p would keep each row's token, (B,) bool.
 
-    probs: (B, V). ids: (B,) int64. k, p: columns. Needs no sort: it counts the tokens that are likelier and adds up
-    their probability.
+    probs: (B, V). ids: (B,) int64. k, p: columns, one of which may be None. It needs no sort: it counts the
+    tokens that are likelier and adds up their probability.
     """
     likelier = probs > probs.gather(1, ids[:, None])
     if k is not None:
@@ -256,17 +249,18 @@ class Sampler:
         May overwrite the logits.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill_(1, self.forbidden, -torch.inf)
-        is_blend = len(logits) > len(self.texts)
-        self.logits = self._blend(logits) if is_blend else logits
-        self.ids = self.sample(self.penalize(self.logits))
-        self._note(self.ids)
-        return self.ids[self.owners] if is_blend else self.ids
-
-    def _blend(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) -> (B, V); those of texts without a blend as they are."""
-        parts = zip(logits.split([weights.numel() for weights in self.weights]), self.weights, strict=True)
-        blended = [blend(part, weights) if weights.shape[1] > 1 else part for part, weights in parts]
-        return torch.cat(blended) if len(blended) > 1 else blended[0]
+        if is_blended := len(logits) > len(self.texts):
+            parts = zip(logits.split([weights.numel() for weights in self.weights]), self.weights, strict=True)
+            blended = [blend(part, weights) if weights.shape[1] > 1 else part for part, weights in parts]
+            logits = torch.cat(blended) if len(blended) > 1 else blended[0]
+        self.logits, self.ids = logits, self.sample(self.penalize(logits))
+        if self.characters:
+            self.states = self.characters.after(self.states, self.ids)
+        if self.seen is not None:
+            self.seen.scatter_(1, self.ids[:, None], True)
+        for text, id, state in zip(self.texts, self.ids.tolist(), self.states.tolist(), strict=True):
+            text.push(id, state)
+        return self.ids[self.owners] if is_blended else self.ids
 
     @property
     def logprobs(self) -> torch.Tensor:
@@ -294,18 +288,14 @@ class Sampler:
 
         Paulus et al. 2017 (arXiv:1705.04304).
         """
-        masked = mask(logits, ids)
+        if not any(map(len, ids)):
+            return logits, torch.zeros(len(ids), dtype=torch.bool)
+        rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+        columns = np.concatenate([np.asarray(row, np.int64) for row in ids])
+        index = tuple(torch.from_numpy(part).to(logits.device) for part in (rows, columns))
+        masked = logits.index_put(index, logits.new_tensor(-torch.inf))
         none = self.valid(masked).amax(-1) == -torch.inf
         return torch.where(none[:, None], logits, masked), none
-
-    def _note(self, ids: torch.Tensor) -> None:
-        """Remember the ids that were sampled, (B,), for the next step."""
-        if self.characters:
-            self.states = self.characters.after(self.states, ids)
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        for text, id, state in zip(self.texts, ids.tolist(), self.states.tolist(), strict=True):
-            text.push(id, state)
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) -> ids (B,) int64, by temperature, top_k, top_p and min_p."""
