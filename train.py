@@ -20,7 +20,7 @@ from tqdm import tqdm
 import configurator
 from configurator import ConfigError, bounds, is_out_of_memory, warn
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError, DataError, DivergedError, RankError
+from robopoet.errors import MISTAKES
 from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
 from robopoet.recording import Graphed
 from robopoet.text import dataset
@@ -414,4 +414,4 @@ def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, TrainConfig, DataError, CheckpointError, DivergedError, RankError)
+    configurator.launch(main, TrainConfig, *MISTAKES)

@@ -15,3 +15,6 @@ class RankError(RuntimeError):
 
 class DivergedError(ArithmeticError):
     """A loss or gradient is not finite; the message names the step, the ranks and their rows."""
+
+
+MISTAKES = DataError, CheckpointError, RankError, DivergedError  # a script prints one of these as a line
