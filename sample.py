@@ -9,7 +9,6 @@ Poet("out/demo/best.pt").write("O Romeo", n=3)
 
 import collections
 import dataclasses
-import io
 import sys
 import time
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ from pathlib import Path
 import torch
 
 import configurator
-from configurator import ConfigError, bounds
-from robopoet import untrusted
-from robopoet.errors import CheckpointError, DataError
-from robopoet.weights import checkpoint, gguf, html, huggingface
+from configurator import bounds
+from robopoet.errors import MISTAKES
+from robopoet.weights import checkpoint
+from robopoet.weights.exports import EXPORTS, ending_of, export_problems
 from robopoet.weights.header import ExportDtype
 from robopoet.writing.passage import Settings
-from robopoet.writing.poet import MAX_PASSAGES, MAX_PROMPT, Dtype, Poet
+from robopoet.writing.poet import MAX_PASSAGES, Dtype, Poet
 from robopoet.writing.replay import replay, save
 from robopoet.writing.session import Session
-from robopoet.writing.terminal import check_export, check_save, print_passages, unescape
+from robopoet.writing.terminal import check_writable, print_passages, read_prompt, unescape
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class SampleConfig(Settings):
         found = super().problems() + bounds(self, "num_samples", 1, MAX_PASSAGES)
         if " " in self.checkpoint and not Path(self.checkpoint).exists():
             found.append(f"checkpoint: {self.checkpoint!r} is no file; a prompt is --prompt={self.checkpoint!r}")
-        if (kind := Path(self.export).suffix) and kind not in (".html", ".gguf") and not self.export.endswith("/"):
-            near = configurator.did_you_mean(kind, (".html", ".gguf"))
-            found.append(f"export: found {self.export}, must be a .html, a .gguf, or a folder, such as x.y/{near}")
+        found += export_problems(self.export)
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         unused = {"interactive": "prompt num_samples verbose check save export export_dtype".split(), "replay": changed}
         for mode, keys in unused.items():
@@ -67,25 +64,6 @@ class SampleConfig(Settings):
         return found
 
 
-def read_prompt(prompt: str) -> str:
-    """The text that the key `prompt` stands for, with every line ending (\\r\\n too) as \\n.
-
-    Raises ConfigError if a file or stdin is not UTF-8 or has over 10 MB.
-    """
-    if prompt.startswith("FILE:"):
-        raw, where = untrusted.read_bytes(Path(prompt[5:]), ConfigError, MAX_PROMPT), prompt[5:]
-    elif prompt == "-":
-        raw, where = sys.stdin.buffer.read(MAX_PROMPT + 1), "stdin"
-        if len(raw) > MAX_PROMPT:
-            raise ConfigError(f"prompt: stdin has more than {MAX_PROMPT:,} bytes")
-    else:
-        return unescape(prompt)
-    try:
-        return io.StringIO(raw.decode(), newline=None).read()
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"prompt: {where}: byte {e.start} is not UTF-8") from None
-
-
 def main(cfg: SampleConfig) -> None:
     """Generate what `cfg` asks for."""
     if cfg.replay:
@@ -93,15 +71,14 @@ def main(cfg: SampleConfig) -> None:
 
     # --- raise what can be raised before anything is generated
     if cfg.save:
-        check_save(Path(cfg.save))
+        check_writable("save", Path(cfg.save))
     if cfg.export:
-        check_export(Path(cfg.export))
+        check_writable("export", Path(cfg.export), is_new=True)
     prompt = read_prompt(cfg.prompt)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype, cfg.record)
-    if cfg.export.endswith(".html"):
-        html.check(poet.model.config)
-    elif cfg.export.endswith(".gguf"):
-        gguf.check(poet.tokenizer)
+    export = EXPORTS[ending_of(cfg.export)]
+    if cfg.export:
+        export.check(poet.model.config, poet.tokenizer)
     if cfg.save:
         _ = poet.sha256
     if cfg.check:
@@ -130,18 +107,10 @@ def main(cfg: SampleConfig) -> None:
     # --- export
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        sample, path = prompt + passages[0].text, Path(cfg.export)
-        if cfg.export.endswith(".html"):
-            html.export(*loaded, sample, path, cfg.export_dtype)
-            note = f"{path.stat().st_size / 1e6:,.1f} MB; open it in a browser, offline too"
-        elif cfg.export.endswith(".gguf"):
-            note = gguf.export(*loaded, sample, path, cfg.export_dtype)
-        else:
-            huggingface.export(*loaded, sample, path)
-            note = "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it"
+        note = export.write(*loaded, prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
         print(f"{cfg.export}: {note}")
     return None
 
 
 if __name__ == "__main__":
-    configurator.launch(main, SampleConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, SampleConfig, *MISTAKES, positional="checkpoint")

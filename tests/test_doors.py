@@ -34,6 +34,7 @@ from robopoet.text.windows import EvalPlan, eval_batches
 from robopoet.training.log import Log
 from robopoet.training.run import Progress
 from robopoet.weights import checkpoint, huggingface
+from robopoet.writing import terminal
 
 EXPECTED = (ConfigError, DataError, CheckpointError)
 SECONDS, BYTES = 5, 2**30
@@ -275,7 +276,7 @@ def metrics(small: dict, folder: Path) -> Door:
 
 def prompt(small: dict, folder: Path) -> Door:
     return Door(
-        folder / "p", None, lambda content: "O Romeo é\n".encode(), lambda: sample.read_prompt(f"FILE:{folder}/p")
+        folder / "p", None, lambda content: "O Romeo é\n".encode(), lambda: terminal.read_prompt(f"FILE:{folder}/p")
     )
 
 

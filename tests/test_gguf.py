@@ -19,7 +19,7 @@ import xllamacpp
 from conftest import MIXED_WORDS, SPECIALS, TEXT, make_text
 
 import sample
-from configurator import describe
+from configurator import ConfigError, describe
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer
@@ -357,7 +357,7 @@ def test_sample_exports_what_it_sampled_from(tmp_path, bpe, capsys, monkeypatch)
         )
         (embeddings,) = [t for t in reference.GGUFReader(name).tensors if t.name == "token_embd.weight"]
         assert embeddings.data.itemsize == size
-    with pytest.raises(CheckpointError, match=r"export: .*float16\.gguf exists; choose another name, or remove it"):
+    with pytest.raises(ConfigError, match=r"export: .*float16\.gguf exists; choose another name, or remove it"):
         sample.main(SampleConfig(**keys, export=str(tmp_path / "float16.gguf")))
     monkeypatch.setitem(sys.modules, "gguf", None)
     capsys.readouterr()

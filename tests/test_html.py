@@ -16,6 +16,7 @@ from py_mini_racer import MiniRacer
 from test_huggingface import make_checkpoint
 
 import sample
+from configurator import ConfigError
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, CharTokenizer, StreamDecoder
@@ -362,7 +363,7 @@ def test_an_export_is_atomic_and_a_model_too_large_or_beyond_float16_is_refused(
     html.export(model, tok, content, "", out, "float32")
     assert out.stat().st_mode & 0o777 == 0o644
     for change in ({}, {"export_dtype": "float32"}):
-        with pytest.raises(CheckpointError, match="exists; choose another"):
+        with pytest.raises(ConfigError, match="exists; choose another"):
             sample.main(SampleConfig(**keys | change))
     out.unlink()
     sample.main(SampleConfig(**keys))

@@ -15,7 +15,7 @@ import train
 from configurator import ConfigError
 from robopoet.errors import CheckpointError, DataError
 from robopoet.weights import checkpoint
-from robopoet.writing import originality
+from robopoet.writing import originality, terminal
 from sample import Poet, SampleConfig
 
 
@@ -81,14 +81,14 @@ def test_an_unreadable_checkpoint_is_named_before_generating(random_pt, tmp_path
 
 
 def test_prompt_comes_from_text_file_or_stdin(tmp_path, monkeypatch):
-    assert sample.read_prompt(r"ROMEO\n\tO") == "ROMEO\n\tO"
+    assert terminal.read_prompt(r"ROMEO\n\tO") == "ROMEO\n\tO"
     (tmp_path / "x.txt").write_text("from a ☃", encoding="utf-8")
-    assert sample.read_prompt(f"FILE:{tmp_path}/x.txt") == "from a ☃"
+    assert terminal.read_prompt(f"FILE:{tmp_path}/x.txt") == "from a ☃"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a\r\npipe")))
-    assert sample.read_prompt("-") == "from a\npipe"
+    assert terminal.read_prompt("-") == "from a\npipe"
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="byte 2 is not UTF-8"):
-        sample.read_prompt(f"FILE:{tmp_path}/bad.txt")
+        terminal.read_prompt(f"FILE:{tmp_path}/bad.txt")
 
 
 def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, tmp_path, capsys):

@@ -48,7 +48,7 @@ class Weight(np.ndarray):
         f.write(self.data)
 
 
-def check(tok: Tokenizer) -> None:
+def check(config: GPTConfig, tok: Tokenizer) -> None:
     """Raise CheckpointError if llama.cpp can't hold the tokenizer, or the package gguf is not installed."""
     if not isinstance(tok, BPETokenizer):
         raise CheckpointError("export: llama.cpp can't hold a tokenizer of characters; export to .html or a folder")
@@ -65,7 +65,7 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
     float32, as llama.cpp's converter has them. Raises OSError if the file exists or can't be written, CheckpointError
     if a weight is too large for float16, and as check() does.
     """
-    check(tok)
+    check(model.config, tok)
     import gguf
 
     c = model.config

@@ -30,8 +30,8 @@ SCRIPT = re.compile(r"<script>(.*?)</script>", re.S)
 STYLE = re.compile(r"<style>(.*?)</style>", re.S)
 
 
-def check(config: GPTConfig) -> None:
-    """Raise CheckpointError for a model that is too large for a page."""
+def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
+    """Raise CheckpointError for a model that is too large for a page; any tokenizer will do."""
     with torch.device("meta"), checkpoint.NoInit():
         n = GPT(config).num_params()
     if n > MOST_PARAMETERS:
@@ -48,13 +48,28 @@ def export(
     passage: str,
     path: Path,
     dtype: ExportDtype = "float16",
-) -> None:
-    """Write a new HTML file that generates text in a browser.
+) -> str:
+    """Write a new HTML file that generates text in a browser; returns a line that says how large it is.
 
-    content: the checkpoint. passage: a sample that the page shows at first. Raises CheckpointError if the file exists,
-    the model is too large, or a weight is beyond float16.
+    The arguments are those of make_page(). Raises OSError if the file exists or can't be written, and as make_page()
+    does.
     """
-    check(model.config)
+    with files.creating(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(make_page(model, tok, content, passage, dtype))
+        f.flush()
+        os.fsync(f.fileno())
+    return f"{path.stat().st_size / 1e6:,.1f} MB; open it in a browser, offline too"
+
+
+def make_page(
+    model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str, dtype: ExportDtype = "float16"
+) -> Iterator[str]:
+    """The page's text, part by part, so that a large model is never one string.
+
+    content: the checkpoint. passage: a sample that the page shows at first. Raises CheckpointError if a weight is
+    beyond float16, and as check() does.
+    """
+    check(model.config, tok)
     about = {
         "title": title(tok, content),
         "styles": list(tokenizer.styles(tok)),
@@ -73,12 +88,9 @@ def export(
         "engine": (HERE / "poet.js").read_text(encoding="utf-8"),
     }
     before, after = (re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], part) for part in page.split("{{weights}}"))
-    with files.creating(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
-        f.write(before)
-        f.writelines(_weights(model, dtype))
-        f.write(after)
-        f.flush()
-        os.fsync(f.fileno())
+    yield before
+    yield from _weights(model, dtype)
+    yield after
 
 
 def title(tok: tokenizer.Tokenizer, content: dict[str, Any]) -> str:

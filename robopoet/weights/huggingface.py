@@ -15,13 +15,13 @@ import safetensors.torch
 import torch
 
 from configurator import did_you_mean_path
-from model import GPT
+from model import GPT, GPTConfig
 from robopoet import files, untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
 from robopoet.weights.architectures import GPT2, Architecture, Name, Starcoder2, Weights
-from robopoet.weights.header import Header
+from robopoet.weights.header import ExportDtype, Header
 
 ARCHITECTURES: dict[str, type[Architecture]] = {kind.model_type: kind for kind in (GPT2, Starcoder2)}
 HEADER_BYTES = 10 * 2**20  # of a safetensors file: room for 100,000 tensors
@@ -130,11 +130,22 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 # export
 
 
-def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str, folder: Path) -> None:
-    """Write a new folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
+def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
+    """Do nothing: a folder can hold any model and tokenizer."""
 
-    content: the checkpoint. passage: a sample for the model card. Raises OSError or CheckpointError if the folder
-    exists or can't be written.
+
+def export(
+    model: GPT,
+    tok: tokenizer.Tokenizer,
+    content: dict[str, Any],
+    passage: str,
+    path: Path,
+    dtype: ExportDtype = "float32",
+) -> str:
+    """Write a new folder that transformers loads; returns a line that says by which of its classes.
+
+    content: the checkpoint. passage: a sample for the model card. dtype: unused, a folder's weights are float32.
+    Raises OSError or CheckpointError if the folder exists or can't be written.
     """
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
@@ -151,17 +162,18 @@ def export(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passag
         },
         "tokenizer": tokenizer_json.to_huggingface(tok),
     }
-    with files.creating(folder) as part:
+    with files.creating(path) as part:
         part.mkdir()
         weights = {name: w.contiguous() for name, w in kind.theirs(with_biases(model)).items()}
         try:
             safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         except safetensors.SafetensorError as e:  # it wraps the system's
-            raise CheckpointError(f"{folder}: {untrusted.describe(e)}") from None
+            raise CheckpointError(f"{path}: {untrusted.describe(e)}") from None
         (part / "model.safetensors").chmod(0o644)
         for name, value in contents.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
         (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
+    return "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it"
 
 
 def with_biases(model: GPT) -> Weights:

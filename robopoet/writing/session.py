@@ -13,7 +13,7 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.replay import save
-from robopoet.writing.terminal import check_save, print_passages, unescape
+from robopoet.writing.terminal import check_writable, print_passages, unescape
 
 KEYS = tuple(field.name for field in dataclasses.fields(Settings))
 ABOUT_LAST = ("/more", "/again", "/check", "/save")
@@ -82,7 +82,7 @@ class Session:
                 raise ConfigError("/save: name a file, e.g. /save passages.jsonl")
             if not self.last[0].done:
                 raise ConfigError("/save: the passage was interrupted; /again generates another")
-            check_save(Path(argument))
+            check_writable("save", Path(argument))
             save(Path(argument), self.poet, self.last)
         elif command == "/settings":
             print("\n".join(f"{key}: {value!r}" for key, value in dataclasses.asdict(self.settings).items()))

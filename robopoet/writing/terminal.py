@@ -1,18 +1,39 @@
 """What sample.py, a session and a replay share: prompts as typed, passages as printed, files checked beforehand."""
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from configurator import ConfigError, warn
-from robopoet.errors import CheckpointError
+from robopoet import untrusted
 from robopoet.writing.passage import Passage
-from robopoet.writing.poet import Poet
+from robopoet.writing.poet import MAX_PROMPT, Poet
 
 
 def unescape(text: str) -> str:
     """Replace \\n and \\t, which are easy to type, by a line break and a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def read_prompt(prompt: str) -> str:
+    """The text that the key `prompt` stands for, with every line ending (\\r\\n too) as \\n.
+
+    Raises ConfigError if a file or stdin is not UTF-8 or has over 10 MB.
+    """
+    if prompt.startswith("FILE:"):
+        raw, where = untrusted.read_bytes(Path(prompt[5:]), ConfigError, MAX_PROMPT), prompt[5:]
+    elif prompt == "-":
+        raw, where = sys.stdin.buffer.read(MAX_PROMPT + 1), "stdin"
+        if len(raw) > MAX_PROMPT:
+            raise ConfigError(f"prompt: stdin has more than {MAX_PROMPT:,} bytes")
+    else:
+        return unescape(prompt)
+    try:
+        return io.StringIO(raw.decode(), newline=None).read()
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"prompt: {where}: byte {e.start} is not UTF-8") from None
 
 
 def print_passages(
@@ -51,30 +72,16 @@ def print_passages(
                     print("-" * 15)
 
 
-def check_save(path: Path) -> None:
-    """Raise ConfigError unless `path` can be appended to."""
-    if _exists("save", path):
-        if not path.is_file() or not os.access(path, os.W_OK):
-            raise ConfigError(f"save: {path} can't be written to; name another file")
-    else:
-        _check_parent("save", path)
-
-
-def check_export(path: Path) -> None:
-    """Raise CheckpointError if `path` exists, ConfigError if it can't be created."""
-    if _exists("export", path):
-        raise CheckpointError(f"export: {path} exists; choose another name, or remove it")
-    _check_parent("export", path)
-
-
-def _exists(key: str, path: Path) -> bool:
+def check_writable(key: str, path: Path, is_new: bool = False) -> None:
+    """Raise ConfigError unless `path`, the value of `key`, can be created or appended to; is_new: only created."""
+    parent = path.absolute().parent
     try:
-        return path.exists()
+        if not path.exists():
+            if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+                raise ConfigError(f"{key}: {path} can't be created: {parent} is not a folder that can be written to")
+        elif is_new:
+            raise ConfigError(f"{key}: {path} exists; choose another name, or remove it")
+        elif not (path.is_file() and os.access(path, os.W_OK)):
+            raise ConfigError(f"{key}: {path} can't be written to; name another file")
     except OSError as e:
         raise ConfigError(f"{key}: {str(path)[:100]}: {e.strerror}") from None
-
-
-def _check_parent(key: str, path: Path) -> None:
-    parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {path} can't be created: {parent} is not a folder that can be written to")
