@@ -11,20 +11,15 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 import configurator
 from configurator import ConfigError, bounds
 from robopoet import portable
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import MISTAKES
 from robopoet.serving.engine import Engine
-from robopoet.serving.protocol import Limits
-from robopoet.weights import checkpoint, html
+from robopoet.serving.protocol import Limits, model_name
 from robopoet.writing.poet import Dtype, Poet
 
 API_KEY = "ROBOPOET_API_KEY"  # in the environment
@@ -85,42 +80,23 @@ def listen(cfg: ServeConfig) -> socket.socket:
         ) from None
 
 
-def model_name(checkpoint: str) -> str:
-    """The name of a checkpoint's folder, or of the folder itself: out/mine/best.pt is mine."""
-    path = Path(checkpoint)
-    name = path.absolute().parent.name if path.suffix == ".pt" else path.name
-    return name.replace(":", "-") or "model"
-
-
-def make_page(poet: Poet) -> bytes:
-    """The model as one HTML file, or nothing if it is too large for a page."""
-    try:
-        html.check(poet.model.config)
-        loaded = checkpoint.load_model(poet.path, torch.device("cpu"), torch.float32)
-        with tempfile.TemporaryDirectory() as folder:
-            html.export(*loaded, "", Path(folder) / "poet.html")
-            return (Path(folder) / "poet.html").read_bytes()
-    except CheckpointError:
-        return b""
-
-
 def make_server(poet: Poet, cfg: ServeConfig) -> Any:
     """A uvicorn.Server for this model, to run on a listening socket; raises ConfigError where a package is missing."""
     try:
         import uvicorn
         from starlette.middleware.cors import CORSMiddleware
 
-        from robopoet.serving.api import Api, Log
+        from robopoet.serving.api import Api, RequestLog, make_index
         from robopoet.serving.connection import Connection
         from robopoet.serving.guard import Guard
     except ImportError as e:
         raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn h11") from None
     most = max(8, (portable.most_open_files() - OWN_FILES) // 2)
     engine = Engine(poet, cfg.max_rows, poet.model.config.block_size + cfg.max_tokens)
-    api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_page(poet))
+    api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_index(poet))
     guarded = Guard(api.app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
     config = uvicorn.Config(
-        Log(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",))),
+        RequestLog(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",))),
         http=functools.partial(Connection, most),
         backlog=max(1, most // 4),  # asyncio accepts so many before one of them is counted
         ws="none",
@@ -149,4 +125,4 @@ def main(cfg: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, ServeConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, ServeConfig, *MISTAKES, positional="checkpoint")

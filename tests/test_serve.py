@@ -13,10 +13,10 @@ from conftest import REPO, save_random
 from served import Served
 
 from model import GPT, GPTConfig
+from robopoet.serving.protocol import model_name
 from robopoet.serving.rows import Rows
 from robopoet.text.tokenizer import END
 from robopoet.writing.generate import prepack
-from serve import model_name
 
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -16,12 +17,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from robopoet.errors import CheckpointError
 from robopoet.serving.engine import Engine
 from robopoet.serving.guard import refusal
-from robopoet.serving.protocol import Limits, Reply, RequestError, error_body, model_ids, read_request
+from robopoet.serving.protocol import Limits, Reply, RequestError, model_ids, read_request
+from robopoet.weights import checkpoint, html
+from robopoet.writing.poet import Poet
 
 LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
 DISCARDED = 4  # times the most that a body may have, which are read before it is refused
+ENDED = RequestError("the server ends; send the request again", 503)  # grace_s is over, and uvicorn cancels its tasks
 EVENT_S = 0.02  # between two events of a stream: sending each token by itself would take longer than generating it
 
 
@@ -42,7 +47,12 @@ class Api:
             Route("/health", self.health),
             *([Route("/", self.index)] if page else []),
         ]
-        handlers = {RequestError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _left, Exception: _fail}
+        handlers = {
+            RequestError: lambda request, e: refusal(e),
+            HTTPException: _refuse_http,
+            ClientDisconnect: lambda request, e: Response(status_code=400),  # nobody reads it
+            Exception: lambda request, e: refusal(RequestError("the server failed", 500)),
+        }
         self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         self.app.router.redirect_slashes = False
 
@@ -59,7 +69,7 @@ class Api:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/ID."""
         if (id := request.path_params["id"]) not in model_ids(self.poet, self.name):
-            raise RequestError(f"model: found {id[:100]!r}; GET /v1/models lists them", 404, "model", "model_not_found")
+            raise RequestError(f"model: found {id[:100]!r}; GET /v1/models lists them", 404, "model_not_found")
         return _json(self._model(id))
 
     def _model(self, id: str) -> dict[str, Any]:
@@ -135,11 +145,14 @@ class Completion:
         self.api.engine.submit(self.reply.choices)
         try:
             async with asyncio.timeout(self.api.limits.request_s):
-                await (self._stream() if self.reply.streams else self._whole())
+                if self.reply.streams:
+                    await self._stream()
+                elif response := await self._whole():
+                    await response(scope, receive, self._send)
         except TimeoutError:
-            await self._cut(RequestError(f"the request took over {self.api.limits.request_s:g} s", 504))
+            await self._cut(RequestError(f"the request took over {self.api.limits.request_s:g} s", 504), scope, receive)
         except asyncio.CancelledError:
-            await self._cut(ended())
+            await self._cut(ENDED, scope, receive)
         finally:
             self.api.requests -= 1
             self.api.engine.cancel(self.reply.choices)
@@ -156,16 +169,13 @@ class Completion:
         self.api.engine.cancel(self.reply.choices)
         self.news.set()
 
-    async def _whole(self) -> None:
+    async def _whole(self) -> Response | None:
         while not (self.reply.is_done or self.is_left):
             self.news.clear()
             await self.news.wait()
         if self.is_left:
-            return
-        if self.reply.error:
-            await _respond(self._send, error_body(self.reply.error), self.reply.error.status)
-        else:
-            await _respond(self._send, self.reply.whole())
+            return None
+        return refusal(self.reply.error) if self.reply.error else _json(self.reply.whole())
 
     async def _stream(self) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -186,21 +196,16 @@ class Completion:
         await self.send(message)
         self.sent += 1
 
-    async def _cut(self, error: RequestError) -> None:
+    async def _cut(self, error: RequestError, scope: Scope, receive: Receive) -> None:
         """End with an error, before the texts are whole."""
         self.reply.error = error
         if not self.sent:
-            await _respond(self._send, error_body(error), error.status)
+            await refusal(error)(scope, receive, self._send)
         elif self.reply.streams:
             await self._send({"type": "http.response.body", "body": self.reply.chunks(), "more_body": False})
 
 
-def ended() -> RequestError:
-    """What uvicorn's cancelling of a task means: the server ends, and grace_s is over."""
-    return RequestError("the server ends; send the request again", 503)
-
-
-class Log:
+class RequestLog:
     """Prints a line on stderr for each request, never what it says; answers those that the server's end cuts off."""
 
     def __init__(self, app: ASGIApp):
@@ -221,7 +226,7 @@ class Log:
             await self.app(scope, receive, noting)
         except asyncio.CancelledError:
             if not status:
-                await refusal(ended())(scope, receive, noting)
+                await refusal(ENDED)(scope, receive, noting)
         finally:
             note = f", {scope['note']}" if "note" in scope else ""
             path = scope["path"][:60].encode("unicode_escape").decode()
@@ -229,28 +234,20 @@ class Log:
             print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
+def make_index(poet: Poet) -> bytes:
+    """The model as one HTML file, or nothing if it is too large for a page."""
+    try:
+        html.check(poet.model.config, poet.tokenizer)
+        loaded = checkpoint.load_model(poet.path, torch.device("cpu"), torch.float32)
+        return "".join(html.make_page(*loaded, "")).encode()
+    except CheckpointError:
+        return b""
+
+
 def _json(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-async def _respond(send: Send, body: bytes, status: int = 200) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _refuse(request: Request, e: RequestError) -> Response:
-    return refusal(e)
-
-
-def _left(request: Request, e: ClientDisconnect) -> Response:
-    return Response(status_code=400)  # nobody reads it
-
-
 def _refuse_http(request: Request, e: HTTPException) -> Response:
     message = f"{request.method} {request.url.path[:100]}: {e.detail.lower()}"
-    return Response(error_body(RequestError(message, e.status_code)), e.status_code, e.headers, "application/json")
-
-
-def _fail(request: Request, e: Exception) -> Response:
-    return Response(error_body(RequestError("the server failed", 500)), 500, media_type="application/json")
+    return refusal(RequestError(message, e.status_code), e.headers)

@@ -1,7 +1,7 @@
 """Who may use the server: no other web page in its user's browser, and beyond this machine nobody without the key."""
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -18,9 +18,9 @@ HEADERS = {
 }
 
 
-def refusal(e: RequestError) -> Response:
-    """The response that says why a request is refused."""
-    return Response(error_body(e), e.status, HEADERS.get(e.status), "application/json")
+def refusal(e: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    """The response that says why a request is refused; headers: instead of its status's own."""
+    return Response(error_body(e), e.status, headers or HEADERS.get(e.status), "application/json")
 
 
 class Guard:

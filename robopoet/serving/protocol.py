@@ -5,6 +5,7 @@ import secrets
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
@@ -43,11 +44,17 @@ class Limits:
 
 
 class RequestError(ValueError):
-    """A request that is refused: HTTP status, the parameter that is wrong, and OpenAI's code where it has one."""
+    """A request that is refused: HTTP status, the key that is wrong, and OpenAI's code where it has one."""
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+    def __init__(self, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.code = status, code
+
+    @property
+    def param(self) -> str | None:
+        """The key of a request that the message names: a decoder's somewhere, all others as their first word."""
+        decoded, key = re.match(r"(?:request: .*?(?:unknown field `|\$\.)(\w+)|(\w+):)?", str(self)).groups()
+        return decoded or (key if key in Body.__struct_fields__ else None)
 
 
 def error_body(e: RequestError) -> bytes:
@@ -95,6 +102,13 @@ Body = msgspec.defstruct(
 )
 
 
+def model_name(checkpoint: str) -> str:
+    """The name of a checkpoint's folder, or of the folder itself: out/mine/best.pt is mine."""
+    path = Path(checkpoint)
+    name = path.absolute().parent.name if path.suffix == ".pt" else path.name
+    return name.replace(":", "-") or "model"
+
+
 def model_ids(poet: Poet, name: str) -> list[str]:
     """The ids under which a model is known: its name, and one for each of its styles, such as mine:alice."""
     return [name, *(f"{name}:{style}" for style in poet.styles)]
@@ -105,26 +119,20 @@ def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
     try:
         body = untrusted.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
         return _check(body, poet, name, limits)
-    except RequestError as e:
-        found = re.search(r"unknown field `(\w+)`|\$\.(\w+)", str(e))
-        if found and e.param is None:
-            e.param = found[1] or found[2]
-        raise
     except (ConfigError, DataError) as e:
-        param = str(e).partition(":")[0]
-        raise RequestError(str(e), param=param if param in Body.__struct_fields__ else None) from None
+        raise RequestError(str(e)) from None
 
 
 def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
     style = body.style or ""
     if body.model is None:
-        raise RequestError(f"model: is missing; GET /v1/models lists them, the first is {name}", param="model")
+        raise RequestError(f"model: is missing; GET /v1/models lists them, the first is {name}")
     if body.model not in model_ids(poet, name):
         message = f"model: found {body.model[:100]!r}, but there are {', '.join(model_ids(poet, name))[:500]}"
-        raise RequestError(message, 404, "model", "model_not_found")
+        raise RequestError(message, 404, "model_not_found")
     if named := body.model.removeprefix(name).removeprefix(":"):
         if style not in ("", named):
-            raise RequestError(f"style: found {style[:100]!r}, but the model is {body.model}; give one", param="style")
+            raise RequestError(f"style: found {style[:100]!r}, but the model is {body.model}; give one")
         style = named
     _refuse_what_we_lack(body)
     max_tokens, n = 16 if body.max_tokens is None else body.max_tokens, 1 if body.n is None else body.n
@@ -149,7 +157,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
         if scores_prompt and len(ids) + bool(style) > poet.model.config.block_size:
             most = poet.model.config.block_size - bool(style)
             message = f"prompt: has {len(ids):,} tokens; with echo and logprobs the model reads at most {most:,}"
-            raise RequestError(message, param="prompt", code="context_length_exceeded")
+            raise RequestError(message, code="context_length_exceeded")
         reply.prompt_tokens += len(ids) if prompt else 0
         for number in range(n):
             choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain)
@@ -160,8 +168,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
 def within(what: str, value: int, low: int, high: int) -> None:
     """Raise RequestError unless low <= value <= high."""
     if not low <= value <= high:
-        message = f"{what}: found {value:,}, must be at least {low:,} and at most {high:,}"
-        raise RequestError(message, param=what.partition(":")[0])
+        raise RequestError(f"{what}: found {value:,}, must be at least {low:,} and at most {high:,}")
 
 
 def _refuse_what_we_lack(body: Any) -> None:
@@ -174,9 +181,9 @@ def _refuse_what_we_lack(body: Any) -> None:
         "best_of": body.best_of not in (None, 1, body.n),
     }
     for key in (key for key, value in asked.items() if value):
-        raise RequestError(f"{key}: this server does not have it; leave it out", param=key, code="unsupported")
+        raise RequestError(f"{key}: this server does not have it; leave it out", code="unsupported")
     if body.stream_options and not body.stream:
-        raise RequestError("stream_options: needs stream", param="stream_options")
+        raise RequestError("stream_options: needs stream")
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -187,7 +194,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if kinds == {int}:
         return [prompt]
     if kinds not in ({str}, {list}):
-        raise RequestError("prompt: must be a text, a list of texts, token ids, or a list of those", param="prompt")
+        raise RequestError("prompt: must be a text, a list of texts, token ids, or a list of those")
     return prompt
 
 
@@ -197,7 +204,7 @@ def _read_prompt(prompt: str | list[int], poet: Poet) -> tuple[str, list[int]]:
         return prompt, poet.ids_of(prompt)
     size = poet.model.config.vocab_size
     if not prompt or not all(0 <= id < size for id in prompt):
-        raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one", param="prompt")
+        raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one")
     return poet.tokenizer.decode_bytes(prompt).decode(errors="replace"), prompt
 
 
@@ -281,10 +288,9 @@ class Reply:
         self._changed[gain.choice] = None
         self.wake()
 
-    def whole(self) -> bytes:
+    def whole(self) -> dict[str, Any]:
         """The response to a request that does not stream."""
-        choices = [self._take(text, text.finish) for text in self.texts.values()]
-        return msgspec.json.encode(self._head | {"choices": choices, "usage": self.usage})
+        return self._head | {"choices": [*map(self._take, self.texts.values())], "usage": self.usage}
 
     def chunks(self) -> bytes:
         """The server-sent events for what was gained since the last call, "" if that is nothing to be seen."""
@@ -293,19 +299,20 @@ class Reply:
         usage = {"usage": None} if self.tells_usage else {}
         for text in (self.texts[choice] for choice in changed):
             if text.parts or text.tokens or text.finish:
-                events.append(self._head | {"choices": [self._take(text, text.finish)]} | usage)
+                events.append(msgspec.json.encode(self._head | {"choices": [self._take(text)]} | usage))
         if self.error:
-            return b"".join(map(_event, map(msgspec.json.encode, events))) + _event(error_body(self.error))
-        if self.is_done and self.tells_usage:
-            events.append(self._head | {"choices": [], "usage": self.usage})
-        done = _event(b"[DONE]") if self.is_done else b""
-        return b"".join(_event(msgspec.json.encode(event)) for event in events) + done
+            events.append(error_body(self.error))
+        elif self.is_done:
+            if self.tells_usage:
+                events.append(msgspec.json.encode(self._head | {"choices": [], "usage": self.usage}))
+            events.append(b"[DONE]")
+        return b"".join(b"data: " + event + b"\n\n" for event in events)
 
-    def _take(self, text: Text, finish: str | None) -> dict[str, Any]:
+    def _take(self, text: Text) -> dict[str, Any]:
         """A choice of the response with what its text has gained."""
         parts, text.parts, tokens, text.tokens = text.parts, [], text.tokens, []
         logprobs = self._logprobs(tokens) if text.asks else None
-        return {"text": "".join(parts), "index": text.index, "logprobs": logprobs, "finish_reason": finish}
+        return {"text": "".join(parts), "index": text.index, "logprobs": logprobs, "finish_reason": text.finish}
 
     def _logprobs(self, tokens: list[tuple[Scored, int]]) -> dict[str, list[Any]]:
         """OpenAI's legacy form: the sampled token is among the likeliest in any case."""
@@ -329,7 +336,3 @@ class Reply:
             return self.tok.tokens[id].decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tok.tokens[id])
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
