@@ -91,8 +91,7 @@ def complete(cfg: Config, start: Start) -> Config:
     taken = {key: shape[key] for key in SHAPE}
     problems = []
     for key in given.intersection(SHAPE):
-        least = 2 if taken["positions"] == "rotary" else 1
-        may_shorten = key == "block_size" and not start.resumes and least <= cfg.block_size < taken[key]
+        may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
         if getattr(cfg, key) != taken[key] and not may_shorten:
             problems.append(f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out")
     if problems:

@@ -1,238 +1,162 @@
-"""The two architectures of transformers that our model is: GPT-2 with learned positions, Starcoder2 with rotary ones.
+"""The architectures of transformers that our model is, a table each: GPT-2 (learned positions), Starcoder2 (rotary).
 
 Starcoder2, and not GPT-NeoX, which has the same arithmetic: llama.cpp ties its output to the embeddings and takes its
 base from config.json, while its GPT-NeoX wants a matrix of its own for the output and a key that transformers 5 no
 longer writes. In llama.cpp both compute the tanh GELU; transformers and vLLM compute the GELU that is asked for.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import msgspec
-import torch
 
-import configurator
+from configurator import shorten
 from model import GPTConfig
-from robopoet.weights.header import Share, Size
+from robopoet.weights.layout import Layout
 
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> torch's `approximate`
 ROPE = {"rope_type": "default", "type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
 
 Name = Annotated[str, msgspec.Meta(max_length=100)]
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Architecture(ABC):
-    """The keys of a config.json that matter to our model; a missing one has transformers' default.
+class Architecture:
+    """A model of transformers: its config.json, and the layout of its weights.
 
-    TITLE, CLASS: its name, and that of transformers' class. POSITIONS: GPTConfig's `positions` for it. KEYS: our names
-    -> its names of what gives the shape. GELU, GELU_NAMES: its key, and GPTConfig's `gelu` -> its value. DROPOUTS: its
-    keys for `dropout`.
+    model_type, class_name: what config.json calls it and its class. positions: ours. sizes: our names -> config.json's.
+    gelu: the key of the activation; gelus: our `gelu` -> its value. dropouts: keys for our `dropout`, the first of
+    which is read; dropout: what that is if missing. supported: a model's shape -> the values that our model can have of
+    each other key that matters; the first is written, unless it is None. Where only some keys of a mapping matter, it
+    holds them all. missing: the values that transformers takes for a key that is not there, if not the first.
     """
 
-    TITLE: ClassVar[str]
-    CLASS: ClassVar[str]
-    POSITIONS: ClassVar[str]
-    KEYS: ClassVar[dict[str, str]]
-    GELU: ClassVar[str]
-    GELU_NAMES: ClassVar[dict[str, str]]
-    DROPOUTS: ClassVar[tuple[str, ...]]
+    title: str
+    model_type: str
+    class_name: str
+    positions: str
+    sizes: dict[str, str]
+    gelu: str
+    gelus: dict[str, str]
+    dropouts: tuple[str, ...]
+    dropout: float
+    supported: Callable[[GPTConfig], dict[str, tuple[Any, ...]]]
+    layout: Layout
+    missing: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def config_of(cls, config: GPTConfig, dropout: float) -> dict[str, Any]:
+    def write(self, config: GPTConfig, dropout: float) -> dict[str, Any]:
         """A model's config.json, up to the special tokens."""
-        shape = {theirs: getattr(config, ours) for ours, theirs in cls.KEYS.items()}
-        shape[cls.GELU] = cls.GELU_NAMES[config.gelu]
-        fixed = {key: values[0] for key, values in cls(**shape).supported().items() if values[0] is not None}
-        kind = {"model_type": cls.model_type, **fixed, "architectures": [cls.CLASS]}
-        return kind | shape | dict.fromkeys(cls.DROPOUTS, dropout)
+        fixed = {key: values[0] for key, values in self.supported(config).items() if values[0] is not None}
+        sizes = {theirs: getattr(config, ours) for ours, theirs in self.sizes.items()}
+        kind = {"model_type": self.model_type, **fixed, "architectures": [self.class_name]}
+        return kind | sizes | {self.gelu: self.gelus[config.gelu]} | dict.fromkeys(self.dropouts, dropout)
 
-    def entries(self) -> dict[str, Any]:
-        """`model_args` and `model_extra`, as our checkpoints have them."""
-        args = {ours: getattr(self, theirs) for ours, theirs in self.KEYS.items()}
-        args |= {"bias": True, "dropout": getattr(self, self.DROPOUTS[0])}
-        extra = {"gelu": GELUS[getattr(self, self.GELU)], "positions": self.POSITIONS}
-        return {"model_args": args, "model_extra": extra}
+    def keys(self) -> type[msgspec.Struct]:
+        """The keys of a config.json that matter, with their types."""
+        typed = [(key, int) for key in self.sizes.values()]
+        typed += [(self.gelu, Name, self.gelus["tanh"]), (self.dropouts[0], float, self.dropout)]
+        return msgspec.defstruct(self.title, typed + [(key, Any, msgspec.UNSET) for key in self.supported(GPTConfig())])
 
-    @abstractmethod
-    def supported(self) -> dict[str, tuple[Any, ...]]:
-        """The values that our model supports, by key; the first is written on export, unless it is None."""
+    def read(self, found: msgspec.Struct) -> GPTConfig:
+        """The shape of the model that a config.json's keys() describe.
 
-    def problems(self) -> list[str]:
-        """Each key whose value our model does not support, with what was found and what must be there."""
-        return [
-            f"{key}: found {configurator.shorten(repr(value))}, must be {' or '.join(map(repr, values))}"
-            for key, values in {**self.supported(), self.GELU: tuple(GELUS)}.items()
-            if (value := getattr(self, key)) not in values
-        ]
-
-    @classmethod
-    @abstractmethod
-    def theirs(cls, weights: Weights) -> Weights:
-        """The weights of our model with biases, without lm_head.weight, under its names and in its shapes."""
-
-    @classmethod
-    @abstractmethod
-    def ours(cls, weights: Weights) -> Weights:
-        """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
+        Raises ValueError with a line for each key whose value our model can't have.
+        """
+        gelu, names = getattr(found, self.gelu), self.sizes | {"dropout": self.dropouts[0]}
+        shape = {ours: getattr(found, theirs) for ours, theirs in names.items()}
+        try:
+            config = GPTConfig(**shape, gelu=GELUS.get(gelu, "none"), positions=self.positions)
+        except ValueError as e:
+            raise ValueError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(e))) from None
+        problems = []
+        for key, values in {**self.supported(config), self.gelu: tuple(GELUS)}.items():
+            if (value := getattr(found, key)) is msgspec.UNSET:
+                value = self.missing.get(key, values[0])
+            if value not in values and not any(_is_part(value, whole) for whole in values):
+                wanted = " or ".join(f"within {one}" if isinstance(one, dict) else repr(one) for one in values)
+                problems.append(f"{key}: found {shorten(repr(value))}, must be {wanted}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return config
 
 
-@dataclass(frozen=True)
-class GPT2(Architecture):
-    """The config.json of a GPT-2; its layers are Conv1D, whose weights are transposed."""
-
-    TITLE = "GPT-2"
-    CLASS = "GPT2LMHeadModel"
-    POSITIONS = "learned"
-    KEYS: ClassVar = {"block_size": "n_positions"} | {key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    GELU = "activation_function"
-    GELU_NAMES: ClassVar = {"tanh": "gelu_new", "none": "gelu"}
-    DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-    n_layer: Size
-    n_head: Size
-    n_embd: Size
-    n_positions: Size
-    vocab_size: Size
-    model_type: Name = "gpt2"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    add_cross_attention: bool = False
-    tie_word_embeddings: bool = True
-    n_inner: int | None = None
-    activation_function: Name = "gelu_new"
-    resid_pdrop: Share = 0.1
-
-    def supported(self) -> dict[str, tuple[Any, ...]]:
-        return {
-            "layer_norm_epsilon": (1e-5,),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            "tie_word_embeddings": (True,),
-            "n_inner": (None, 4 * self.n_embd),
-        }
-
-    @classmethod
-    def theirs(cls, weights: Weights) -> Weights:
-        return {name: w.t() if name.endswith(cls.TRANSPOSED) else w for name, w in weights.items()}
-
-    @classmethod
-    def ours(cls, weights: Weights) -> Weights:
-        found = {}
-        for name, w in weights.items():
-            name = "transformer." + name.removeprefix("transformer.")
-            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # causal masks; the embedding
-                found[name] = w.t() if name.endswith(cls.TRANSPOSED) and w.dim() == 2 else w
-        return found
+def _is_part(value: Any, whole: Any) -> bool:
+    return isinstance(value, dict) and isinstance(whole, dict) and value.items() <= whole.items()
 
 
-@dataclass(frozen=True)
-class Starcoder2(Architecture):
-    """The config.json of a Starcoder2; queries, keys and values have a matrix each."""
+GPT2 = Architecture(
+    title="GPT-2",
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    positions="learned",
+    sizes={"block_size": "n_positions"} | {key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+    gelu="activation_function",
+    gelus={"tanh": "gelu_new", "none": "gelu"},
+    dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    dropout=0.1,
+    supported=lambda config: {
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+        "n_inner": (None, 4 * config.n_embd),
+    },
+    layout=Layout(
+        prefix="transformer",
+        transposed=("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),  # Conv1D
+    ),
+)
 
-    TITLE = "Starcoder2"
-    CLASS = "Starcoder2ForCausalLM"
-    POSITIONS = "rotary"
-    KEYS: ClassVar = {
+STARCODER2 = Architecture(
+    title="Starcoder2",
+    model_type="starcoder2",
+    class_name="Starcoder2ForCausalLM",
+    positions="rotary",
+    sizes={
         "block_size": "max_position_embeddings",
         "vocab_size": "vocab_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
         "n_embd": "hidden_size",
-    }
-    GELU = "hidden_act"
-    GELU_NAMES: ClassVar = {"tanh": "gelu_pytorch_tanh", "none": "gelu"}
-    DROPOUTS = ("residual_dropout", "embedding_dropout", "attention_dropout")
-    NAMES: ClassVar = {  # ours, after transformer -> its, after model
-        ".wte.": ".embed_tokens.",
-        ".ln_f.": ".norm.",
-        ".h.": ".layers.",
-        ".ln_1.": ".input_layernorm.",
-        ".ln_2.": ".post_attention_layernorm.",
-        ".attn.c_proj.": ".self_attn.o_proj.",
-    }
-    C_ATTN, QKV = ".attn.c_attn.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
+    },
+    gelu="hidden_act",
+    gelus={"tanh": "gelu_pytorch_tanh", "none": "gelu"},
+    dropouts=("residual_dropout", "embedding_dropout", "attention_dropout"),
+    dropout=0.0,
+    supported=lambda config: {
+        "norm_epsilon": (1e-5,),
+        "use_bias": (True,),
+        "tie_word_embeddings": (True,),
+        "rope_theta": (10_000.0,),  # transformers 4's place for the base; 5 reads it too
+        "num_key_value_heads": (config.n_head,),
+        "intermediate_size": (4 * config.n_embd,),
+        "head_dim": (None, config.n_embd // config.n_head),
+        "sliding_window": (None,),
+        "rope_scaling": (None, ROPE),  # transformers 4's
+        "rope_parameters": (None, ROPE),  # transformers 5's
+        "partial_rotary_factor": (None, 1.0),
+    },
+    missing={"num_key_value_heads": 2, "intermediate_size": 12_288},
+    layout=Layout(
+        prefix="model",
+        names={
+            ".wte.": ".embed_tokens.",
+            ".ln_f.": ".norm.",
+            ".h.": ".layers.",
+            ".ln_1.": ".input_layernorm.",
+            ".ln_2.": ".post_attention_layernorm.",
+            ".attn.c_proj.": ".self_attn.o_proj.",
+        },
+        qkv=(".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
+    ),
+)
 
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    hidden_size: Size
-    max_position_embeddings: Size
-    vocab_size: Size
-    model_type: Name = "starcoder2"
-    norm_epsilon: float = 1e-5
-    use_bias: bool = True
-    tie_word_embeddings: bool = True
-    num_key_value_heads: int = 2
-    intermediate_size: int = 12_288
-    head_dim: int | None = None
-    sliding_window: int | None = None
-    rope_theta: float = 10_000.0  # transformers 4's place for the base; 5 reads it too
-    rope_scaling: dict[str, Any] | None = None  # transformers 4's
-    rope_parameters: dict[str, Any] | None = None  # transformers 5's
-    partial_rotary_factor: float | None = None
-    hidden_act: Name = "gelu_pytorch_tanh"
-    residual_dropout: Share = 0.0
+ARCHITECTURES = {kind.model_type: kind for kind in (GPT2, STARCODER2)}
 
-    def supported(self) -> dict[str, tuple[Any, ...]]:
-        return {
-            "norm_epsilon": (1e-5,),
-            "use_bias": (True,),
-            "tie_word_embeddings": (True,),
-            "rope_theta": (10_000.0,),
-            "num_key_value_heads": (self.num_attention_heads,),
-            "intermediate_size": (4 * self.hidden_size,),
-            "head_dim": (None, self.hidden_size // self.num_attention_heads),
-            "sliding_window": (None,),
-            "partial_rotary_factor": (None, 1.0),
-        }
 
-    def problems(self) -> list[str]:
-        found = super().problems()
-        for key in ("rope_scaling", "rope_parameters"):
-            value = getattr(self, key) or {}
-            if not value.items() <= ROPE.items():
-                found.append(f"{key}: found {configurator.shorten(repr(value))}, must be within {ROPE}")
-        if self.hidden_size % (twice := 2 * self.num_attention_heads):  # pairs are rotated
-            found.append(
-                f"hidden_size: found {self.hidden_size}, must be divisible by twice num_attention_heads, {twice}"
-            )
-        if self.max_position_embeddings < 2:
-            found.append("max_position_embeddings: found 1, must be at least 2")
-        return found
-
-    @classmethod
-    def theirs(cls, weights: Weights) -> Weights:
-        made = {}
-        for name, w in weights.items():
-            name = "model" + name.removeprefix("transformer")
-            for ours, theirs in cls.NAMES.items():
-                name = name.replace(ours, theirs)
-            if cls.C_ATTN in name:
-                for part, rows in zip(cls.QKV, w.chunk(3), strict=True):
-                    made[name.replace(cls.C_ATTN, part)] = rows.clone()
-            else:
-                made[name] = w
-        return made
-
-    @classmethod
-    def ours(cls, weights: Weights) -> Weights:
-        found, parts = {}, {}
-        for name, w in weights.items():
-            name = "transformer." + name.removeprefix("model.")
-            for ours, theirs in cls.NAMES.items():
-                name = name.replace(theirs, ours)
-            if part := next((part for part in cls.QKV if part in name), None):
-                parts.setdefault(name.replace(part, cls.C_ATTN), {})[part] = w
-            elif not name.endswith(("lm_head.weight", ".rotary_emb.inv_freq")):  # the embedding; a constant
-                found[name] = w
-        for name, three in parts.items():
-            if len(three) < 3 or len({(w.shape, w.dtype) for w in three.values()}) > 1:
-                kinds = ", ".join(f"{part.split('.')[2]} {tuple(w.shape)} {w.dtype}" for part, w in three.items())
-                raise ValueError(f"{name} needs q_proj, k_proj and v_proj of one shape and dtype, found {kinds}")
-            found[name] = torch.cat([three[part] for part in cls.QKV])
-        return found
+def architecture_of(config: GPTConfig) -> Architecture:
+    """The architecture that a model of ours is exported as."""
+    return next(kind for kind in ARCHITECTURES.values() if kind.positions == config.positions)

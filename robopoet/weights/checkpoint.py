@@ -26,7 +26,7 @@ from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import huggingface, nanogpt
-from robopoet.weights.header import NANOGPT_ARGS, read_header
+from robopoet.weights.header import config_entries, read_header
 
 BASE = Path("out/base/best.pt")  # the model that `make base` trains, for short books to start from
 LABEL = b"sha256:"
@@ -163,12 +163,7 @@ def _check_zip(f: BinaryIO, size: int) -> None:
 
 def model_entries(model: GPT) -> dict[str, Any]:
     """A model as entries of a checkpoint: `model` (its state dict), `model_args` (nanoGPT's seven), `model_extra`."""
-    config = dataclasses.asdict(model.config)
-    return {
-        "model": model.state_dict(),
-        "model_args": {key: config[key] for key in NANOGPT_ARGS},
-        "model_extra": {key: value for key, value in config.items() if key not in NANOGPT_ARGS},
-    }
+    return {"model": model.state_dict(), **config_entries(model.config)}
 
 
 def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab_size: int = 0) -> GPT:

@@ -18,24 +18,28 @@ from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
 from robopoet.weights import huggingface
+from robopoet.weights.architectures import architecture_of
 from robopoet.weights.header import ExportDtype
+from robopoet.weights.layout import Layout, with_biases
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-NAMES = {  # ours, after transformer -> llama.cpp's
+NAMES = {  # ours -> llama.cpp's
     ".wte.": "token_embd.",
     ".wpe.": "position_embd.",
     ".ln_f.": "output_norm.",
     ".h.": "blk.",
     ".ln_1.": ".attn_norm.",
-    ".attn.c_attn.": ".attn_qkv.",
     ".attn.c_proj.": ".attn_output.",
     ".ln_2.": ".ffn_norm.",
     ".mlp.c_fc.": ".ffn_up.",
     ".mlp.c_proj.": ".ffn_down.",
 }
-QKV = ".attn_q.", ".attn_k.", ".attn_v."
+LAYOUTS = {  # an architecture's name, here and in llama.cpp -> its tensors
+    "gpt2": Layout("", NAMES | {".attn.c_attn.": ".attn_qkv."}),
+    "starcoder2": Layout("", NAMES, qkv=(".attn_q.", ".attn_k.", ".attn_v.")),
+}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat is a text to continue
 NEVER = b"\xff"  # is in no UTF-8
 
@@ -70,11 +74,11 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
 
     c = model.config
     with files.creating(path) as part:
-        writer = gguf.GGUFWriter(part, "gpt2" if c.positions == "learned" else "starcoder2")
+        writer = gguf.GGUFWriter(part, architecture_of(c).model_type)
         try:
             writer.add_type("model")
             writer.add_name(_clean(path.stem))
-            writer.add_description(_clean(huggingface.describe(model, tok, content, passage)))
+            writer.add_description(_clean(huggingface.describe_model(model, tok, content, passage)))
             writer.add_license(_clean("; ".join(content.get("licences", ()))))
             writer.add_tags(["text-generation", *map(_clean, styles(tok))])
             _add_config(writer, c, dtype)
@@ -129,10 +133,9 @@ def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
 def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weight]:
     """llama.cpp's tensors: name -> (rows, columns) or (n,), of the embeddings only `vocab_size` rows (nanoGPT pads)."""
     tensors = {}
-    for name, weight in huggingface.with_biases(model).items():
-        name, w = name.removeprefix("transformer"), weight.numpy().view(Weight)
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
+    layout = LAYOUTS[architecture_of(model.config).model_type]
+    for name, weight in layout.theirs(with_biases(model)).items():
+        w = weight.numpy().view(Weight)
         if name == "token_embd.weight":
             w = w[:vocab_size]
         if w.ndim > 1 and name != "position_embd.weight":
@@ -140,10 +143,7 @@ def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weigh
                 w = w.astype(dtype)
         if not np.isfinite(w).all():
             raise CheckpointError(f"export: {name} has numbers too large for {dtype}; take --export_dtype=float32")
-        if model.config.positions == "rotary" and ".attn_qkv." in name:
-            tensors |= {name.replace(".attn_qkv.", part): rows for part, rows in zip(QKV, np.split(w, 3), strict=True)}
-        else:
-            tensors[name] = w
+        tensors[name] = w
     return tensors
 
 

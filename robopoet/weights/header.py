@@ -1,5 +1,6 @@
 """The part of a checkpoint beside its tensors, with types and ranges checked."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,31 +16,28 @@ from robopoet.text.tokenizer import SavedBPE, SavedChar
 from robopoet.untrusted import Count
 
 NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-
-Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**40)]
 ExportDtype = Literal["float16", "float32"]  # of the weights in a file for another program
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """nanoGPT's seven model arguments."""
+    """nanoGPT's seven model arguments; GPTConfig checks their values."""
 
-    n_layer: Size
-    n_head: Size
-    n_embd: Size
-    block_size: Size
-    vocab_size: Size
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
     bias: bool = True
-    dropout: Share = 0.0
+    dropout: float = 0.0
 
 
 class ModelExtra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Model arguments that nanoGPT does not have."""
 
-    gelu: Literal["none", "tanh"] = "none"
-    positions: Literal["learned", "rotary"] = "learned"
+    gelu: str = "none"
+    positions: str = "learned"
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,13 @@ class Header:
     def shape(self) -> dict[str, Any]:
         """All of the model's arguments: nanoGPT's, and ours or their defaults."""
         return msgspec.structs.asdict(self.model_args) | msgspec.structs.asdict(self.model_extra or ModelExtra())
+
+
+def config_entries(config: GPTConfig) -> dict[str, dict[str, Any]]:
+    """A model's shape as entries of a checkpoint: `model_args` (nanoGPT's seven) and `model_extra`."""
+    values = dataclasses.asdict(config)
+    extra = {key: value for key, value in values.items() if key not in NANOGPT_ARGS}
+    return {"model_args": {key: values[key] for key in NANOGPT_ARGS}, "model_extra": extra}
 
 
 def read_header(content: dict[str, Any], path: Path) -> Header:

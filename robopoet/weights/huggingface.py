@@ -20,12 +20,12 @@ from robopoet import files, untrusted
 from robopoet.errors import CheckpointError, DataError
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
-from robopoet.weights.architectures import GPT2, Architecture, Name, Starcoder2, Weights
-from robopoet.weights.header import ExportDtype, Header
+from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
+from robopoet.weights.header import ExportDtype, config_entries
+from robopoet.weights.layout import Weights, with_biases
 
-ARCHITECTURES: dict[str, type[Architecture]] = {kind.model_type: kind for kind in (GPT2, Starcoder2)}
 HEADER_BYTES = 10 * 2**20  # of a safetensors file: room for 100,000 tensors
-NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.TITLE for kind in ARCHITECTURES.values())
+NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind in ARCHITECTURES.values())
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load(folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError when a file is missing, damaged, or of another architecture.
     """
-    kind, content = _read_config(folder / "config.json")
+    kind, config = _read_config(folder / "config.json")
     names = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").exists():
         shards = untrusted.read_json(index, ShardIndex, CheckpointError, NO_MATCH)
@@ -80,11 +80,12 @@ def load(folder: Path) -> dict[str, Any]:
     for name in sorted(names):
         weights |= _load_safetensors(folder / name)
     try:
-        content["model"] = ours = kind.ours(weights)
+        ours = kind.layout.ours(weights)
     except (ValueError, RuntimeError) as e:
         raise CheckpointError(f"{folder}: {untrusted.describe(e)}") from None
     if "transformer.wte.weight" in ours:
         ours["lm_head.weight"] = ours["transformer.wte.weight"]
+    content = {"model": ours, **config_entries(config)}
     if (path := folder / "tokenizer.json").exists():
         try:
             tok = tokenizer_json.from_huggingface(untrusted.read_bytes(path, DataError))
@@ -94,21 +95,19 @@ def load(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> tuple[type[Architecture], dict[str, Any]]:
-    """The architecture that config.json names, and `model_args` and `model_extra` as it gives them."""
+def _read_config(path: Path) -> tuple[Architecture, GPTConfig]:
+    """The architecture that config.json names, and the shape that it gives."""
     raw = untrusted.read_bytes(path, CheckpointError)
     found = untrusted.decode_json(raw, Kind, path, CheckpointError, NO_MATCH).model_type
-    if found not in ARCHITECTURES:  # another model's config has other keys
-        problems = [f"model_type: found {found!r}, must be {' or '.join(ARCHITECTURES)}"]
-    else:
+    try:
+        if found not in ARCHITECTURES:  # another model's config has other keys
+            raise ValueError(f"model_type: found {found!r}, must be {' or '.join(ARCHITECTURES)}")
         kind = ARCHITECTURES[found]
-        config = untrusted.decode_json(raw, kind, path, CheckpointError, NO_MATCH)
-        problems = config.problems()
-    if problems:
-        raise CheckpointError(f"{path}: is another architecture: " + "; ".join(problems))
-    entries = config.entries()
-    untrusted.convert(entries, Header, path, CheckpointError, NO_MATCH)
-    return kind, entries
+        return kind, kind.read(untrusted.decode_json(raw, kind.keys(), path, CheckpointError, NO_MATCH))
+    except CheckpointError:
+        raise
+    except ValueError as e:
+        raise CheckpointError(f"{path}: is another architecture: " + "; ".join(str(e).splitlines())) from None
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -149,10 +148,10 @@ def export(
     """
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
-    kind = next(kind for kind in ARCHITECTURES.values() if model.config.positions == kind.POSITIONS)
+    kind = architecture_of(model.config)
     special = {"bos_token": END, "eos_token": END} if end is not None else {}
     contents = {
-        "config": kind.config_of(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
+        "config": kind.write(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
         "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends},
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -164,7 +163,7 @@ def export(
     }
     with files.creating(path) as part:
         part.mkdir()
-        weights = {name: w.contiguous() for name, w in kind.theirs(with_biases(model)).items()}
+        weights = {name: w.contiguous() for name, w in kind.layout.theirs(with_biases(model)).items()}
         try:
             safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         except safetensors.SafetensorError as e:  # it wraps the system's
@@ -176,22 +175,13 @@ def export(
     return "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it"
 
 
-def with_biases(model: GPT) -> Weights:
-    """The model's weights in float32, without lm_head.weight, the tied one; a bias that it lacks is zeros."""
-    weights = {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
-    for name, p in list(weights.items()):
-        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
-            weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))
-    return weights
-
-
 def model_card(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
     """The exported folder's README, as Markdown."""
     head = ["---", "pipeline_tag: text-generation", "library_name: transformers", "---", ""]
-    return "\n".join([*head, "# A GPT trained with RoboPoet", "", describe(model, tok, content, passage)])
+    return "\n".join([*head, "# A GPT trained with RoboPoet", "", describe_model(model, tok, content, passage)])
 
 
-def describe(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
+def describe_model(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any], passage: str) -> str:
     """What a model is, as Markdown: shape, loss, licences, styles and a sample."""
     c, styles = model.config, tokenizer.styles(tok)
     lines = [f"{model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "]
