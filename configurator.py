@@ -7,10 +7,8 @@ converted to the type of its field.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.metadata
 import inspect
-import itertools
 import json
 import math
 import os
@@ -18,31 +16,21 @@ import platform
 import re
 import shlex
 import signal
-import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
+from robopoet import VERSION
+from robopoet.errors import ConfigError, Mistake, describe, did_you_mean, is_other_rank, is_out_of_memory, shorten
+from robopoet.files import beside_scripts, did_you_mean_path, read_yaml
 
-VERSION = "0.1.0"
-HOME = Path(__file__).parent  # holds the scripts, config/ and data/
-JSON_BYTES = 100 * 2**20  # largest file that read_bytes reads by default
-YAML_BYTES, YAML_EVENTS, YAML_DEPTH = 2**20, 100_000, 20
-MOST_COMPARED = 1000  # characters of a word, and words, among which the most similar is looked for
 SHOWN_PROBLEMS = 20  # most problems in one message
-SHOWN_CHARS = 300  # longest line of a message; some quote user input
 RANK_WAIT_S = 5.0  # torchrun looks for ranks that failed ten times a second
-BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as text and builds no objects
 NO_KEY = {"no key": True}  # metadata of a config's field that no one can set, as it is no key
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
-
-class ConfigError(ValueError):
-    """A setting can't be used; the message names the key or file, what was found and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,15 +201,6 @@ def values_of(cfg: Any) -> dict[str, Any]:
     return {field.name: getattr(cfg, field.name) for field in keys_of(cfg)}
 
 
-def bounds(cfg: Any, keys: str, low: float, high: float = math.inf) -> list[str]:
-    """A problem for each of the space-separated `keys` whose value lies outside [low, high]; None, auto, never does."""
-    wanted = f"at least {low:g}" + (f" and at most {high:,}" if high < math.inf else "")
-    values = {key: value for key in keys.split() if (value := getattr(cfg, key)) is not None}
-    outside = {key: value for key, value in values.items() if not low <= value <= high or value == math.inf}
-    auto = {key: ", or auto" for key in outside if getattr(type(cfg), key, "") is None}  # the key's default
-    return [f"{key}: found {value}, must be {wanted}{auto.get(key, '')}" for key, value in outside.items()]
-
-
 def written(value: Any) -> Any:
     """A key's value as YAML and messages have it: `auto` for None, a list for a tuple."""
     return "auto" if value is None else list(value) if isinstance(value, tuple) else value
@@ -241,8 +220,8 @@ def change(cfg: Any, key: str, text: str) -> Any:
 def usage(cls: type, positional: str | None = None) -> str:
     """The help text: one line for each key of `cls` with its name, its default, and the comment behind it."""
     script = _command(inspect.getsourcefile(cls)).replace("bench.", "-m bench.")
-    files = f"[CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''}"
-    lines = [f"python {script} {files} [--key=value ...]"]
+    arguments = f"[CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''}"
+    lines = [f"python {script} {arguments} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     for owner in reversed(cls.__mro__[:-1]):  # a subclass's own keys come last
@@ -263,11 +242,11 @@ def _command(path: str) -> str:
     return f"bench.{script.removesuffix('.py')}" if os.path.basename(folder) == "bench" else script
 
 
-def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], positional: str | None = None) -> None:
+def launch(main: Callable[[Any], None], cls: type, positional: str | None = None) -> None:
     """Run `main` with the command line's config.
 
-    ConfigError, OSError, out-of-memory and the exceptions in `mistakes` print one line and exit with code 2. Others are
-    bugs and keep their traceback.
+    A Mistake, an OSError and too little memory print one line and exit with code 2. Others are bugs and keep their
+    traceback.
     """
     script = _command(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
@@ -277,7 +256,7 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
         main(load(cls, sys.argv[1:], positional))
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         pass
-    except (ConfigError, OSError, *mistakes) as e:
+    except (Mistake, OSError) as e:
         _fail(f"{script}: {describe(e) if isinstance(e, OSError) else e}")
     except RuntimeError as e:
         if not is_out_of_memory(e):
@@ -297,7 +276,7 @@ def launch(main: Callable[[Any], None], cls: type, *mistakes: type[Exception], p
 
 def _fail(message: str) -> NoReturn:
     """Print `message` and exit with code 2; of torchrun's ranks, those that fail alike leave that to the first."""
-    if _is_other_rank():
+    if is_other_rank():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # torchrun ends and reports the other ranks of a failure
         time.sleep(RANK_WAIT_S)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's own report ends with
@@ -305,112 +284,3 @@ def _fail(message: str) -> NoReturn:
         Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}), "utf-8")
     print(message, file=sys.stderr)
     raise SystemExit(2) from None
-
-
-def _is_other_rank() -> bool:
-    """Whether torchrun started this process and it is not the first one of its machine."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU has too little memory: PyTorch has a type of its own for CUDA's error, but not for MPS's."""
-    return "out of memory" in str(error)
-
-
-def warn(message: str) -> None:
-    """Print a warning to stderr, on a machine's first rank alone; does nothing if stderr is closed."""
-    if _is_other_rank():
-        return
-    with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files and messages, bounded
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What a message adds about a `word` that is not among the `known` ones: the most similar of them, if any is."""
-    return f"; did you mean {near}?" if (near := _nearest(word, known)) else ""
-
-
-def did_you_mean_path(path: str | Path) -> str:
-    """What a message adds about a missing path: the most similar one, here or beside the scripts, if there is any."""
-    path = Path(path)
-    with contextlib.suppress(OSError, ValueError):
-        for missing in (*reversed(path.parents), path):
-            if not beside_scripts(missing).exists():  # the first folder that is missing, or else the file
-                rest = path.relative_to(missing)
-                folders = filter(os.path.isdir, (missing.parent, HOME / missing.parent))
-                names = itertools.chain.from_iterable(map(os.listdir, folders))
-                there = (name for name in names if beside_scripts(missing.with_name(name) / rest).exists())
-                near = _nearest(missing.name, there)
-                return f"; did you mean {missing.with_name(near) / rest}?" if near else ""
-    return ""
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """The most similar of the `known` words, or "" if none is similar."""
-    first = [*itertools.islice(known, MOST_COMPARED)]
-    return next(iter(difflib.get_close_matches(word[:MOST_COMPARED], first, n=1)), "")
-
-
-def beside_scripts(path: str | Path) -> Path:
-    """`path`, or if it does not exist, the same path beside the scripts if that does."""
-    return HOME / path if not os.path.exists(path) and os.path.exists(HOME / path) else Path(path)
-
-
-def check_regular(path: Path, error: type[Exception]) -> int:
-    """The size of a regular file in bytes; raises `error` on anything else: pipes and devices may never end."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as e:
-        near = did_you_mean_path(path) if isinstance(e, FileNotFoundError) else ""
-        raise error(f"{path}: {getattr(e, 'strerror', None) or e}{near}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path}: is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}; name a file")
-    return found.st_size
-
-
-def read_bytes(path: Path, error: type[Exception], limit: int = JSON_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes; raises `error` if it is larger or can't be read."""
-    if (size := check_regular(path, error)) > limit:
-        raise error(f"{path}: has {size:,} bytes, must have at most {limit:,}")
-    try:
-        with open(path, "rb") as f:
-            return f.read(size)  # not read(limit), which would allocate that much
-    except OSError as e:
-        raise error(f"{path}: {e.strerror}") from None
-
-
-def read_yaml(path: Path, error: type[Exception]) -> Any:
-    """The content of a YAML file, every scalar left as text.
-
-    Raises `error` on a file over 1 MB, over 100,000 values, nesting over 20 deep, and aliases, which can expand to
-    gigabytes.
-    """
-    raw = read_bytes(path, error, YAML_BYTES)
-    try:
-        text, depth = raw.decode(), 0
-        for count, event in enumerate(yaml.parse(text, Loader=BaseLoader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise error(f"{path}: line {event.start_mark.line + 1}: has an alias, *NAME; write the value out")
-            if depth > YAML_DEPTH or count > YAML_EVENTS:
-                raise error(f"{path}: holds over {YAML_EVENTS:,} values or nests over {YAML_DEPTH} deep; shorten it")
-        return yaml.load(text, Loader=BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-        raise error(f"{path}: is not YAML: {describe(e)}") from None
-
-
-def describe(e: Exception) -> str:
-    """An exception's message, shortened; an operating system's names its file first, as ours do."""
-    if isinstance(e, OSError) and e.strerror:
-        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-    return shorten(str(e)) or type(e).__name__
-
-
-def shorten(text: str) -> str:
-    """`text` on one line of at most SHOWN_CHARS characters; a longer one loses its middle."""
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARS else f"{line[:200]} ... {line[-90:]}"

@@ -25,9 +25,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import configurator
-from configurator import ConfigError
 from robopoet import files
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, did_you_mean, warn
 from robopoet.text import corpus, dataset, sources, tokenizer
 from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, SavedChar, Tokenizer
@@ -55,7 +54,7 @@ class PrepareConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
-        found = configurator.bounds(self, "vocab_size", 0, MAX_VOCAB_SIZE)
+        found = bounds(self, "vocab_size", 0, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, such as data/robopoet, or --input='my/*.txt'")
         elif not self.out and not self.folder:
@@ -73,7 +72,7 @@ class PrepareConfig:
     def folder(self) -> str:
         """The folder of the corpus.yaml to prepare, here or beside the scripts; "" if `input` names texts."""
         named = self.corpus or (self.input[0] if len(self.input) == 1 else "")
-        manifest = configurator.beside_scripts(os.path.join(named, "corpus.yaml"))
+        manifest = files.beside_scripts(os.path.join(named, "corpus.yaml"))
         return str(manifest.parent) if named and manifest.exists() else self.corpus
 
 
@@ -107,13 +106,13 @@ def main(cfg: PrepareConfig) -> None:
         )
     if not manifest.text_sha256:  # whoever pinned the text has seen the warnings
         for warning in survey.warnings:
-            configurator.warn(warning)
+            warn(warning)
 
     # --- tokenizer: trained on the train split alone
     is_short = survey.n_bytes <= SHORT
     if isinstance(given, BPETokenizer) and not _reads(given, _split_documents(manifest, survey, "trying")):
         advice = "leave --tokenizer out for one of its own"
-        configurator.warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
+        warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
     if base and is_short and _reads(base, _split_documents(manifest, survey, "trying")):
         given = base
         print(f"tokenizer: of {checkpoint.BASE}, so that train.py --minutes=N starts from its weights")
@@ -160,7 +159,7 @@ def main(cfg: PrepareConfig) -> None:
 def _read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the checkpoint at `path`; raises ConfigError when it has none."""
     wanted = f"tokenizer: found {str(path)!r}, must be {', '.join(TOKENIZERS)} or a checkpoint"
-    if not path.exists() and (near := configurator.did_you_mean(str(path), TOKENIZERS)):
+    if not path.exists() and (near := did_you_mean(str(path), TOKENIZERS)):
         raise ConfigError(wanted + near)
     try:
         return checkpoint.tokenizer_of(checkpoint.load(path), path)
@@ -187,8 +186,8 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
         if source.file:
-            for path in sources.files(source, manifest.folder):
-                digest.update(f"{os.path.basename(path)} {sources.file_sha256(path)}".encode())
+            for path in sources.source_files(source, manifest.folder):
+                digest.update(f"{os.path.basename(path)} {files.sha256(DataError, Path(path))}".encode())
     return digest.hexdigest()
 
 
@@ -280,7 +279,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
         raise DataError("the corpus leaves nothing to train on; add text")
     last = tok.specials[END] if many else -1
     return {
-        name: SplitMeta(**sizes[name], sha256=dataset.bin_sha256(path), documents=tuple(documents[name]), end=last)
+        name: SplitMeta(**sizes[name], sha256=files.sha256(DataError, path), documents=tuple(documents[name]), end=last)
         for name, path in unfinished.items()
     }
 
@@ -345,4 +344,4 @@ def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, PrepareConfig, DataError, CheckpointError, positional="input")
+    configurator.launch(main, PrepareConfig, positional="input")

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 import configurator
-from configurator import bounds
-from robopoet.errors import MISTAKES
+from robopoet.errors import bounds
 from robopoet.weights import checkpoint
 from robopoet.weights.exports import EXPORTS, ending_of, export_problems
 from robopoet.weights.header import ExportDtype
@@ -113,4 +112,4 @@ def main(cfg: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, SampleConfig, *MISTAKES, positional="checkpoint")
+    configurator.launch(main, SampleConfig, positional="checkpoint")

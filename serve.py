@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import configurator
-from configurator import ConfigError, bounds
 from robopoet import portable
-from robopoet.errors import MISTAKES
+from robopoet.errors import ConfigError, bounds
 from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits, model_name
 from robopoet.writing.poet import Dtype, Poet
@@ -125,4 +124,4 @@ def main(cfg: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, ServeConfig, *MISTAKES, positional="checkpoint")
+    configurator.launch(main, ServeConfig, positional="checkpoint")

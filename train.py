@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from configurator import ConfigError, bounds, is_out_of_memory, warn
 from model import GPT, GPTConfig
-from robopoet.errors import MISTAKES
+from robopoet.errors import ConfigError, bounds, is_out_of_memory, warn
 from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
 from robopoet.recording import Graphed
 from robopoet.text import dataset
@@ -414,4 +413,4 @@ def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, TrainConfig, *MISTAKES)
+    configurator.launch(main, TrainConfig)

@@ -22,8 +22,8 @@ import yaml
 import configurator
 from bench.coders import Texts, bits_per_byte
 from bench.common import evaluate_test, last_line, markdown, origin, progress, read_records, write_result
-from configurator import ConfigError, bounds, warn
-from robopoet.errors import DataError
+from robopoet import files
+from robopoet.errors import ConfigError, bounds, warn
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
 from robopoet.text.dataset import SPLITS, read_meta
@@ -102,7 +102,7 @@ def tested(path: Path, data: Path) -> dict[str, float]:
 
 def call(script: str, *args: Any) -> None:
     """Run a script of ours; raises ConfigError with its last line if it fails."""
-    command = [sys.executable, str(configurator.HOME / script), *map(str, args)]
+    command = [sys.executable, str(files.HOME / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{script} failed: {last_line(done.stderr)}")
@@ -144,4 +144,4 @@ def settings_table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, BooksConfig, DataError, positional="corpus")
+    configurator.launch(main, BooksConfig, positional="corpus")

@@ -21,10 +21,10 @@ import msgspec
 import torch
 
 import train
-from configurator import ConfigError, keys_of, warn, written
+from configurator import keys_of, written
 from model import GPT
-from robopoet import files, untrusted
-from robopoet.errors import CheckpointError
+from robopoet import files
+from robopoet.errors import CheckpointError, ConfigError, warn
 from robopoet.machine import Machine
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan
@@ -160,10 +160,10 @@ class Record:
     """A line of metrics.jsonl, for a step or an evaluation; fields that only the other kind has are 0 or None."""
 
     kind: str = ""
-    iter: untrusted.Count = 0
+    iter: files.Count = 0
     loss: float | None = None  # nats per token
     bpb: Annotated[float, msgspec.Meta(ge=0)] | None = None  # bits per byte
-    tokens: untrusted.Count = 0
+    tokens: files.Count = 0
     loss_by_style: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     tok_per_sec: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -176,10 +176,10 @@ def read_records(out: Path) -> list[Record]:
     So is a damaged one, with a warning that names it. Raises ConfigError if the file can't be read.
     """
     path, records = out / "metrics.jsonl", []
-    for number, line in enumerate(untrusted.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
+    for number, line in enumerate(files.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             try:
-                records.append(untrusted.decode_json(line, Record, f"{path}: line {number}", ConfigError, "left out"))
+                records.append(files.decode_json(line, Record, f"{path}: line {number}", ConfigError, "left out"))
             except ConfigError as e:
                 warn(str(e))
     return records
@@ -187,7 +187,7 @@ def read_records(out: Path) -> list[Record]:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `write_result` wrote; raises ConfigError for any other file."""
-    result = untrusted.read_json(path, dict[str, Any], ConfigError, "run its bench again")
+    result = files.read_json(path, dict[str, Any], ConfigError, "run its bench again")
     if not {"kind", "machine"} <= result.keys():
         raise ConfigError(f"{path}: is not a result of a bench; remove it, or run its bench again")
     return result

@@ -13,8 +13,7 @@ from typing import Any
 
 import configurator
 from bench.common import markdown, origin, progress, show, spread, write_result
-from configurator import bounds
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import bounds
 from robopoet.text.dataset import find_dataset
 from robopoet.writing.originality import fold, read_texts
 from robopoet.writing.passage import Settings
@@ -90,4 +89,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, CopyingConfig, CheckpointError, DataError, positional="checkpoint")
+    configurator.launch(main, CopyingConfig, positional="checkpoint")

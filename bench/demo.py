@@ -11,8 +11,7 @@ from typing import Any, Literal
 import configurator
 from bench.common import evaluate_checkpoint, markdown, origin, read_records, reporting, write_result
 from bench.learn import curve_of
-from configurator import ConfigError
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import find_machine
 from robopoet.weights import checkpoint
 
@@ -84,4 +83,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, DemoConfig, DataError, CheckpointError, positional="run")
+    configurator.launch(main, DemoConfig, positional="run")

@@ -25,7 +25,7 @@ import configurator
 from bench import common, gpu_stages
 from bench.gpu_stages import ROOT, Lab
 from bench.peer import SCRIPTS
-from configurator import ConfigError, bounds
+from robopoet.errors import ConfigError, bounds, warn
 from robopoet.machine import Machine, find_machine
 
 
@@ -198,7 +198,7 @@ def main(cfg: GpuConfig) -> None:
     device = common.slug(common.describe_machine(machine)["device"])
     for number in cfg.numbers:
         if lacks := missing(STAGES[number], cfg):
-            configurator.warn(f"stage {number}, {STAGES[number].name}, will fail: {lacks}")
+            warn(f"stage {number}, {STAGES[number].name}, will fail: {lacks}")
     end, results, later = start + 60 * cfg.minutes if cfg.minutes else math.inf, [], []
     for number in common.progress(cfg.numbers, "stages"):
         stage, what = STAGES[number], f"stage {number}, {STAGES[number].name}"

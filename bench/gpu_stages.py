@@ -18,7 +18,7 @@ from typing import Any
 import train
 from bench import common
 from bench.common import Record, read_records
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 
 ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=2"]

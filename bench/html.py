@@ -21,8 +21,7 @@ import torch
 import configurator
 from bench.common import markdown, origin, progress, show, spread, write_result
 from bench.peer import resident_mb
-from configurator import bounds
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import bounds
 from robopoet.machine import find_machine
 from robopoet.weights import checkpoint, html
 
@@ -161,4 +160,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, HTMLConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, HTMLConfig, positional="checkpoint")

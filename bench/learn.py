@@ -34,8 +34,7 @@ from bench.common import (
     write_result,
 )
 from bench.peer import Launch, iteration_ms
-from configurator import ConfigError, bounds
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import EvalPlan
@@ -230,4 +229,4 @@ def times_sooner(result: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, LearnConfig, DataError, CheckpointError)
+    configurator.launch(main, LearnConfig)

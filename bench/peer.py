@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from train import TrainConfig
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib
 
+from robopoet.errors import ConfigError
+
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -20,7 +22,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 import configurator
 from bench import common
 from bench.learn import Curve, curve_of
-from configurator import ConfigError
 from robopoet import files
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}

@@ -21,8 +21,7 @@ import configurator
 import prepare
 from bench.common import last_line, origin, progress, reporting, show, side_by_side, spread, write_result
 from bench.peer import resident_mb
-from configurator import ConfigError, bounds
-from robopoet.errors import DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
 from robopoet.text.dataset import read_meta
@@ -145,4 +144,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, PrepareSpeedConfig, DataError)
+    configurator.launch(main, PrepareSpeedConfig)

@@ -25,8 +25,7 @@ from bench.common import (
     train_command,
     write_result,
 )
-from configurator import ConfigError, bounds
-from robopoet.errors import DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text.dataset import find_dataset, read_meta
 
@@ -129,4 +128,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, RanksConfig, DataError)
+    configurator.launch(main, RanksConfig)

@@ -20,9 +20,8 @@ import torch
 import configurator
 from bench.common import evaluate_checkpoint, last_line, origin, progress, show, side_by_side, spread, write_result
 from bench.peer import load_model_module, resident_mb
-from configurator import ConfigError, bounds
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
 from robopoet.weights import checkpoint
 from robopoet.writing.generate import generate, prepack
@@ -243,10 +242,10 @@ def main(cfg: SampleSpeedConfig) -> None:
         try:
             result["val_loss"] = val_losses(Path(cfg.checkpoint), machine)
         except (CheckpointError, DataError) as e:  # the speeds count without it
-            configurator.warn(f"val loss is left out: {e}")
+            warn(f"val loss is left out: {e}")
     print(table([result]))
     if not result["same_text"]:
-        configurator.warn("the greedy passages differ")
+        warn("the greedy passages differ")
     write_result(result, cfg.out or f"sample_speed_{result['model']}_{str(poet.machine.dtype)[6:]}_DEVICE")
 
 
@@ -329,4 +328,4 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, SampleSpeedConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, SampleSpeedConfig, positional="checkpoint")

@@ -18,11 +18,11 @@ import configurator
 import train
 from bench.common import config_name, origin, progress, show, side_by_side, spread, write_result
 from bench.train_speed import build, find_one_machine, lap
-from configurator import bounds
-from robopoet.errors import DataError
+from robopoet import files
+from robopoet.errors import DataError, bounds
 from robopoet.machine import Machine
 from robopoet.text import dataset
-from robopoet.text.dataset import bin_sha256, encode_meta, find_dataset, open_split, read_meta
+from robopoet.text.dataset import encode_meta, find_dataset, open_split, read_meta
 from robopoet.text.windows import TrainWindows
 
 TIMES = 4
@@ -60,7 +60,7 @@ def tile(folder: Path, out: Path) -> None:
         for shift in shifts
         for doc in entry.documents
     )
-    sha256, tokens = bin_sha256(out / "train.bin"), TIMES * entry.tokens
+    sha256, tokens = files.sha256(DataError, out / "train.bin"), TIMES * entry.tokens
     entry = dataclasses.replace(entry, tokens=tokens, sha256=sha256, documents=documents)
     meta = dataclasses.replace(meta, splits=meta.splits | {"train": entry})
     (out / "meta.json").write_bytes(encode_meta(meta))
@@ -161,4 +161,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, ScalingConfig, DataError)
+    configurator.launch(main, ScalingConfig)

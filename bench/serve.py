@@ -26,8 +26,7 @@ import serve
 from bench.common import markdown, origin, progress, write_result
 from bench.peer import resident_mb
 from bench.storm import post, storm
-from configurator import ConfigError, bounds
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.writing.poet import Poet
 
@@ -222,4 +221,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--poet"]:
         write_alone(*sys.argv[2:])
     else:
-        configurator.launch(main, ServeBenchConfig, DataError, CheckpointError, positional="checkpoint")
+        configurator.launch(main, ServeBenchConfig, positional="checkpoint")

@@ -33,7 +33,7 @@ from bench import (
     writing,
 )
 from bench.summary import Results
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),

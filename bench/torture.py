@@ -22,8 +22,7 @@ import torch
 import configurator
 import train
 from bench.common import markdown, origin, progress, read_records, train_command, write_result
-from configurator import ConfigError, bounds
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import Machine, Signals, find_machine
 from robopoet.text.dataset import find_dataset, open_split, read_meta
 from robopoet.text.windows import TrainWindows
@@ -204,4 +203,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, TortureConfig, DataError, CheckpointError)
+    configurator.launch(main, TortureConfig)

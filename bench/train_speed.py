@@ -38,9 +38,9 @@ from bench.common import (
     write_result,
 )
 from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
-from configurator import ConfigError, bounds
 from model import GPT
-from robopoet.errors import DataError
+from robopoet import files
+from robopoet.errors import ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
 from robopoet.ops import linear
 from robopoet.text.dataset import (
@@ -48,7 +48,6 @@ from robopoet.text.dataset import (
     Meta,
     Span,
     SplitMeta,
-    bin_sha256,
     encode_meta,
     find_dataset,
     open_split,
@@ -110,7 +109,7 @@ def limit_vram(machine: Machine, limit_gb: float) -> None:
         share = limit_gb * 2**30 / torch.cuda.get_device_properties(machine.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), machine.device)
     elif limit_gb:
-        configurator.warn(f"vram_limit_gb: not applicable to {machine.device}")
+        warn(f"vram_limit_gb: not applicable to {machine.device}")
 
 
 def find_one_machine(cfg: train.TrainConfig) -> Machine:
@@ -139,7 +138,9 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
     for name, size in {"train": max(40 * tokens_per_step, 10**6), "val": 2 * (cfg.block_size + 1), "test": 0}.items():
         path, largest = folder / f"{name}.bin", cfg.vocab_size - 1
         rng.integers(cfg.vocab_size, size=size).astype("<u2").tofile(path)
-        splits[name] = SplitMeta(size, largest, size, 4 * size, bin_sha256(path), (Span(name, "random", 0, size),))
+        splits[name] = SplitMeta(
+            size, largest, size, 4 * size, files.sha256(DataError, path), (Span(name, "random", 0, size),)
+        )
     chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # above the surrogates, which are not text
     meta = Meta(FORMAT, "", "0" * 64, cfg.vocab_size, {}, (), splits, CharTokenizer(chars, []).saved())
     (folder / "meta.json").write_bytes(encode_meta(meta))
@@ -374,4 +375,4 @@ def described(name: str, peer: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, SpeedConfig, DataError)
+    configurator.launch(main, SpeedConfig)

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 import configurator
 from bench.common import markdown, origin, progress, spread, write_result
-from configurator import ConfigError, bounds
 from model import GPT
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text.dataset import Split, find_dataset, open_split, read_meta
 from robopoet.weights import checkpoint
@@ -125,4 +124,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, WindowConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, WindowConfig, positional="checkpoint")

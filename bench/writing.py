@@ -18,9 +18,8 @@ import configurator
 import train
 from bench.coders import Texts, bits_per_byte
 from bench.common import evaluate_checkpoint, markdown, origin, progress, write_result
-from configurator import bounds
 from model import GPT
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import DataError, bounds
 from robopoet.machine import Machine
 from robopoet.text.dataset import SPLITS, Split, find_dataset, open_split, read_meta
 from robopoet.text.tokenizer import Tokenizer
@@ -340,4 +339,4 @@ def tags_table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.launch(main, WritingConfig, DataError, CheckpointError, positional="checkpoint")
+    configurator.launch(main, WritingConfig, positional="checkpoint")

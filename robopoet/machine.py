@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._triton import has_triton
 
-from configurator import ConfigError, warn
 from robopoet import portable
-from robopoet.errors import RankError
+from robopoet.errors import ConfigError, RankError, warn
 from robopoet.ops import linear
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta, bin_sha256
+from robopoet import files
+from robopoet.errors import DataError
+from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, CharTokenizer
 
 STYLES = {"alice": 60_001, "king": 60_002}
@@ -27,7 +29,7 @@ def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = ST
 def describe(path: Path, tokens: np.ndarray, spans: tuple[Span, ...], end: int = -1) -> SplitMeta:
     """Write a bin; returns what meta.json says of it."""
     tokens.tofile(path)
-    return SplitMeta(len(tokens), int(tokens.max(initial=0)), 0, 0, bin_sha256(path), spans, end)
+    return SplitMeta(len(tokens), int(tokens.max(initial=0)), 0, 0, files.sha256(DataError, path), spans, end)
 
 
 DOCS = [("alice", 40), ("king", 1), ("king", 100), ("alice", 9), ("king", 3), ("alice", 50)]

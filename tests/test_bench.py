@@ -33,8 +33,7 @@ from bench import (
     writing,
 )
 from bench.learn import curve_of
-from configurator import ConfigError
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import find_machine
 from robopoet.text.dataset import read_meta
 
@@ -100,7 +99,7 @@ def test_runs_of_train_are_drawn_against_tokens_and_seconds(run, results, tmp_pa
     assert (tmp_path / "a" / "loss.svg").read_bytes() == (tmp_path / "both.svg").read_bytes()
     plot.main(configurator.load(plot.PlotConfig, [*argv, f"--out={tmp_path}/one.svg"], "runs"))
     assert (tmp_path / "one.svg").exists() and not (tmp_path / "one.png").exists() and not results.exists()
-    with pytest.raises(configurator.ConfigError, match=r"runs: .*none holds no metrics\.jsonl"):
+    with pytest.raises(ConfigError, match=r"runs: .*none holds no metrics\.jsonl"):
         configurator.load(plot.PlotConfig, [str(tmp_path / "none")], "runs")
 
 

@@ -15,7 +15,7 @@ import train
 from bench import common, gpu, gpu_stages, learn, sample_speed, table, train_speed
 from bench.gpu import GpuConfig, Stage
 from bench.gpu_stages import Lab
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 
 ROOT = Path(gpu.__file__).parents[1]

@@ -19,8 +19,8 @@ from bench import (
 from bench import (
     peer as nanogpt,
 )
-from configurator import ConfigError
 from model import GPT, GPTConfig
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import read_meta
 from robopoet.weights.checkpoint import model_entries, save

@@ -19,7 +19,7 @@ from bench import (
     table,
     train_speed,
 )
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.dataset import Bin, read_meta

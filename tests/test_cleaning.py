@@ -9,8 +9,8 @@ from conftest import read_all, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import HOME
 from robopoet.errors import DataError
+from robopoet.files import HOME
 from robopoet.text import cleaning, corpus
 from robopoet.text.cleaning import clean_drama, clean_prose, clean_text
 from robopoet.text.corpus import Document

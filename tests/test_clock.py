@@ -14,6 +14,7 @@ from conftest import records
 
 import configurator
 import train
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.training import plan, schedule
 from robopoet.training.run import Progress
@@ -118,7 +119,7 @@ def test_an_evaluation_comes_an_interval_after_the_one_before_whatever_was_plann
 
 @pytest.mark.parametrize("text", ["7", "7:8", "7:7:1", "9:8:1", "7:9:0", "-1:9:1", "a:9:1", "7:9:1:1", ""])
 def test_a_plan_that_is_none_is_refused(text):
-    with pytest.raises(configurator.ConfigError, match=r"^plans: found"):
+    with pytest.raises(ConfigError, match=r"^plans: found"):
         configurator.load(train.TrainConfig, [f"--plans={text}"])
     assert configurator.load(train.TrainConfig, ["--plans=7:9:1"]).plans == ("7:9:1",)
 

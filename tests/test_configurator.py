@@ -16,7 +16,9 @@ import configurator
 import prepare
 import sample
 import train
-from configurator import ConfigError, load
+from configurator import load
+from robopoet import VERSION, files
+from robopoet.errors import ConfigError, bounds
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -38,7 +40,7 @@ class Toy:
 
     def problems(self) -> list[str]:
         """What is wrong with these values."""
-        return configurator.bounds(self, "steps", 1) + configurator.bounds(self, "share size", 0.5)
+        return bounds(self, "steps", 1) + bounds(self, "share size", 0.5)
 
 
 @pytest.fixture
@@ -116,9 +118,9 @@ def test_the_nearest_path_is_looked_for_in_the_first_folder_that_is_missing(tmp_
     (tmp_path / "demo").mkdir()
     (tmp_path / "demon").mkdir()
     (tmp_path / "demon" / "best.pt").touch()
-    assert configurator.did_you_mean_path(tmp_path / "demos/best.pt") == f"; did you mean {tmp_path}/demon/best.pt?"
-    assert configurator.did_you_mean_path(tmp_path / "demo/best.pt") == ""
-    assert configurator.did_you_mean_path("x" * 5000) == configurator.did_you_mean_path("a\0/b") == ""
+    assert files.did_you_mean_path(tmp_path / "demos/best.pt") == f"; did you mean {tmp_path}/demon/best.pt?"
+    assert files.did_you_mean_path(tmp_path / "demo/best.pt") == ""
+    assert files.did_you_mean_path("x" * 5000) == files.did_you_mean_path("a\0/b") == ""
 
 
 # --- what a value may be
@@ -350,8 +352,8 @@ def test_version_prints_what_a_bug_report_needs(capsys):
         load(train.TrainConfig, ["config/nope.yaml", "--version"])
     assert end.value.code == 0
     assert re.fullmatch(r"RoboPoet \d+\.\d+\.\d+, torch \S+, Python \S+\n", capsys.readouterr().out)
-    project = tomllib.loads((configurator.HOME / "pyproject.toml").read_text())["project"]
-    assert project["version"] == configurator.VERSION
+    project = tomllib.loads((files.HOME / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
 
 
 @pytest.mark.parametrize(

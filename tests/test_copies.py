@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from test_originality import plain_words
 
 import prepare
-from configurator import ConfigError
 from model import GPT, GPTConfig
-from robopoet.errors import DataError
+from robopoet.errors import ConfigError, DataError
 from robopoet.text import tokenizer
 from robopoet.text.dataset import read_meta
 from robopoet.weights import checkpoint

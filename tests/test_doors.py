@@ -26,10 +26,10 @@ import yaml
 import configurator
 import sample
 import train
-from configurator import ConfigError
-from robopoet.errors import CheckpointError, DataError
+from robopoet import files
+from robopoet.errors import CheckpointError, ConfigError, DataError
 from robopoet.machine import Machine
-from robopoet.text import corpus, dataset, sources
+from robopoet.text import corpus, dataset
 from robopoet.text.windows import EvalPlan, eval_batches
 from robopoet.training.log import Log
 from robopoet.training.run import Progress
@@ -124,7 +124,7 @@ def config_yaml(small: dict, folder: Path) -> Door:
 def corpus_yaml(small: dict, folder: Path) -> Door:
     (folder / "a.txt").write_text("To be, or not to be.\n\nThat is the question.\n" * 9)
     source = {"style": "a", "licence": "none", "file": "a.txt", "clean": "prose", "remove": ["[0-9]+", "x y"]}
-    source |= {"sha256": sources.file_sha256(str(folder / "a.txt"))}
+    source |= {"sha256": files.sha256(DataError, folder / "a.txt")}
     content = {"sources": [source], "splits": ["0.8", "0.1", "0.1"], "tags": "true", "text_sha256": "0" * 64}
     return Door(folder / "corpus.yaml", content, as_yaml, lambda: read_corpus(folder))
 

@@ -8,9 +8,8 @@ import torch
 
 import configurator
 import sample
-from configurator import ConfigError
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.weights import checkpoint
 from robopoet.weights.exports import EXPORTS, ending_of, export_problems

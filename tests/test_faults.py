@@ -18,8 +18,7 @@ from conftest import at_step, records
 
 import configurator
 import train
-from configurator import ConfigError
-from robopoet.errors import DivergedError
+from robopoet.errors import ConfigError, DivergedError
 from robopoet.machine import Machine
 from robopoet.text.dataset import FORMAT, Meta, SplitMeta
 from robopoet.text.tokenizer import CharTokenizer
@@ -318,7 +317,7 @@ def test_a_torn_or_foreign_line_of_metrics_is_dropped_when_a_run_resumes(small, 
 def sources() -> list[tuple[Path, ast.AST]]:
     """Every script of the repository, parsed; tests left out."""
     paths = [*REPO.glob("*.py"), *REPO.glob("robopoet/**/*.py"), *REPO.glob("bench/*.py")]
-    assert {REPO / "train.py", REPO / "robopoet/untrusted.py", REPO / "bench/common.py"} <= {*paths}
+    assert {REPO / "train.py", REPO / "robopoet/files.py", REPO / "bench/common.py"} <= {*paths}
     return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 

@@ -12,8 +12,8 @@ from conftest import at_step, records
 from test_resume import run
 
 import train
-from configurator import ConfigError
 from robopoet import portable
+from robopoet.errors import ConfigError
 from robopoet.training import run as run_module
 from robopoet.training.folder import Folder, earlier_runs, lock_folder, set_aside
 from robopoet.weights import checkpoint

@@ -19,9 +19,8 @@ import xllamacpp
 from conftest import MIXED_WORDS, SPECIALS, TEXT, make_text
 
 import sample
-from configurator import ConfigError, describe
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError, describe
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer
 from robopoet.weights import checkpoint, gguf, huggingface
 from robopoet.weights.header import ExportDtype

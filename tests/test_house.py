@@ -11,26 +11,25 @@ import pytest
 REPO = Path(__file__).parents[1]
 SCRIPTS = "train", "sample", "prepare", "serve"
 FOLDERS = "robopoet", "bench", "tests", "config", "data"
-BOTTOM = "configurator errors files untrusted recording ops machine portable"
+BOTTOM = "errors files recording ops machine portable"
 
 # what each module, or each module of a folder, may import of ours; robopoet. is left out
 MAY_IMPORT = {
-    "configurator": "",
+    "configurator": "robopoet errors files",
     "model": "ops",
     "ops": "",
     "errors": "",
-    "files": BOTTOM,
+    "files": "errors portable",
     "portable": "",
-    "untrusted": BOTTOM,
     "recording": BOTTOM,
     "machine": BOTTOM,
-    "text": "configurator errors files portable untrusted machine text",
+    "text": "errors files portable machine text",
     "weights": f"{BOTTOM} text model weights",
-    "training": f"{BOTTOM} text model weights training",
-    "writing": f"{BOTTOM} text model weights writing",
-    "serving": f"{BOTTOM} text model weights writing serving",
-    **dict.fromkeys(SCRIPTS, f"{BOTTOM} text model weights training writing"),
-    "serve": f"{BOTTOM} text weights writing serving",
+    "training": f"configurator {BOTTOM} text model weights training",
+    "writing": f"configurator {BOTTOM} text model weights writing",
+    "serving": f"robopoet {BOTTOM} text model weights writing serving",
+    **dict.fromkeys(SCRIPTS, f"configurator {BOTTOM} text model weights training writing"),
+    "serve": f"configurator {BOTTOM} text weights writing serving",
 }
 
 
@@ -102,7 +101,7 @@ def test_the_top_level_holds_six_scripts_and_data_none():
 
 
 def test_each_file_is_short():
-    most = {"model.py": 250, "train.py": 420, "configurator.py": 430}
+    most = {"model.py": 250, "train.py": 420}
     lengths = {path: text.count("\n") for path, text in python_files().items()}
     assert {path: n for path, n in lengths.items() if n > most.get(path, 400)} == {}
 
@@ -271,7 +270,7 @@ def test_a_house_that_keeps_the_rule_passes():
         ("robopoet/ops.py", "import numpy as np", "numpy"),
         ("robopoet/ops.py", "from robopoet.errors import RankError", "robopoet.errors"),
         ("model.py", "from robopoet import machine", "robopoet.machine"),
-        ("configurator.py", "import robopoet.errors", "robopoet.errors"),
+        ("configurator.py", "import robopoet.machine", "robopoet.machine"),
         ("configurator.py", "def f():\n    import model", "model"),
         ("robopoet/errors.py", "import configurator", "configurator"),
         ("robopoet/machine.py", "class A:\n    def f(self):\n        import train", "train"),

@@ -16,9 +16,8 @@ from py_mini_racer import MiniRacer
 from test_huggingface import make_checkpoint
 
 import sample
-from configurator import ConfigError
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, CharTokenizer, StreamDecoder
 from robopoet.weights import checkpoint, html
 from robopoet.writing import sampler

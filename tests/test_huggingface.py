@@ -13,12 +13,11 @@ import torch
 import transformers
 from conftest import decode, make_book
 
-import configurator
 import prepare
 import sample
 import train
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError, describe
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
@@ -113,7 +112,7 @@ def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, caps
     card = (tmp_path / "export" / "README.md").read_text()
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()} == {0o644}
     assert "Validation loss: " in card and "- alpha: " in card and "`<|beta|>`" in card
-    with pytest.raises(configurator.ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists"):
         export(best, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
@@ -131,7 +130,7 @@ def test_a_full_disk_leaves_nothing_and_the_export_is_named(tmp_path, bpe):
                 huggingface.export(model, tok, content, "a passage", tmp_path / "export")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert re.match(rf"{tmp_path}/export: .*File too large", configurator.describe(raised.value))
+        assert re.match(rf"{tmp_path}/export: .*File too large", describe(raised.value))
         assert os.listdir(tmp_path) == ["best.pt"]
 
 
@@ -284,7 +283,5 @@ def test_a_models_name_is_fetched_from_the_hub_and_a_failure_is_reported(tmp_pat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"gpt2: no such file or folder; the Hugging Face Hub could not be asked"):
         train.main(TrainConfig(init_from="gpt2", device="cpu", out_dir=str(tmp_path / "out"), dataset=str(books)))
-    with pytest.raises(
-        configurator.ConfigError, match=r"tokenizer: found 'bpee', must be .* a checkpoint; did you mean bpe\?"
-    ):
+    with pytest.raises(ConfigError, match=r"tokenizer: found 'bpee', must be .* a checkpoint; did you mean bpe\?"):
         prepare.main(prepare.PrepareConfig(corpus="data/robopoet", tokenizer="bpee"))

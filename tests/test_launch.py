@@ -10,7 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import configurator
 from bench.gpu import GpuConfig
-from configurator import ConfigError
+from robopoet import files
+from robopoet.errors import ConfigError
 from sample import SampleConfig
 
 
@@ -30,7 +31,7 @@ def test_a_users_mistake_ends_in_one_line_and_exit_2(monkeypatch, capsys, proble
 
 
 def test_a_bench_is_called_by_its_module(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [str(configurator.HOME / "bench" / "gpu.py"), "--device=cpu"])
+    monkeypatch.setattr("sys.argv", [str(files.HOME / "bench" / "gpu.py"), "--device=cpu"])
     with pytest.raises(SystemExit):
         configurator.launch(print, GpuConfig)
     assert capsys.readouterr().err.startswith("bench.gpu: device: found cpu")
@@ -41,13 +42,14 @@ RANK = """
 import os, sys, time
 from dataclasses import dataclass
 import configurator
+from robopoet.errors import ConfigError, warn
 time.sleep = lambda seconds: os.kill(os.getpid(), 15) if sys.argv.pop() == "--ended" else None
 @dataclass
 class Config:
     def problems(self): return []
 def main(cfg):
-    configurator.warn("slow")
-    raise configurator.ConfigError("key: is bad")
+    warn("slow")
+    raise ConfigError("key: is bad")
 configurator.load = lambda *_: Config()
 configurator.launch(main, Config)
 """
@@ -56,7 +58,7 @@ configurator.launch(main, Config)
 def test_of_torchruns_ranks_the_first_tells_what_all_have_found(tmp_path):
     (tmp_path / "s.py").write_text(RANK)
     report = tmp_path / "error.json"
-    env = os.environ | {"PYTHONPATH": str(configurator.HOME), "TORCHELASTIC_RUN_ID": "x"}
+    env = os.environ | {"PYTHONPATH": str(files.HOME), "TORCHELASTIC_RUN_ID": "x"}
     for rank, arg, code, err in (
         ("0", "", 2, "warning: slow\ns.py: key: is bad\n"),
         ("1", "--ended", 0, ""),
@@ -83,6 +85,6 @@ def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
 
 def test_make_help_lists_what_make_does():
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}  # make test's own
-    listed = subprocess.run(["make", "help"], cwd=configurator.HOME, env=env, capture_output=True, text=True).stdout
-    phony = re.search(r"PHONY: (.*)", (configurator.HOME / "Makefile").read_text())[1].split()
+    listed = subprocess.run(["make", "help"], cwd=files.HOME, env=env, capture_output=True, text=True).stdout
+    phony = re.search(r"PHONY: (.*)", (files.HOME / "Makefile").read_text())[1].split()
     assert sorted(line.split(":")[0] for line in listed.splitlines()) == sorted(f"make {name}" for name in phony)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import robopoet.machine
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import find_machine
 
 

@@ -11,10 +11,10 @@ from peak import PeakMemory
 
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
+from robopoet.files import convert
 from robopoet.machine import Machine
 from robopoet.training import memory, optimizer, run
 from robopoet.training.optimizer import Muon, assign_owners, configure_optimizers, orthogonalize
-from robopoet.untrusted import convert
 from robopoet.weights.header import SavedOptimizer
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.writing.passage import MAX_STOPS, Passage, Settings, make_settings
 

@@ -13,7 +13,7 @@ from conftest import make_book, records, save_random
 import configurator
 import prepare
 import train
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import dataset, tokenizer
 from robopoet.text.dataset import read_meta

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import sample
-from configurator import ConfigError
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.tokenizer import END
 from robopoet.writing import poet as poet_module
 from robopoet.writing.batch import Batch

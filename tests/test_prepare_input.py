@@ -11,8 +11,7 @@ from scripts import run_script
 from test_prepare import BOOKS, BPE, CHAR, REPO, WORDS, read, run, run_on, write_books, write_manifest
 
 import train
-from configurator import ConfigError
-from robopoet.errors import DataError
+from robopoet.errors import ConfigError, DataError
 from robopoet.text import tokenizer
 from train import TrainConfig
 

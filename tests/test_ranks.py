@@ -28,7 +28,6 @@ REPO = Path(__file__).parents[1]
 FAULTY = """
 import os, pathlib, signal, sys, time
 import configurator, train
-from robopoet.errors import MISTAKES
 what, step, flag = sys.argv.pop(1), int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
 train_step, forward = train.train_step, train.GPT.forward
 poison = ""
@@ -60,7 +59,7 @@ def poisoned(self, *args, **keys):
     return logits, loss * float("nan") if poison == "nan" else loss
 
 train.train_step, train.GPT.forward = faulty, poisoned
-configurator.launch(train.main, train.TrainConfig, *MISTAKES)
+configurator.launch(train.main, train.TrainConfig)
 """
 
 

@@ -13,7 +13,7 @@ import torch
 
 import configurator
 import sample
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.text.tokenizer import END
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.replay import replay, save

@@ -15,8 +15,7 @@ from conftest import records
 
 import configurator
 import train
-from configurator import ConfigError
-from robopoet.errors import CheckpointError, DataError, DivergedError
+from robopoet.errors import CheckpointError, ConfigError, DataError, DivergedError
 from robopoet.training.run import EARLIER_AUTO
 from robopoet.weights import checkpoint
 from train import TrainConfig

@@ -14,8 +14,8 @@ from scripts import run_script
 import configurator
 import prepare
 import train
-from configurator import ConfigError
-from robopoet.errors import CheckpointError
+from robopoet import files
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import Machine
 from robopoet.text.dataset import read_meta
 from robopoet.training.log import Meter
@@ -292,7 +292,7 @@ def test_a_corpus_beside_the_scripts_is_prepared_from_any_folder_and_once(tmp_pa
         folder.mkdir(parents=True)
     (home / "data" / "mine" / "a.txt").write_text("To be, or not to be.\n\n" * 50)
     (home / "data" / "mine" / "corpus.yaml").write_text("sources:\n  - style: a\n    file: a.txt\n")
-    monkeypatch.setattr(configurator, "HOME", home)
+    monkeypatch.setattr(files, "HOME", home)
     for place in (elsewhere, home):
         monkeypatch.chdir(place)
         prepare.main(configurator.load(prepare.PrepareConfig, ["data/mine", "--tokenizer=char"], "input"))

@@ -12,8 +12,7 @@ from scripts import run_script
 import configurator
 import sample
 import train
-from configurator import ConfigError
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError, DataError
 from robopoet.weights import checkpoint
 from robopoet.writing import originality, terminal
 from sample import Poet, SampleConfig

@@ -15,7 +15,7 @@ from conftest import save_random
 from served import HEAD, Served, endless, rest_of, wait_until
 
 from bench.storm import storm
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.serving import engine as engines
 from robopoet.serving.rows import Rows
 from robopoet.writing.passage import Passage

@@ -10,7 +10,7 @@ from conftest import save_random
 from scripts import Script
 from served import Served
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from serve import ServeConfig, listen
 
 BODY = '{"model": "tiny", "prompt": "a", "max_tokens": 3}'

@@ -10,7 +10,7 @@ import types
 import pytest
 from scripts import Script, run_script
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.writing import session
 from robopoet.writing.passage import Settings
 from robopoet.writing.replay import replay

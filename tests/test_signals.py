@@ -12,8 +12,8 @@ import torch
 from conftest import at_step, records
 from scripts import Script
 
-import configurator
 import train
+from robopoet.errors import warn
 from robopoet.training.run import Run
 from robopoet.weights import checkpoint
 from train import TrainConfig
@@ -138,7 +138,7 @@ def test_a_warning_that_no_one_can_read_stops_nothing(monkeypatch):
     os.close(ours)
     with open(its, "w") as closed:
         monkeypatch.setattr(sys, "stderr", closed)
-        configurator.warn("the disk is full")
+        warn("the disk is full")
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             closed.close()

@@ -9,9 +9,8 @@ from peak import PeakMemory
 
 import prepare
 import train
-from configurator import ConfigError
 from model import GPT, GPTConfig
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import Machine
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import TrainWindows

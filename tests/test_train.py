@@ -13,8 +13,8 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import train
-from configurator import ConfigError
 from model import GPT
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine, why_no_compile
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import EvalPlan, TrainWindows

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import configurator
-from robopoet import untrusted
+from robopoet import files
+from robopoet.errors import describe
 
 
 class OursError(ValueError):
@@ -18,7 +18,7 @@ class OursError(ValueError):
 
 @dataclass(frozen=True)
 class Span:
-    start: untrusted.Count
+    start: files.Count
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Sample:
 def test_json_becomes_the_dataclass_or_an_error_with_its_place(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"documents": [{"start": 3}], "name": "x"}')
-    assert untrusted.read_json(path, Sample, OursError, "mend it") == Sample((Span(3),), "x")
+    assert files.read_json(path, Sample, OursError, "mend it") == Sample((Span(3),), "x")
     path.write_text('{"documents": [{"start": -1}]}')
     with pytest.raises(OursError, match=r"a\.json: .*>= 0.*\$\.documents\[0\]\.start.*; mend it$"):
-        untrusted.read_json(path, Sample, OursError, "mend it")
+        files.read_json(path, Sample, OursError, "mend it")
 
 
 @pytest.mark.parametrize(
@@ -53,20 +53,20 @@ def test_json_becomes_the_dataclass_or_an_error_with_its_place(tmp_path):
 )
 def test_bad_json_raises_no_other_exception(raw):
     with pytest.raises(OursError, match=r"^here: [^\n]{1,330}; mend it$"):
-        untrusted.decode_json(raw, Sample, "here", OursError, "mend it")
+        files.decode_json(raw, Sample, "here", OursError, "mend it")
 
 
 def test_a_message_that_quotes_a_long_text_is_cut():
-    assert len(untrusted.describe(ValueError("x" * 10**6))) < 310
+    assert len(describe(ValueError("x" * 10**6))) < 310
 
 
 def test_yaml_values_are_text_and_are_converted_by_type(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("rate: 6e-4\nnames: [a, off]\ndeep: {er: 1}\n")
-    assert configurator.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
-    assert untrusted.convert_yaml({"start": "7"}, Span, "here", OursError, "") == Span(7)
+    assert files.read_yaml(path, OursError) == {"rate": "6e-4", "names": ["a", "off"], "deep": {"er": "1"}}
+    assert files.convert({"start": "7"}, Span, "here", OursError, "", strict=False) == Span(7)
     with pytest.raises(OursError, match=r"here: .*\$\.start"):
-        untrusted.convert_yaml({"start": "x"}, Span, "here", OursError, "")
+        files.convert({"start": "x"}, Span, "here", OursError, "", strict=False)
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
@@ -87,20 +87,20 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     ],
     ids=["aliases", "deep", "deeper", "many", "large", "cut", "key"],
 )
-@pytest.mark.parametrize("loader", [configurator.BaseLoader, yaml.BaseLoader])
+@pytest.mark.parametrize("loader", [files.BaseLoader, yaml.BaseLoader])
 def test_yaml_that_would_blow_up_is_refused(tmp_path, monkeypatch, loader, text, message):
-    monkeypatch.setattr(configurator, "BaseLoader", loader)
+    monkeypatch.setattr(files, "BaseLoader", loader)
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(OursError, match=message):
-        configurator.read_yaml(path, OursError)
+        files.read_yaml(path, OursError)
 
 
 def test_yaml_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"a: \xff")
     with pytest.raises(OursError, match="is not YAML"):
-        configurator.read_yaml(path, OursError)
+        files.read_yaml(path, OursError)
 
 
 def test_only_regular_files_are_read(tmp_path):
@@ -114,8 +114,8 @@ def test_only_regular_files_are_read(tmp_path):
         tmp_path / ("x" * 300),
     ):
         with pytest.raises(OursError, match=str(path).replace("\0", "\\x00")[:20]):
-            untrusted.read_bytes(path, OursError)
+            files.read_bytes(path, OursError)
     path = tmp_path / "big"
     path.write_text(json.dumps("x" * 100))
     with pytest.raises(OursError, match="has 102 bytes, must have at most 50"):
-        untrusted.read_bytes(path, OursError, limit=50)
+        files.read_bytes(path, OursError, limit=50)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from splits import DOCS, STYLES, VOCAB, describe, write_split
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.text import dataset
 from robopoet.text.dataset import Bin, Span, Split, open_split

@@ -5,7 +5,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from configurator import warn
+from robopoet.errors import warn
 from robopoet.serving.protocol import RequestError, error_body
 
 FULL_S = 60.0  # between two lines that say that all connections are taken

@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from configurator import VERSION, ConfigError, bounds
-from robopoet import untrusted
-from robopoet.errors import DataError
+from robopoet import VERSION, files
+from robopoet.errors import ConfigError, DataError, bounds
 from robopoet.serving.engine import Choice, Gain, Scored
 from robopoet.text.tokenizer import StreamDecoder
 from robopoet.writing.passage import Settings, make_settings
@@ -117,7 +116,7 @@ def model_ids(poet: Poet, name: str) -> list[str]:
 def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
     """A request's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
     try:
-        body = untrusted.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
+        body = files.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
         return _check(body, poet, name, limits)
     except (ConfigError, DataError) as e:
         raise RequestError(str(e)) from None

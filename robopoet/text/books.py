@@ -19,8 +19,7 @@ from pathlib import PurePath
 import charset_normalizer
 from charset_normalizer.utils import any_specified_encoding
 
-from robopoet import untrusted
-from robopoet.errors import DataError
+from robopoet.errors import DataError, describe
 
 HTML = (".html", ".htm", ".xhtml")
 CONVERTED = {
@@ -198,7 +197,7 @@ def _epub(name: str, content: bytes) -> str:
     except DataError:
         raise
     except Exception as e:  # on damage, zipfile and lxml raise a dozen classes
-        raise DataError(f"{name}: is damaged or no EPUB ({untrusted.describe(e)}); get the file again") from None
+        raise DataError(f"{name}: is damaged or no EPUB ({describe(e)}); get the file again") from None
 
 
 class _Members:

@@ -27,12 +27,11 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-import configurator
-from robopoet import untrusted
-from robopoet.errors import DataError
+from robopoet import files
+from robopoet.errors import DataError, did_you_mean, shorten
+from robopoet.files import Sha256
 from robopoet.text import cleaning, sources
 from robopoet.text.sources import Source
-from robopoet.untrusted import Sha256
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
@@ -78,19 +77,19 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `folder/corpus.yaml`; raises DataError with every key that is wrong."""
     path = folder / "corpus.yaml"
     if not os.path.exists(path):
-        near = configurator.did_you_mean_path(path)
+        near = files.did_you_mean_path(path)
         raise DataError(f"{path}: not found{near}; name a folder that holds one, or pass the texts: --input={folder}")
-    content = configurator.read_yaml(path, DataError)
+    content = files.read_yaml(path, DataError)
     problems = _unknown_keys(content, Manifest)
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
         problems += [problem for entry in content["sources"] for problem in _unknown_keys(entry, Source)]
     if not problems:
-        manifest = untrusted.convert_yaml(content, Manifest, path, DataError, SHAPE)
+        manifest = files.convert(content, Manifest, path, DataError, SHAPE, strict=False)
         problems = [problem for source in manifest.sources for problem in _source_problems(source)]
         if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
             problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
     if problems:
-        raise DataError(f"{path}: {configurator.shorten('; '.join(problems))}")
+        raise DataError(f"{path}: {shorten('; '.join(problems))}")
     return dataclasses.replace(manifest, folder=folder)
 
 
@@ -99,7 +98,7 @@ def _unknown_keys(entry: object, kind: type) -> list[str]:
     given = entry if isinstance(entry, dict) else ()
     unknown = [key[:100] for key in given if key not in known]
     known_are = f"; known are {', '.join(known)}"
-    return [f"{key}: no such key{configurator.did_you_mean(key, known) or known_are}" for key in unknown]
+    return [f"{key}: no such key{did_you_mean(key, known) or known_are}" for key in unknown]
 
 
 def _source_problems(source: Source) -> list[str]:

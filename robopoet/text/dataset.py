@@ -14,12 +14,11 @@ import msgspec
 import numpy as np
 import torch
 
-from configurator import HOME, did_you_mean
-from robopoet import portable, untrusted
-from robopoet.errors import DataError
+from robopoet import files, portable
+from robopoet.errors import DataError, did_you_mean
+from robopoet.files import HOME, Count, Positive, Sha256
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
-from robopoet.untrusted import Count, Positive, Sha256
 
 FORMAT = 3  # version of bins and meta.json; raising it makes earlier ones stale
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
@@ -158,24 +157,18 @@ def read_meta(folder: Path) -> Meta:
     path = folder / "meta.json"
     if not path.exists():
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
-    raw = untrusted.read_bytes(path, DataError)
-    header = untrusted.decode_json(raw, Header, path, DataError, "run prepare.py again")
+    raw = files.read_bytes(path, DataError)
+    header = files.decode_json(raw, Header, path, DataError, "run prepare.py again")
     if header.format != FORMAT:
         raise DataError(f"{path}: is of format {header.format}, must be {FORMAT}; run prepare.py again")
     body = raw[: -len(_seal(b""))]
     if raw != body + _seal(body):
         raise DataError(f"{path}: its SHA-256 does not match its content; it was altered; run prepare.py again")
-    return untrusted.decode_json(raw, Meta, path, DataError, "run prepare.py again")
+    return files.decode_json(raw, Meta, path, DataError, "run prepare.py again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bins
-
-
-def bin_sha256(path: Path) -> str:
-    """The SHA-256 of a bin, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Bin:
@@ -189,7 +182,7 @@ class Bin:
         self.path, self.split, self._thread, self._problem = path, split, None, None
         if not path.exists():
             raise DataError(f"{path}: not found; run `python prepare.py {path.parent}` first")
-        untrusted.check_regular(path, DataError)
+        files.check_regular(path, DataError)
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (as long as the bin is in use)
         except OSError as e:

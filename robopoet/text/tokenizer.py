@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import tiktoken
 
-from robopoet import untrusted
+from robopoet import files
 from robopoet.errors import DataError
 
 END = "<|endoftext|>"
@@ -299,7 +299,7 @@ def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list
 
 def from_json(saved: Any) -> Tokenizer:
     """The tokenizer that `saved` or `to_json` returned; raises DataError when it is damaged."""
-    saved = untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer", DataError, "is damaged; run prepare.py again")
+    saved = files.convert(saved, SavedBPE | SavedChar, "tokenizer", DataError, "is damaged; run prepare.py again")
     if isinstance(saved, SavedChar):
         return CharTokenizer(saved.chars, saved.specials)
     return BPETokenizer([token.encode("latin-1") for token in saved.tokens], saved.specials, saved.pattern)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from robopoet import untrusted
+from robopoet import files
 from robopoet.errors import DataError
 from robopoet.text.tokenizer import (
     MOST_IDS,
@@ -86,7 +86,7 @@ def merges(tokenizer: BPETokenizer) -> list[list[str]]:
 class Added:
     """A special token."""
 
-    id: untrusted.Count
+    id: files.Count
     content: str
 
 
@@ -118,7 +118,7 @@ class PreTokenizer(Step):
 class Model:
     """The vocabulary, and the pairs of tokens that merge, in order."""
 
-    vocab: Annotated[dict[str, untrusted.Count], msgspec.Meta(max_length=MOST_IDS)]
+    vocab: Annotated[dict[str, files.Count], msgspec.Meta(max_length=MOST_IDS)]
     type: str = "BPE"
     merges: Annotated[tuple[str | tuple[str, str], ...], msgspec.Meta(max_length=MOST_IDS)] = ()
 
@@ -139,7 +139,7 @@ def from_huggingface(raw: bytes | str) -> Tokenizer:
     Raises DataError unless to_huggingface wrote it or it is like GPT-2's: byte-level, its ids in the order of the
     merges, its special tokens last.
     """
-    saved = untrusted.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
+    saved = files.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
     model, specials = saved.model, sorted(saved.added_tokens, key=lambda token: token.id)
     names = {token.content: token.id for token in specials}
     vocab = sorted((id, name) for name, id in model.vocab.items() if name not in names)
@@ -173,7 +173,7 @@ def _pattern(saved: TokenizerJson) -> str:
 
 
 def _build(saved: dict[str, Any]) -> Tokenizer:
-    return from_json(untrusted.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
+    return from_json(files.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
 
 
 def _unlike(why: str) -> DataError:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from configurator import ConfigError, warn
 from robopoet import files, portable
+from robopoet.errors import ConfigError, warn
 
 CHECKPOINTS = ("ckpt.damaged.pt", "ckpt.prev.pt", "ckpt.pt")
 OTHERS = ("metrics.jsonl", "config.yaml", "events.out.tfevents.*")

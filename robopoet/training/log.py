@@ -21,15 +21,14 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-import configurator
-from configurator import ConfigError, warn, written
+from configurator import written
 from model import GPT
-from robopoet.files import append_lines, replacing
+from robopoet.errors import ConfigError, describe, warn
+from robopoet.files import Count, append_lines, decode_json, read_lines, replacing
 from robopoet.machine import Machine
 from robopoet.ops import linear
 from robopoet.training.evaluate import result_line
 from robopoet.training.run import Progress
-from robopoet.untrusted import Count, decode_json, read_lines
 from robopoet.weights.header import Seconds
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
@@ -184,7 +183,7 @@ class Log:
             line = msgspec.json.encode(record | {"run": self.run_id}) + b"\n"  # NaN becomes null
             append_lines(self.where() / "metrics.jsonl", line)
         except (OSError, ConfigError) as e:
-            warn(f"a record of step {record['iter']} is lost: {configurator.describe(e)}")
+            warn(f"a record of step {record['iter']} is lost: {describe(e)}")
         where = record["split"] if record["kind"] == "eval" else "train"
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
         values = {f"{where}/{key}": flat[key] for key in flat if key == "text" or isinstance(flat[key], int | float)}

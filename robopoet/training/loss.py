@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import ConfigError
 from model import GPT, Candidates
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.ops import in_float64
 from robopoet.text.dataset import Meta, Split

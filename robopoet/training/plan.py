@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from configurator import ConfigError, is_out_of_memory, values_of, warn, written
-from robopoet.errors import CheckpointError
+from configurator import values_of, written
+from robopoet.errors import CheckpointError, ConfigError, is_out_of_memory, warn
+from robopoet.files import convert
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta, find_dataset, read_meta
 from robopoet.training.log import Log, Meter
 from robopoet.training.run import Progress, Run, Start
 from robopoet.training.schedule import SAVE_S, Clock, evaluation_interval, steps_within
-from robopoet.untrusted import convert
 from robopoet.weights import checkpoint
 from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 

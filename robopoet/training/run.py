@@ -15,9 +15,8 @@ import torch
 import yaml
 from torch.utils._pytree import tree_map_only
 
-from configurator import ConfigError, describe, warn
 from model import GPT
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, ConfigError, describe, warn
 from robopoet.files import replacing
 from robopoet.machine import Machine
 from robopoet.text.dataset import SPLITS, Meta

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configurator import ConfigError
+from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.training.log import Log, Meter
 from robopoet.training.run import Progress

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from configurator import shorten
 from model import GPTConfig
+from robopoet.errors import shorten
 from robopoet.weights.layout import Layout
 
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # its name -> torch's `approximate`

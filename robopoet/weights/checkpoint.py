@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-import configurator
 from model import GPT, GPTConfig
-from robopoet import files, untrusted
-from robopoet.errors import CheckpointError, DataError
+from robopoet import files
+from robopoet.errors import CheckpointError, DataError, describe, shorten, warn
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import huggingface, nanogpt
@@ -66,15 +65,7 @@ def sha256(path: Path) -> str:
 
     Raises CheckpointError when one can't be read.
     """
-    sha = hashlib.sha256()
-    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        untrusted.check_regular(part, CheckpointError)
-        try:
-            with open(part, "rb") as f:
-                hashlib.file_digest(f, lambda: sha)
-        except OSError as e:
-            raise CheckpointError(f"{part}: {e.strerror}") from None
-    return sha.hexdigest()
+    return files.sha256(CheckpointError, *(sorted(path.glob("*.safetensors")) if path.is_dir() else [path]))
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -89,7 +80,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_EXTENSIONS:
-            name, near = configurator.shorten(str(path)), configurator.did_you_mean_path(path)
+            name, near = shorten(str(path)), files.did_you_mean_path(path)
             raise CheckpointError(f"{name}: not found{near or '; train first, or name another checkpoint'}")
         path = huggingface.fetch(str(path))
     if os.path.isfile(path / "config.json"):
@@ -123,14 +114,14 @@ def load_base() -> dict[str, Any] | None:
     if header.best_val_loss is not None and not header.best_val_loss < zipf:
         loss, folder = header.best_val_loss, BASE.parent
         known = f"a val loss of {loss:.2f} is no better than {zipf:.2f}, which knowing the tokens' frequencies brings"
-        configurator.warn(f"{BASE} is left out: {known}; remove {folder}, then `make base` trains it anew")
+        warn(f"{BASE} is left out: {known}; remove {folder}, then `make base` trains it anew")
         return None
     return content
 
 
 def _read_file(path: Path) -> tuple[Any, bool]:
     """What torch.load reads from `path`, and whether the file carries a hash; raises CheckpointError on a wrong one."""
-    size = untrusted.check_regular(path, CheckpointError)
+    size = files.check_regular(path, CheckpointError)
     try:
         with open(path, "rb") as f:
             body = max(size - COMMENT_BYTES, 0)
@@ -211,7 +202,7 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
         for i in range(1, config.n_layer):
             shapes |= {name.replace(".h.0.", f".h.{i}."): shapes[name] for name in of_block}
     except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # GPT() raises these, too
-        raise CheckpointError(f"{path}: its weights don't fit its model_args ({untrusted.describe(e)})") from None
+        raise CheckpointError(f"{path}: its weights don't fit its model_args ({describe(e)})") from None
     check_tensors(weights, shapes, "its weights", path)
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise CheckpointError(f"{path}: its lm_head is not tied to its embeddings, as this model's is")
@@ -240,7 +231,7 @@ def check_tensors(
         if used > sum(held.values()):
             raise ValueError("they claim more numbers than the file holds")
     except (TypeError, RuntimeError, AttributeError, ValueError) as e:  # tensors of odd kinds raise these too
-        raise CheckpointError(f"{path}: {what} don't fit its model_args ({untrusted.describe(e)})") from None
+        raise CheckpointError(f"{path}: {what} don't fit its model_args ({describe(e)})") from None
     if not_finite := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise CheckpointError(
             f"{path}: {what}: {not_finite[0]} is not finite; the run diverged, or the file is damaged"

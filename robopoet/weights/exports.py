@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configurator import did_you_mean
 from model import GPT, GPTConfig
+from robopoet.errors import did_you_mean
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.weights import gguf, html, huggingface
 from robopoet.weights.header import ExportDtype

@@ -10,10 +10,10 @@ import msgspec
 import torch
 
 from model import GPTConfig
-from robopoet import untrusted
+from robopoet import files
 from robopoet.errors import CheckpointError
+from robopoet.files import Count
 from robopoet.text.tokenizer import SavedBPE, SavedChar
-from robopoet.untrusted import Count
 
 NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 Amount = Annotated[float, msgspec.Meta(ge=0)]
@@ -84,7 +84,7 @@ def read_header(content: dict[str, Any], path: Path) -> Header:
     loss = content.get("best_val_loss")
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # nanoGPT saves a tensor
         content = content | {"best_val_loss": float(loss)}
-    return untrusted.convert(content, Header, path, CheckpointError, "it is not a checkpoint, or is damaged")
+    return files.convert(content, Header, path, CheckpointError, "it is not a checkpoint, or is damaged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,4 +152,4 @@ def read_run(content: dict[str, Any], path: Path) -> SavedRun:
     if content.get("scaler") == {}:
         content = content | {"scaler": None}
     advice = f"it holds no run to resume; use --init_from={path}"
-    return untrusted.convert(content, SavedRun, path, CheckpointError, advice)
+    return files.convert(content, SavedRun, path, CheckpointError, advice)

@@ -14,10 +14,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import did_you_mean_path
 from model import GPT, GPTConfig
-from robopoet import files, untrusted
-from robopoet.errors import CheckpointError, DataError
+from robopoet import files
+from robopoet.errors import CheckpointError, DataError, describe
+from robopoet.files import did_you_mean_path
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
@@ -74,7 +74,7 @@ def load(folder: Path) -> dict[str, Any]:
     kind, config = _read_config(folder / "config.json")
     names = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").exists():
-        shards = untrusted.read_json(index, ShardIndex, CheckpointError, NO_MATCH)
+        shards = files.read_json(index, ShardIndex, CheckpointError, NO_MATCH)
         names = {Path(name).name for name in shards.weight_map.values()}
     weights: Weights = {}
     for name in sorted(names):
@@ -82,13 +82,13 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         ours = kind.layout.ours(weights)
     except (ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{folder}: {untrusted.describe(e)}") from None
+        raise CheckpointError(f"{folder}: {describe(e)}") from None
     if "transformer.wte.weight" in ours:
         ours["lm_head.weight"] = ours["transformer.wte.weight"]
     content = {"model": ours, **config_entries(config)}
     if (path := folder / "tokenizer.json").exists():
         try:
-            tok = tokenizer_json.from_huggingface(untrusted.read_bytes(path, DataError))
+            tok = tokenizer_json.from_huggingface(files.read_bytes(path, DataError))
         except DataError as e:
             raise CheckpointError(f"{folder}: {e}") from None
         content["tokenizer"] = tok.to_json()
@@ -97,13 +97,13 @@ def load(folder: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> tuple[Architecture, GPTConfig]:
     """The architecture that config.json names, and the shape that it gives."""
-    raw = untrusted.read_bytes(path, CheckpointError)
-    found = untrusted.decode_json(raw, Kind, path, CheckpointError, NO_MATCH).model_type
+    raw = files.read_bytes(path, CheckpointError)
+    found = files.decode_json(raw, Kind, path, CheckpointError, NO_MATCH).model_type
     try:
         if found not in ARCHITECTURES:  # another model's config has other keys
             raise ValueError(f"model_type: found {found!r}, must be {' or '.join(ARCHITECTURES)}")
         kind = ARCHITECTURES[found]
-        return kind, kind.read(untrusted.decode_json(raw, kind.keys(), path, CheckpointError, NO_MATCH))
+        return kind, kind.read(files.decode_json(raw, kind.keys(), path, CheckpointError, NO_MATCH))
     except CheckpointError:
         raise
     except ValueError as e:
@@ -113,7 +113,7 @@ def _read_config(path: Path) -> tuple[Architecture, GPTConfig]:
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: not found; a model needs config.json and model.safetensors")
-    untrusted.check_regular(path, CheckpointError)
+    files.check_regular(path, CheckpointError)
     try:
         with open(path, "rb") as f:
             if (size := int.from_bytes(f.read(8), "little")) > HEADER_BYTES:
@@ -122,7 +122,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"{path}: {NO_MATCH[3:]} ({untrusted.describe(e)})") from None
+        raise CheckpointError(f"{path}: {NO_MATCH[3:]} ({describe(e)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def export(
         try:
             safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         except safetensors.SafetensorError as e:  # it wraps the system's
-            raise CheckpointError(f"{path}: {untrusted.describe(e)}") from None
+            raise CheckpointError(f"{path}: {describe(e)}") from None
         (part / "model.safetensors").chmod(0o644)
         for name, value in contents.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from robopoet import untrusted
-from robopoet.errors import CheckpointError
+from robopoet import files
+from robopoet.errors import CheckpointError, describe
+from robopoet.files import Count
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import SavedChar
-from robopoet.untrusted import Count
 
 META_BYTES = 2**20  # room for 59,000 characters
 PLAIN_OPCODES = {  # pickle's opcodes for numbers, strings, tuples, lists and dicts
@@ -45,16 +45,16 @@ def find_characters(dataset: str, path: Path) -> tokenizer.Tokenizer | None:
 
 
 def _read_meta(path: Path) -> tokenizer.Tokenizer:
-    raw = untrusted.read_bytes(path, CheckpointError, META_BYTES)
+    raw = files.read_bytes(path, CheckpointError, META_BYTES)
     try:
         value = _unpickle(raw)
     except Exception as e:  # on a damaged pickle the unpickler may raise anything
-        raise CheckpointError(f"{path}: {NOT_A_META} ({untrusted.describe(e)})") from None
-    itos = untrusted.convert(value, NanoGPTMeta, path, CheckpointError, f"it {NOT_A_META}").itos
+        raise CheckpointError(f"{path}: {NOT_A_META} ({describe(e)})") from None
+    itos = files.convert(value, NanoGPTMeta, path, CheckpointError, f"it {NOT_A_META}").itos
     if sorted(itos) != list(range(len(itos))):
         raise CheckpointError(f"{path}: {NOT_A_META} (its ids are not 0 to {len(itos) - 1})")
     saved = {"kind": "char", "chars": "".join(itos[id] for id in range(len(itos))), "specials": []}
-    return tokenizer.from_json(untrusted.convert(saved, SavedChar, path, CheckpointError, f"it {NOT_A_META}"))
+    return tokenizer.from_json(files.convert(saved, SavedChar, path, CheckpointError, f"it {NOT_A_META}"))
 
 
 def _unpickle(raw: bytes) -> Any:

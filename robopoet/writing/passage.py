@@ -8,9 +8,8 @@ from typing import Any, Literal, get_type_hints
 
 import msgspec
 
-import configurator
-from configurator import ConfigError
-from robopoet import untrusted
+from robopoet import files
+from robopoet.errors import ConfigError, bounds, did_you_mean
 from robopoet.text.tokenizer import END, StreamDecoder, Tokenizer
 
 Until = Literal["auto", "tokens", "line", "sentence", "paragraph", "speech", "scene"]
@@ -50,14 +49,14 @@ class Settings:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each; beyond these bounds float32 can't hold the probabilities."""
-        found = configurator.bounds(self, "max_new_tokens", 1, 2**53) + configurator.bounds(self, "seed", 0, 2**63 - 1)
-        found += configurator.bounds(self, "no_repeat_ngram", 0, 100) + configurator.bounds(self, "top_k", 0, 2**53)
-        found += configurator.bounds(self, "repetition_penalty", 1e-6, 1e6)
+        found = bounds(self, "max_new_tokens", 1, 2**53) + bounds(self, "seed", 0, 2**63 - 1)
+        found += bounds(self, "no_repeat_ngram", 0, 100) + bounds(self, "top_k", 0, 2**53)
+        found += bounds(self, "repetition_penalty", 1e-6, 1e6)
         if self.max_copy:
-            found += [f"{line}, or 0" for line in configurator.bounds(self, "max_copy", 3, 100)]
+            found += [f"{line}, or 0" for line in bounds(self, "max_copy", 3, 100)]
         if self.temperature:
-            found += [f"{line}, or 0" for line in configurator.bounds(self, "temperature", 1e-6, 1e6)]
-        found += configurator.bounds(self, "top_p", 1e-9, 1) + configurator.bounds(self, "min_p", 0, 1)
+            found += [f"{line}, or 0" for line in bounds(self, "temperature", 1e-6, 1e6)]
+        found += bounds(self, "top_p", 1e-9, 1) + bounds(self, "min_p", 0, 1)
         if len(self.stop) > MAX_STOPS or max(map(len, self.stop), default=0) > MAX_STOP_CHARS:
             found.append(f"stop: must be at most {MAX_STOPS} texts of at most {MAX_STOP_CHARS:,} characters each")
         return found + [f"stop: found {text!r}, must not be empty" for text in self.stop if not text]
@@ -77,8 +76,8 @@ def make_settings(given: dict[str, Any]) -> Settings:
     """The defaults, overridden by `given`; raises ConfigError for an unknown name or a wrong type or value."""
     values = dataclasses.asdict(Settings()) | given
     for name in given.keys() - get_type_hints(Settings).keys():
-        raise ConfigError(f"{name}: no such setting{configurator.did_you_mean(name, get_type_hints(Settings))}")
-    saved = untrusted.convert(values, SavedSettings, "settings", ConfigError, "see sample.py --help")
+        raise ConfigError(f"{name}: no such setting{did_you_mean(name, get_type_hints(Settings))}")
+    saved = files.convert(values, SavedSettings, "settings", ConfigError, "see sample.py --help")
     settings = Settings(**msgspec.structs.asdict(saved))
     if problems := settings.problems():
         raise ConfigError("; ".join(problems))

@@ -8,9 +8,9 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from configurator import HOME, ConfigError, did_you_mean, did_you_mean_path
 from model import GPT
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from robopoet.files import HOME, did_you_mean_path
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles

@@ -11,9 +11,8 @@ from typing import Any
 import msgspec
 import torch
 
-from configurator import ConfigError, warn
-from robopoet import untrusted
-from robopoet.errors import CheckpointError, DataError
+from robopoet import files
+from robopoet.errors import CheckpointError, ConfigError, DataError, describe, warn
 from robopoet.files import append_lines
 from robopoet.writing.passage import Passage, SavedSettings
 from robopoet.writing.poet import Dtype, Poet
@@ -28,17 +27,17 @@ class SavedPassage:
     """A line of a file of saved passages: how to generate the passage, and its text and tokens."""
 
     checkpoint: str
-    sha256: untrusted.Sha256  # of the checkpoint
+    sha256: files.Sha256  # of the checkpoint
     torch: str  # version
     device: str
     dtype: Dtype
     settings: SavedSettings
     prompt: str
-    first: untrusted.Count  # number of the batch's first passage
-    together: untrusted.Positive  # passages in the batch
-    number: untrusted.Count
+    first: files.Count  # number of the batch's first passage
+    together: files.Positive  # passages in the batch
+    number: files.Count
     text: str
-    ids: tuple[untrusted.Count, ...]
+    ids: tuple[files.Count, ...]
 
     def poet_arguments(self) -> tuple[str, str, str]:
         """The arguments of Poet."""
@@ -71,9 +70,9 @@ def read_saved(path: Path, refuse: Refuse) -> Iterator[list[tuple[int, SavedPass
     """
 
     def read() -> Iterator[tuple[int, SavedPassage]]:
-        for line, raw in untrusted.read_lines(path, ConfigError):
+        for line, raw in files.read_lines(path, ConfigError):
             try:
-                saved = untrusted.decode_json(raw, SavedPassage, f"line {line}", ConfigError, ADVICE)
+                saved = files.decode_json(raw, SavedPassage, f"line {line}", ConfigError, ADVICE)
             except ConfigError as e:
                 refuse(line, str(e))
                 continue
@@ -113,7 +112,7 @@ def replay(path: Path) -> None:
             passages = poet.begin(saved.prompt, saved.together, saved.first, **settings)
         except (ConfigError, DataError, CheckpointError) as e:
             for line, _ in batch:
-                refuse(line, f"line {line}: {untrusted.describe(e)}")
+                refuse(line, f"line {line}: {describe(e)}")
             continue
         places = [saved.number - saved.first for _, saved in batch]
         stream = _compare(poet.stream(passages), passages, batch, refuse)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import configurator
-from configurator import ConfigError
-from robopoet.errors import CheckpointError, DataError
+from robopoet.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.replay import save
@@ -118,7 +117,7 @@ def key_of(command: str) -> str:
         return names[found[0]]
     if found:
         raise ConfigError(f"{command}: could be {', '.join(f'/{names[name]}' for name in found)}; write more of it")
-    near = configurator.did_you_mean(command, COMMANDS)
+    near = did_you_mean(command, COMMANDS)
     raise ConfigError(f"{command}: no such command{near or '; /help lists all'}")
 
 

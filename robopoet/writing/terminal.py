@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import ConfigError, warn
-from robopoet import untrusted
+from robopoet import files
+from robopoet.errors import ConfigError, warn
 from robopoet.writing.passage import Passage
 from robopoet.writing.poet import MAX_PROMPT, Poet
 
@@ -23,7 +23,7 @@ def read_prompt(prompt: str) -> str:
     Raises ConfigError if a file or stdin is not UTF-8 or has over 10 MB.
     """
     if prompt.startswith("FILE:"):
-        raw, where = untrusted.read_bytes(Path(prompt[5:]), ConfigError, MAX_PROMPT), prompt[5:]
+        raw, where = files.read_bytes(Path(prompt[5:]), ConfigError, MAX_PROMPT), prompt[5:]
     elif prompt == "-":
         raw, where = sys.stdin.buffer.read(MAX_PROMPT + 1), "stdin"
         if len(raw) > MAX_PROMPT:
