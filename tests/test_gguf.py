@@ -381,7 +381,7 @@ def test_what_llama_can_not_hold_is_refused_in_one_line(tmp_path, bpe, char):
     large = make_model(bpe)
     with torch.no_grad():
         large.transformer.h[1].mlp.c_fc.weight[3, 4] = 70_000.0
-    line = r"export: blk\.1\.ffn_up\.weight has numbers too large for float16; take --export_dtype=float32"
+    line = r"export: blk\.1\.ffn_up\.weight has numbers too large for float16; use --export_dtype=float32"
     refused(line, tmp_path, large, bpe, "float16")
     export(large, bpe, tmp_path / "poet.gguf")
     refused(r"poet\.gguf: exists; choose another name, or remove it", tmp_path, large, bpe)

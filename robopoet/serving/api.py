@@ -184,8 +184,7 @@ class Completion:
             await self._send({"type": "http.response.body", "body": echoed, "more_body": True})
         done = False
         while not (done or self.is_left):
-            if not self.news.is_set():
-                await self.news.wait()
+            await self.news.wait()
             self.news.clear()
             done = self.reply.is_done
             if body := self.reply.chunks():

@@ -258,7 +258,7 @@ def tokenizer_of(content: dict[str, Any], path: Path) -> tokenizer.Tokenizer:
     try:
         if header.tokenizer:
             return tokenizer.from_json(header.tokenizer)
-        if header.model_extra is None and (found := nanogpt.find_characters(header.config.dataset, path)):
+        if header.model_extra is None and (found := nanogpt.find_alphabet(header.config.dataset, path)):
             return found
         if header.model_args.vocab_size in GPT2_SIZES:
             return tokenizer.BPETokenizer.gpt2([END])

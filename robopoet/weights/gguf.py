@@ -20,7 +20,7 @@ from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styl
 from robopoet.weights import huggingface
 from robopoet.weights.architectures import architecture_of
 from robopoet.weights.header import ExportDtype
-from robopoet.weights.layout import Layout, with_biases
+from robopoet.weights.layout import Layout, in_dtype, with_biases
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -135,15 +135,10 @@ def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weigh
     tensors = {}
     layout = LAYOUTS[architecture_of(model.config).model_type]
     for name, weight in layout.theirs(with_biases(model)).items():
-        w = weight.numpy().view(Weight)
         if name == "token_embd.weight":
-            w = w[:vocab_size]
-        if w.ndim > 1 and name != "position_embd.weight":
-            with np.errstate(over="ignore"):
-                w = w.astype(dtype)
-        if not np.isfinite(w).all():
-            raise CheckpointError(f"export: {name} has numbers too large for {dtype}; take --export_dtype=float32")
-        tensors[name] = w
+            weight = weight[:vocab_size]
+        kept = weight.ndim == 1 or name == "position_embd.weight"  # in float32
+        tensors[name] = in_dtype(weight, name, "float32" if kept else dtype).numpy().view(Weight)
     return tensors
 
 

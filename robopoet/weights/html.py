@@ -23,6 +23,7 @@ from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer
 from robopoet.weights import checkpoint
 from robopoet.weights.header import ExportDtype
+from robopoet.weights.layout import in_dtype
 
 HERE = Path(__file__).parent
 MOST_PARAMETERS = 30_000_000  # of which a page makes some ten tokens a second
@@ -67,7 +68,7 @@ def make_page(
     """The page's text, part by part, so that a large model is never one string.
 
     content: the checkpoint. passage: a sample that the page shows at first. Raises CheckpointError if a weight is
-    beyond float16, and as check() does.
+    too large for float16, and as check() does.
     """
     check(model.config, tok)
     about = {
@@ -117,8 +118,6 @@ def _weights(model: GPT, dtype: ExportDtype) -> Iterator[str]:
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight":  # the embedding's own
             continue
-        numbers = weight.to(getattr(torch, dtype))
-        if not numbers.isfinite().all():
-            raise CheckpointError(f"export_dtype: {name} holds numbers beyond float16; use --export_dtype=float32")
-        raw = numbers.contiguous().numpy().astype(numbers.numpy().dtype.newbyteorder("<")).tobytes()
+        numbers = in_dtype(weight, name, dtype).numpy()
+        raw = numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()
         yield f'<script type="text/plain" data-name="{name}">{base64.b64encode(raw).decode()}</script>\n'

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from model import GPT
+from robopoet.errors import CheckpointError
+from robopoet.weights.header import ExportDtype
 
 Weights = dict[str, torch.Tensor]  # name -> tensor
 
@@ -56,6 +58,14 @@ class Layout:
                 raise ValueError(f"{name} needs q_proj, k_proj and v_proj of one shape and dtype, found {kinds}")
             found[name] = torch.cat([three[part] for part in self.qkv])
         return found
+
+
+def in_dtype(weight: torch.Tensor, name: str, dtype: ExportDtype) -> torch.Tensor:
+    """A finite `weight` in `dtype`; raises CheckpointError, which names it, if that can't hold one of its numbers."""
+    cast = weight.to(getattr(torch, dtype))
+    if not cast.isfinite().all():
+        raise CheckpointError(f"export: {name} has numbers too large for {dtype}; use --export_dtype=float32")
+    return cast
 
 
 def with_biases(model: GPT) -> Weights:

@@ -32,7 +32,7 @@ class NanoGPTMeta:
     itos: dict[Count, Annotated[str, msgspec.Meta(min_length=1, max_length=1)]]
 
 
-def find_characters(dataset: str, path: Path) -> tokenizer.Tokenizer | None:
+def find_alphabet(dataset: str, path: Path) -> tokenizer.Tokenizer | None:
     """The character tokenizer of nanoGPT's checkpoint at `path`, from its meta.pkl; None if there is no such file.
 
     Looks beside the checkpoint, then where nanoGPT keeps the file: in data/`dataset` of the same checkout. Raises

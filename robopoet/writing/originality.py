@@ -20,7 +20,7 @@ from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 
 LENGTHS = (4, 8, 12)  # of word sequences
-SEPARATOR = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
+BETWEEN_WORKS = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}]")
 SILENT = regex.compile(r"['’‘ʼ＇`´\p{Cf}\p{Default_Ignorable_Code_Point}]")  # apostrophes, soft hyphens, joiners
 SPACELESS = regex.compile(r"(?V1)[[\p{Han}\p{Hiragana}\p{Katakana}]&&[\p{L}\p{N}]]")  # each character stands for a word
@@ -91,7 +91,7 @@ class Originality:
             raise DataError(f"{folder}: its train split is not the checkpoint's ({change}); prepare it as it was")
         self._works = [doc.name for doc in meta.splits["train"].documents]
         texts = (" ".join(fold(text).split()) for text in read_texts(folder, "train"))
-        self._text = SEPARATOR.join(f" {text} ".encode() for text in texts)
+        self._text = BETWEEN_WORKS.join(f" {text} ".encode() for text in texts)
         self._suffixes = _suffix_array(self._text)  # where each suffix starts, in the suffixes' order
 
     def check(self, text: str) -> Report:
@@ -111,12 +111,7 @@ class Originality:
     def followers(self, words: tuple[bytes, ...], count: int = 1) -> frozenset[bytes]:
         """The next `count` words, joined by spaces, wherever these words stand in the training text."""
         query = b" %b " % b" ".join(words)
-        prefix = self._prefix(len(query))
-        first = bisect.bisect_left(self._suffixes, query, key=prefix)
-        if first == len(self._suffixes) or prefix(self._suffixes[first]) != query:
-            return frozenset()
-        last = bisect.bisect_right(self._suffixes, query, lo=first, key=prefix)
-        begins = (self._suffixes[first:last] + len(query)).tolist()
+        begins = (self._places(query) + len(query)).tolist()
         return frozenset(self._text[begin : self._end(begin, count)] for begin in begins)
 
     def _end(self, begin: int, count: int) -> int:
@@ -136,11 +131,16 @@ class Originality:
 
     def _work(self, run: str) -> str:
         """The name of the first work that contains `run`."""
-        query = f" {run} ".encode()
+        first = int(self._places(f" {run} ".encode()).min())
+        return self._works[self._text.count(BETWEEN_WORKS, 0, first)]
+
+    def _places(self, query: bytes) -> np.ndarray:
+        """Where `query` stands in the training text."""
         prefix = self._prefix(len(query))
         first = bisect.bisect_left(self._suffixes, query, key=prefix)
-        last = bisect.bisect_right(self._suffixes, query, lo=first, key=prefix)
-        return self._works[self._text.count(SEPARATOR, 0, int(self._suffixes[first:last].min()))]
+        if first == len(self._suffixes) or prefix(self._suffixes[first]) != query:
+            return self._suffixes[:0]  # most often, and found in half the time
+        return self._suffixes[first : bisect.bisect_right(self._suffixes, query, lo=first, key=prefix)]
 
     def _prefix(self, length: int) -> Callable[[int], bytes]:
         """A sort key: the first `length` bytes of the suffix that starts at a place."""
