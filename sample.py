@@ -23,7 +23,7 @@ from robopoet.weights.exports import EXPORTS, ending_of, export_problems
 from robopoet.weights.header import ExportDtype
 from robopoet.writing.passage import Settings
 from robopoet.writing.poet import MAX_PASSAGES, Dtype, Poet
-from robopoet.writing.replay import replay, save
+from robopoet.writing.replay import replay, save_passages
 from robopoet.writing.session import Session
 from robopoet.writing.terminal import check_writable, print_passages, read_prompt, unescape
 
@@ -75,9 +75,9 @@ def main(cfg: SampleConfig) -> None:
         check_writable("export", Path(cfg.export), is_new=True)
     prompt = read_prompt(cfg.prompt)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype, cfg.record)
-    export = EXPORTS[ending_of(cfg.export)]
+    exporter = EXPORTS[ending_of(cfg.export)]
     if cfg.export:
-        export.check(poet.model.config, poet.tokenizer)
+        exporter.check(poet.model.config, poet.tokenizer)
     if cfg.save:
         _ = poet.sha256
     if cfg.check:
@@ -98,7 +98,7 @@ def main(cfg: SampleConfig) -> None:
             print_passages(poet, passages, stream, cfg.check)
     finally:  # an interrupt too keeps the finished passages
         if cfg.save:
-            save(Path(cfg.save), poet, passages)
+            save_passages(Path(cfg.save), poet, passages)
     if cfg.verbose:
         n_tokens, seconds = sum(len(passage.ids) for passage in passages), time.perf_counter() - start
         print(f"{n_tokens:,} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
@@ -106,7 +106,7 @@ def main(cfg: SampleConfig) -> None:
     # --- export
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        note = export.write(*loaded, prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
+        note = exporter.export(*loaded, prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
         print(f"{cfg.export}: {note}")
     return None
 

@@ -77,14 +77,14 @@ def run_until(command: list[str], after_s: float, number: signal.Signals) -> tup
 def begin_anew(command: list[str], out: Path, after_s: float) -> int:
     """Start a new run where there is one, and kill it some seconds after it begins to put that aside; returns how many
     checkpoints are lost."""
-    before, runs = {checkpoint.sha256(path) for path in out.rglob("*.pt")}, len(earlier_runs(out))
+    before, runs = {checkpoint.weights_sha256(path) for path in out.rglob("*.pt")}, len(earlier_runs(out))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out / "previous.part").exists() and len(earlier_runs(out)) == runs:
         time.sleep(1e-4)
     time.sleep(after_s)
     process.kill()
     process.wait()
-    return len(before - {checkpoint.sha256(path) for path in out.rglob("*.pt")})
+    return len(before - {checkpoint.weights_sha256(path) for path in out.rglob("*.pt")})
 
 
 def damage(path: Path, fault: str, rng: random.Random) -> None:

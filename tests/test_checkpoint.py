@@ -366,7 +366,7 @@ def test_a_checkpoint_that_differs_but_fits_is_built(content, tmp_path, dtype):
 def test_only_a_regular_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", Path("/dev/zero")):
-        for read in (checkpoint.load, checkpoint.sha256):
+        for read in (checkpoint.load, checkpoint.weights_sha256):
             with pytest.raises(CheckpointError, match="is not a regular file"):
                 read(path)
 
@@ -396,5 +396,5 @@ def test_a_hash_of_a_file_is_read_in_blocks(tmp_path, monkeypatch):
     (tmp_path / "b.safetensors").write_bytes(b := os.urandom(2_000_000))
     (tmp_path / "c.safetensors").write_bytes(c := b"c")
     monkeypatch.setattr(Path, "read_bytes", None)
-    assert checkpoint.sha256(tmp_path / "a.pt") == hashlib.sha256(a).hexdigest()
-    assert checkpoint.sha256(tmp_path) == hashlib.sha256(b + c).hexdigest()
+    assert checkpoint.weights_sha256(tmp_path / "a.pt") == hashlib.sha256(a).hexdigest()
+    assert checkpoint.weights_sha256(tmp_path) == hashlib.sha256(b + c).hexdigest()

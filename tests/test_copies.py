@@ -26,7 +26,7 @@ from robopoet.writing.copies import Copied, Copies
 from robopoet.writing.originality import Originality, fold, read_texts
 from robopoet.writing.passage import SavedSettings, Settings
 from robopoet.writing.poet import Poet
-from robopoet.writing.replay import replay, save
+from robopoet.writing.replay import replay, save_passages
 from robopoet.writing.session import Session
 from robopoet.writing.terminal import print_passages
 
@@ -246,7 +246,7 @@ def test_replay_and_a_session_have_it_too(parrot, works, tmp_path, capsys):
     passages = parrot.begin("and", 2, max_copy=3, max_new_tokens=40, temperature=0.7)
     for _ in parrot.stream(passages):
         pass
-    save(tmp_path / "passages.jsonl", parrot, passages)
+    save_passages(tmp_path / "passages.jsonl", parrot, passages)
     replay(tmp_path / "passages.jsonl")
     assert "2 passages, all reproduced exactly" in capsys.readouterr().out
     session = Session(parrot, Settings(max_new_tokens=60, until="tokens", temperature=0.5))

@@ -263,7 +263,7 @@ def passages(small: dict, folder: Path) -> Door:
     written = poet.begin("O", 2, max_new_tokens=5)
     for _ in poet.stream(written, logprobs=True):
         pass
-    sample.save(path, poet, written)
+    sample.save_passages(path, poet, written)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return Door(path, lines, as_lines, lambda: sample.replay(path))
 

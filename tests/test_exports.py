@@ -53,9 +53,9 @@ def test_an_unknown_ending_is_told_the_known_ones():
 
 @ENDINGS
 def test_all_exports_are_called_alike(ending):
-    export = EXPORTS[ending]
-    assert [*signature(export.check).parameters] == ["config", "tok"]
-    assert [*signature(export.write).parameters] == ["model", "tok", "content", "passage", "path", "dtype"]
+    exporter = EXPORTS[ending]
+    assert [*signature(exporter.check).parameters] == ["config", "tok"]
+    assert [*signature(exporter.export).parameters] == ["model", "tok", "content", "passage", "path", "dtype"]
 
 
 @ENDINGS
@@ -69,10 +69,10 @@ def test_sample_prints_what_an_export_says_and_overwrites_nothing(saved, tmp_pat
     keys = {"checkpoint": str(saved), "device": "cpu", "dtype": "float32", "max_new_tokens": 3}
     path = tmp_path / f"poet{ending}"
     loaded = checkpoint.load_model(saved, torch.device("cpu"), torch.float32)
-    said = EXPORTS[ending].write(*loaded, "the rose", path, "float16")
+    said = EXPORTS[ending].export(*loaded, "the rose", path, "float16")
     assert path.exists() and said and len(said.splitlines()) == 1
     with pytest.raises(OSError, match="exists; choose another name"):
-        EXPORTS[ending].write(*loaded, "the rose", path, "float16")
+        EXPORTS[ending].export(*loaded, "the rose", path, "float16")
     with pytest.raises(ConfigError, match=r"export: .*exists; choose another name"):
         sample.main(SampleConfig(**keys, export=str(path)))
     other = tmp_path / f"other{ending}"
@@ -85,7 +85,7 @@ def test_sample_asks_an_exports_check_before_anything_is_generated(saved, tmp_pa
     def refuse(config: GPTConfig, tok: BPETokenizer) -> None:
         raise CheckpointError(f"export: not {config.n_embd}, {tok.vocab_size}")
 
-    monkeypatch.setitem(EXPORTS, ending, EXPORTS[ending]._replace(check=refuse))
+    monkeypatch.setattr(EXPORTS[ending], "check", refuse)
     keys = {"checkpoint": str(saved), "device": "cpu", "dtype": "float32", "prompt": "the"}
     with pytest.raises(CheckpointError, match="export: not 16, 265"):
         sample.main(SampleConfig(**keys, export=str(tmp_path / f"poet{ending}")))

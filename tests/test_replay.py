@@ -16,7 +16,7 @@ import sample
 from robopoet.errors import ConfigError
 from robopoet.text.tokenizer import END
 from robopoet.weights import checkpoint, huggingface
-from robopoet.writing.replay import replay, save
+from robopoet.writing.replay import replay, save_passages
 from robopoet.writing.sampler import Sampler
 from sample import SampleConfig
 
@@ -68,7 +68,7 @@ def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, mon
     monkeypatch.setattr(huggingface, "fetch", lambda name: export)
     monkeypatch.chdir(tmp_path)
     (record,) = saved("gpt-emma", tmp_path / "x.jsonl", "--max_new_tokens=5")
-    assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.sha256(export)
+    assert record["checkpoint"] == "gpt-emma" and record["sha256"] == checkpoint.weights_sha256(export)
     capsys.readouterr()
     replay(tmp_path / "x.jsonl")
     assert "1 passages, all reproduced exactly" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_no_partial_line(poet, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            save(file, poet, passages)
+            save_passages(file, poet, passages)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

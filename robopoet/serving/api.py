@@ -134,7 +134,7 @@ class Completion:
     """A response that generates while it is sent, and stops when its client leaves."""
 
     def __init__(self, api: Api, reply: Reply):
-        self.api, self.reply, self.is_left = api, reply, False
+        self.api, self.reply, self.choices, self.is_left = api, reply, [*reply.texts], False
         self.news = asyncio.Event()
         reply.wake = self.news.set
 
@@ -142,7 +142,7 @@ class Completion:
         """Answer the request, within the time that it has."""
         self.send, self.sent = send, 0
         watcher = asyncio.create_task(self._watch(receive))
-        self.api.engine.submit(self.reply.choices)
+        self.api.engine.submit(self.choices)
         try:
             async with asyncio.timeout(self.api.limits.request_s):
                 if self.reply.streams:
@@ -155,18 +155,18 @@ class Completion:
             await self._cut(ENDED, scope, receive)
         finally:
             self.api.requests -= 1
-            self.api.engine.cancel(self.reply.choices)
+            self.api.engine.cancel(self.choices)
             watcher.cancel()
             left = ", left" if self.is_left else f", {self.reply.error}" if self.reply.error else ""
             usage = self.reply.usage
-            scope["note"] = f"{len(self.reply.choices)} texts, {usage['prompt_tokens']} tokens read, "
+            scope["note"] = f"{len(self.choices)} texts, {usage['prompt_tokens']} tokens read, "
             scope["note"] += f"{usage['completion_tokens']} generated{left}"
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.is_left = True
-        self.api.engine.cancel(self.reply.choices)
+        self.api.engine.cancel(self.choices)
         self.news.set()
 
     async def _whole(self) -> Response | None:

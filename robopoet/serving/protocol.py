@@ -232,7 +232,6 @@ class Reply:
 
     def __init__(self, model: str, poet: Poet, streams: bool, seed: int):
         self.tok, self.streams, self.tells_usage = poet.tokenizer, streams, False
-        self.choices: list[Choice] = []
         self.texts: dict[Choice, Text] = {}
         self.error: RequestError | None = None
         self.prompt_tokens = self.completion_tokens = 0
@@ -266,10 +265,9 @@ class Reply:
     def add(self, choice: Choice, echo: str) -> None:
         """Add a text that is to be generated, with the prompt in front if it is echoed."""
         asks = choice.top is not None
-        self.texts[choice] = Text(len(self.choices), StreamDecoder(self.tok), [echo] if echo else [], asks)
+        self.texts[choice] = Text(len(self.texts), StreamDecoder(self.tok), [echo] if echo else [], asks)
         if asks and not choice.scores_prompt:
             self.texts[choice].offset = len(echo)
-        self.choices.append(choice)
 
     def gain(self, gain: Gain) -> None:
         """Take what a text gained."""

@@ -60,7 +60,7 @@ def _digest(f: BinaryIO, size: int) -> bytes:
     return sha.hexdigest().encode()
 
 
-def sha256(path: Path) -> str:
+def weights_sha256(path: Path) -> str:
     """The SHA-256, in hexadecimal, of a file, or of a folder's safetensors files in order of name.
 
     Raises CheckpointError when one can't be read.
@@ -84,7 +84,7 @@ def load(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{name}: not found{near or '; train first, or name another checkpoint'}")
         path = huggingface.fetch(str(path))
     if os.path.isfile(path / "config.json"):
-        return huggingface.load(path)
+        return huggingface.load_folder(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder; name the file, as {path}/best.pt")
     content, is_hashed = _read_file(path)

@@ -1,35 +1,18 @@
-"""Exports: every ending that a name after --export may have, with what checks a model for it and what writes it.
+"""Exports: the endings that a name after --export may have.
 
-To add one, give a new module a `check` and an `export` like gguf.py's, and EXPORTS a line.
+To add one, write a module whose `check` and `export` take and return what gguf.py's do, and give it a line here.
+`check` raises before anything is generated; `export` returns what to print.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from model import GPT, GPTConfig
 from robopoet.errors import did_you_mean
-from robopoet.text.tokenizer import Tokenizer
 from robopoet.weights import gguf, html, huggingface
-from robopoet.weights.header import ExportDtype
 
-
-class Export(NamedTuple):
-    """What exports a model in one format.
-
-    check: raises CheckpointError for a model or tokenizer that the format can't hold, so that nothing is generated in
-    vain. write: writes a new file or folder from a model in float32 on the CPU, its tokenizer, the checkpoint, a sample
-    and the dtype of the weights; returns what to print about it.
-    """
-
-    check: Callable[[GPTConfig, Tokenizer], None]
-    write: Callable[[GPT, Tokenizer, dict[str, Any], str, Path, ExportDtype], str]
-
-
-EXPORTS = {
-    ".html": Export(html.check, html.export),  # browsers
-    ".gguf": Export(gguf.check, gguf.export),  # llama.cpp
-    "": Export(huggingface.check, huggingface.export),  # a folder: transformers
+EXPORTS = {  # a name's ending -> the module that exports to it
+    ".html": html,  # for a browser
+    ".gguf": gguf,  # for llama.cpp
+    "": huggingface,  # a folder, for transformers
 }
 
 

@@ -66,7 +66,7 @@ def fetch(name: str) -> Path:
         ) from None
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load_folder(folder: Path) -> dict[str, Any]:
     """Read a folder; returns what our own checkpoints hold: model, model_args, model_extra, tokenizer if there is one.
 
     Raises CheckpointError when a file is missing, damaged, or of another architecture.

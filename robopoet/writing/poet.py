@@ -73,7 +73,7 @@ class Poet:
     def sha256(self) -> str:
         """SHA-256 of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
         path = self.path if self.path.exists() else huggingface.fetch(str(self.path))  # the Hub's is cached by now
-        return checkpoint.sha256(path)
+        return checkpoint.weights_sha256(path)
 
     @functools.cached_property
     def originality(self) -> Originality:

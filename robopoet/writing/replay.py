@@ -48,7 +48,7 @@ class SavedPassage:
         return *self.poet_arguments(), self.sha256, self.settings, self.prompt, self.first, self.together
 
 
-def save(path: Path, poet: Poet, passages: list[Passage]) -> None:
+def save_passages(path: Path, poet: Poet, passages: list[Passage]) -> None:
     """Append each finished passage of a batch to `path` as a line of JSON, a SavedPassage; on an error, none."""
     shared = {"checkpoint": str(poet.path), "sha256": poet.sha256, "torch": torch.__version__}
     shared |= {"device": poet.machine.device.type, "dtype": str(poet.machine.dtype)[6:]}

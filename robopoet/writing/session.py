@@ -11,7 +11,7 @@ import configurator
 from robopoet.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
-from robopoet.writing.replay import save
+from robopoet.writing.replay import save_passages
 from robopoet.writing.terminal import check_writable, print_passages, unescape
 
 KEYS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -82,7 +82,7 @@ class Session:
             if not self.last[0].done:
                 raise ConfigError("/save: the passage was interrupted; /again generates another")
             check_writable("save", Path(argument))
-            save(Path(argument), self.poet, self.last)
+            save_passages(Path(argument), self.poet, self.last)
         elif command == "/settings":
             print("\n".join(f"{key}: {value!r}" for key, value in dataclasses.asdict(self.settings).items()))
         elif command == "/help":
