@@ -7,6 +7,7 @@ B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_siz
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -70,19 +71,19 @@ def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class KVCache:
-    """The keys and values of a window of tokens in every layer, preallocated for block_size tokens.
+class KVCache(NamedTuple):
+    """The keys and values of a window of tokens in every layer; `first`, the first token's keys, are kept apart."""
 
-    keys, values: (n_layer, B, nh, block_size, hs). first: (n_layer, B, nh, 1, hs), the first token's keys. length: how
-    many tokens were stored; on CUDA an int64 tensor (1,), so that a captured CUDA graph can advance it.
-    """
+    keys: torch.Tensor  # (n_layer, B, nh, block_size, hs)
+    values: torch.Tensor  # (n_layer, B, nh, block_size, hs)
+    first: torch.Tensor  # (n_layer, B, nh, 1, hs)
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+    @classmethod
+    def empty(cls, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        """Room for a window of block_size tokens in each row."""
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.first = self.keys[:, :, :, :1].clone()
-        self.length = torch.zeros(1, device=device, dtype=torch.long) if device.type == "cuda" else 0
+        keys, values = torch.zeros(2, *shape, device=device, dtype=dtype)
+        return cls(keys, values, keys[:, :, :, :1].clone())
 
     def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store a window's k and v, (B, nh, T, hs), from the first position on."""
@@ -90,9 +91,9 @@ class KVCache:
         self.values[layer, :, :, : v.shape[2]] = v
         self.first[layer] = k[:, :, :1]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these, (n,) int64."""
-        self.keys, self.values, self.first = self.keys[:, rows], self.values[:, rows], self.first[:, rows]
+    def rows(self, rows: slice | torch.Tensor) -> "KVCache":
+        """The cache of some rows: of a slice in the same memory, else a copy."""
+        return KVCache(*(part[:, rows] for part in self))
 
 
 class CausalSelfAttention(nn.Module):
@@ -105,12 +106,11 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(
-        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); fills its layer of the cache, if there is one. rotation: from rotary_table()."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in qkv)  # (B, nh, T, hs) each
         if rotation is not None:
             q, k = rotary(q, rotation), rotary(k, rotation)
         if cache is not None:
@@ -146,9 +146,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
         x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
@@ -183,22 +181,10 @@ class GPT(nn.Module):
         if isinstance(module, CausalSelfAttention | MLP):  # visited after its children
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(
-        self,
-        idx: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
-        candidates: Candidates | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits, and the loss if there are targets.
+    def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What the last block makes of each token, normalised: idx (B, T) int64 token ids -> (B, T, C).
 
-        idx: (B, T) int64 token ids, T <= block_size; they fill a cache from its first position on. targets: (B, T)
-        int64, -1 to ignore. Returns logits (B, T, V) and the cross-entropy in nats per token (reduction "mean": scalar;
-        "none": (B, T), 0 where ignored); without targets, the last token's logits (B, 1, V) and None. Logits beside a
-        loss are detached: a compiled backward would otherwise allocate zeros of their size as their gradient.
-        candidates: ids that are compared instead of the whole vocabulary; targets are then places among them. For a
-        mean, targets may be probabilities, (B, T, V) float32.
+        T <= block_size. The tokens fill the cache, if there is one, from its first position on.
         """
         c, T, rotation = self.config, idx.shape[1], None
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -209,10 +195,25 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)
-        x = self.transformer.ln_f(x)
-        if cache is not None:
-            cache.length *= 0  # in place: on CUDA it is a tensor
-            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        candidates: Candidates | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits, and the loss if there are targets.
+
+        idx: (B, T) int64 token ids, T <= block_size. targets: (B, T) int64, -1 to ignore. Returns logits (B, T, V) and
+        the cross-entropy in nats per token (reduction "mean": scalar; "none": (B, T), 0 where ignored); without
+        targets, the last token's logits (B, 1, V) and None. Logits beside a loss are detached: a compiled backward
+        would otherwise allocate zeros of their size as their gradient. candidates: ids that are compared instead of the
+        whole vocabulary; targets are then places among them. For a mean, targets may be probabilities, (B, T, V)
+        float32.
+        """
+        x = self.hidden_states(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if candidates is None:

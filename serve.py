@@ -91,7 +91,7 @@ def make_server(poet: Poet, cfg: ServeConfig) -> Any:
     except ImportError as e:
         raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn h11") from None
     most = max(8, (portable.most_open_files() - OWN_FILES) // 2)
-    engine = Engine(poet, cfg.max_rows, poet.model.config.block_size + cfg.max_tokens)
+    engine = Engine(poet, cfg.max_rows)
     api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_index(poet))
     guarded = Guard(api.app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
     config = uvicorn.Config(

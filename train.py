@@ -21,7 +21,7 @@ import configurator
 from model import GPT, GPTConfig
 from robopoet.errors import ConfigError, bounds, is_out_of_memory, warn
 from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
-from robopoet.recording import Graphed
+from robopoet.ops import Graphed
 from robopoet.text import dataset
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training import optimizer, plan

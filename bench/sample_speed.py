@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
 from robopoet.weights import checkpoint
-from robopoet.writing.generate import generate, prepack
+from robopoet.writing.decode import generate, prepack_matrices
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
@@ -77,7 +77,7 @@ def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poe
     if cfg.shape == "gpt2":  # it has more ids than the tokenizer; those come first
         poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
         poet.model.load_state_dict(model.state_dict())
-        prepack(poet.model)
+        prepack_matrices(poet.model)
     specials = list(poet.tokenizer.specials.values())
     specials += range(poet.tokenizer.vocab_size, model.config.vocab_size)
     poet.forbidden = torch.tensor(specials, dtype=torch.long, device=poet.machine.device)

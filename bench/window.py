@@ -23,7 +23,7 @@ from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text.dataset import Split, find_dataset, open_split, read_meta
 from robopoet.weights import checkpoint
-from robopoet.writing.generate import generate, prepack
+from robopoet.writing.decode import generate, prepack_matrices
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def main(cfg: WindowConfig) -> None:
     ids, tags = stretches(split, cfg.blocks * T + 1, cfg.rows)
     ids, tags = ids.to(machine.device), tags.to(machine.device) if (tags >= 0).all() else None
     again = read_in_half_blocks(model, ids, tags)
-    prepack(model)
+    prepack_matrices(model)
     generated, seconds = read_as_generated(model, ids, tags)
     ms = [1000 * statistics.mean(seconds[i * T : (i + 1) * T]) for i in range(cfg.blocks)]
     result = origin("window", machine) | {

@@ -13,7 +13,7 @@ from robopoet.machine import Machine
 from robopoet.text.dataset import open_split, read_meta
 from robopoet.text.windows import TrainWindows
 from robopoet.weights.checkpoint import load_model
-from robopoet.writing.generate import generate
+from robopoet.writing.decode import generate
 from train import TrainConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

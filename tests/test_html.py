@@ -21,7 +21,7 @@ from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, CharTokenizer, StreamDecoder
 from robopoet.weights import checkpoint, html
 from robopoet.writing import sampler
-from robopoet.writing.generate import generate
+from robopoet.writing.decode import generate
 from robopoet.writing.passage import Passage, Settings
 from sample import Poet, SampleConfig
 

@@ -22,7 +22,7 @@ from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
 from robopoet.weights import checkpoint, huggingface
-from robopoet.writing.generate import generate
+from robopoet.writing.decode import generate
 from sample import Poet, SampleConfig
 from train import TrainConfig
 

@@ -16,7 +16,7 @@ from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.tokenizer import END
 from robopoet.writing import poet as poet_module
 from robopoet.writing.batch import Batch
-from robopoet.writing.generate import window_start
+from robopoet.writing.decode import window_start
 from robopoet.writing.sampler import SampledText, Sampler
 from sample import Poet
 
@@ -86,7 +86,7 @@ def test_rows_are_dropped_at_once_on_a_cpu_and_by_halves_on_a_gpu(device, droppe
 
 def test_the_style_tag_stands_first_in_every_window_and_changes_the_text(poet):
     windows = []
-    handle = poet.model.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
+    handle = poet.model.transformer.wte.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
     styled = poet.write("once upon", style="bard", max_new_tokens=40, temperature=0)
     handle.remove()
     assert styled != poet.write("once upon", max_new_tokens=40, temperature=0)

@@ -14,9 +14,8 @@ from served import Served
 
 from model import GPT, GPTConfig
 from robopoet.serving.protocol import model_name
-from robopoet.serving.rows import Rows
 from robopoet.text.tokenizer import END
-from robopoet.writing.generate import prepack
+from robopoet.writing.decode import Rows, prepack_matrices
 
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
@@ -194,11 +193,11 @@ def test_a_rows_logits_are_the_same_bits_in_any_company(dtype, width):
     torch.manual_seed(1)
     shape = {"block_size": 96, "vocab_size": 501, "n_layer": 2, "n_head": 2, "n_embd": width}
     model = GPT(GPTConfig(**shape, positions="rotary")).to(getattr(torch, dtype)).eval()
-    prepack(model)
+    prepack_matrices(model)
     texts = [torch.randint(501, (1 + 5 * i,)).tolist() for i in range(13)]
 
     def logits_of(company: list[int]) -> list[torch.Tensor]:
-        rows, found = Rows(model, 16, 400), []
+        rows, found = Rows(model, 16), []
         added = [rows.add(texts[i], None)[0] for i in company]
         for step in range(100):
             logits = rows.step()

@@ -17,7 +17,7 @@ from served import HEAD, Served, endless, rest_of, wait_until
 from bench.storm import storm
 from robopoet.errors import ConfigError
 from robopoet.serving import engine as engines
-from robopoet.serving.rows import Rows
+from robopoet.writing.decode import Rows
 from robopoet.writing.passage import Passage
 from robopoet.writing.poet import Poet
 from serve import ServeConfig, make_server
@@ -60,7 +60,7 @@ def test_a_client_that_leaves_frees_its_row_and_the_others_go_on(path):
 
 def test_a_cancelled_text_is_gone_after_one_step(path):
     poet = Poet(str(path), "cpu", "float64")
-    engine = engines.Engine(poet, 4, 1000)
+    engine = engines.Engine(poet, 4)
     gained = []
     settings = dataclasses.replace(Passage(poet.tokenizer, engines.Settings()).settings, until="tokens")
     engine.loop = type("Loop", (), {"is_closed": lambda self: True})()

@@ -9,7 +9,7 @@ import torch
 from conftest import save_random
 
 from robopoet.serving.engine import TURN, Choice, Engine
-from robopoet.serving.rows import Rows
+from robopoet.writing.decode import Rows
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
 
@@ -32,7 +32,7 @@ class Stepped:
     """An engine that a test steps by itself."""
 
     def __init__(self, poet):
-        self.engine, self.poet, self.finished = Engine(poet, ROWS, 10_000), poet, []
+        self.engine, self.poet, self.finished = Engine(poet, ROWS), poet, []
         self.tokens = collections.defaultdict(list)
         self.engine.loop = types.SimpleNamespace(is_closed=lambda: True)
 

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, CharTokenizer
 from robopoet.weights import checkpoint, huggingface
-from robopoet.writing.generate import generate
+from robopoet.writing.decode import generate
 from sample import Poet
 from train import TrainConfig
 

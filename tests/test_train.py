@@ -176,7 +176,7 @@ class RecordedOnCPU:
             "graph": lambda graph, stream: self,
         }.items():
             monkeypatch.setattr(torch.cuda, name, made)
-        monkeypatch.setattr("robopoet.recording.capture_stream", lambda: stream)
+        monkeypatch.setattr("robopoet.ops.capture_stream", lambda: stream)
 
     def __enter__(self):
         self.random = torch.get_rng_state()

@@ -9,9 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from robopoet.machine import Machine
-from robopoet.writing.generate import block_weights, decode
+from robopoet.writing.decode import EvenRows
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 2}
@@ -50,12 +50,12 @@ def trace_step(optimizer: str, positions: str, dtype: torch.dtype, is_recorded: 
 
 
 def trace_token(rows: int, positions: str) -> None:
-    """A window, then a token, as generate has it on CUDA, where lengths are tensors."""
+    """A window, then a token, as generate has it on CUDA, where places are tensors."""
     model = make_model(positions).eval()
-    cache = KVCache(model.config, rows, CUDA, torch.float32)
     with torch.no_grad():
-        model(torch.zeros(rows, 5, dtype=torch.long, device=CUDA), cache=cache)
-        logits = decode(model, torch.zeros(rows, dtype=torch.long, device=CUDA), cache, block_weights(model))
+        even = EvenRows(model, rows)
+        even.read(torch.zeros(rows, 5, dtype=torch.long, device=CUDA))
+        logits = even.step(torch.zeros(rows, dtype=torch.long, device=CUDA))
     assert logits.shape == (rows, 61) and logits.device == CUDA
 
 

@@ -92,7 +92,7 @@ async def serve(poet: Poet) -> list[list[str]]:
         if gained.finish:
             finished.put_nowait(gained.choice)
 
-    engine = Engine(poet, 16, 100)
+    engine = Engine(poet, 16)
     engine.start()
     ids, requests = poet.tokenizer.encode(prompt), []
     for given in SETTINGS:

@@ -18,7 +18,7 @@ from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.batch import Batch
 from robopoet.writing.characters import find_characters
 from robopoet.writing.copies import Copied, Copies
-from robopoet.writing.generate import generate, prepack, window_start
+from robopoet.writing.decode import generate, prepack_matrices, window_start
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.sampler import SampledText, Sampler
@@ -45,7 +45,7 @@ class Poet:
         if self.path.suffix == ".pt" and not os.path.exists(self.path):
             raise CheckpointError(f"{self.path}: not found{did_you_mean_path(self.path) or f'; {_advice()}'}")
         model, tokenizer, content = checkpoint.load_model(self.path, machine.device, machine.dtype)
-        prepack(model)
+        prepack_matrices(model)
         self._take(model, tokenizer, machine, record)
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.identity = content.get("identity", {})

@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_model import ROTARY, SMALL, ids, make
 
-from model import KVCache
 from robopoet.ops import HAS_AVX512, Linear
-from robopoet.writing import generate as module
-from robopoet.writing.generate import generate, prepack, window_start
+from robopoet.writing import decode as module
+from robopoet.writing.decode import generate, prepack_matrices, window_start
 
 
 def greedy(logits):
@@ -68,15 +67,9 @@ def read_with_a_sliding_window(model, idx):
     return model.lm_head(t.ln_f(x))
 
 
-def record_lengths(monkeypatch):
-    """Let a cache on the CPU count as it does on CUDA."""
-    make_cache = KVCache.__init__
-
-    def init(self, *args):
-        make_cache(self, *args)
-        self.length = torch.zeros(1, dtype=torch.long)
-
-    monkeypatch.setattr(KVCache, "__init__", init)
+def count_as_on_cuda(monkeypatch):
+    """Let rows on the CPU have their places in a tensor, as on CUDA."""
+    monkeypatch.setattr(module, "start_at", lambda n_rows, weight: torch.zeros(n_rows, dtype=torch.long))
 
 
 @pytest.mark.parametrize("as_on_cuda", [False, True])
@@ -85,7 +78,7 @@ def record_lengths(monkeypatch):
 def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, rows, n_prompt, tag, as_on_cuda):
     model, prompt = make(), ids(rows, n_prompt)
     if as_on_cuda:
-        record_lengths(monkeypatch)
+        count_as_on_cuda(monkeypatch)
     for choose in (lambda: greedy, lambda: seeded(5)):
         tags = None if tag is None else torch.full((rows,), tag)
         cached = torch.stack(list(generate(model, prompt, 60, choose(), tags)))
@@ -100,7 +93,7 @@ def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, row
 def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypatch, n_prompt, tag, as_on_cuda):
     model, prompt, seen = make(ROTARY), ids(2, n_prompt), []
     if as_on_cuda:
-        record_lengths(monkeypatch)
+        count_as_on_cuda(monkeypatch)
 
     def choose(logits):
         seen.append(logits)
@@ -120,7 +113,7 @@ def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypat
 
 def test_a_rotary_model_reads_its_prompt_alone_whatever_follows():
     model, lengths = make(ROTARY), []
-    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     list(generate(model, ids(1, 100), 100, greedy))
     assert lengths == [16]
 
@@ -131,7 +124,7 @@ def test_cached_logits_are_within_1e_4_of_naive_in_float32(packed, rows):
     model, prompt = make(dtype=torch.float32, scale=2.0), ids(rows, 5)
     written = copy.deepcopy(model)
     if packed:
-        prepack(written)
+        prepack_matrices(written)
     seen: list[list[torch.Tensor]] = [[], []]
 
     def recorder(log):
@@ -158,7 +151,7 @@ def test_window_slides_in_half_blocks_and_always_holds_the_end():
 
 def test_each_rows_tag_stands_first_in_every_window():
     model, windows = make(), []
-    handle = model.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
+    handle = model.transformer.wte.register_forward_pre_hook(lambda module, args: windows.append(args[0].clone()))
     list(generate(model, ids(2, 10), 40, greedy, torch.tensor([60, 59])))
     handle.remove()
     fills = [window for window in windows if window.shape[1] > 1]
@@ -168,9 +161,9 @@ def test_each_rows_tag_stands_first_in_every_window():
 
 def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
     model, lengths, tokens = make(), [], []
-    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    decode = module.decode
-    monkeypatch.setattr(module, "decode", lambda m, ids, **keys: tokens.append(len(ids)) or decode(m, ids, **keys))
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    step = module.step
+    monkeypatch.setattr(module, "step", lambda *args: tokens.append(len(args[3])) or step(*args))
     list(generate(model, ids(1, 4), 14, greedy))
     assert lengths == [4, 9] and tokens == [1] * 12  # the window slides when the 17th token is there
 
@@ -180,7 +173,7 @@ def test_a_window_is_read_once_and_then_a_token_at_a_time(monkeypatch):
 def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, as_on_cuda, config):
     model, prompt, kept = make(config), ids(4, 6), torch.tensor([3, 1])
     if as_on_cuda:
-        record_lengths(monkeypatch)
+        count_as_on_cuda(monkeypatch)
     tags = torch.tensor([60, 59, 58, 57])
     whole = torch.stack(list(generate(model, prompt, 30, greedy, tags)))
     writing, found = generate(model, prompt, 30, greedy, tags), []
@@ -193,11 +186,11 @@ def test_rows_that_are_not_kept_end_and_the_others_go_on_as_before(monkeypatch, 
 def test_a_prepacked_model_takes_no_more_memory_and_says_the_same():
     model = make(dtype=torch.float32)
     packed = copy.deepcopy(model)
-    prepack(packed)
+    prepack_matrices(packed)
     idx = ids(2, 16)
     torch.testing.assert_close(packed(idx)[0], model(idx)[0], atol=1e-5, rtol=1e-5)
     weights = [module.weight for module in packed.modules() if isinstance(module, Linear)]
     assert all(weight.is_mkldnn if HAS_AVX512 else weight.t().is_contiguous() for weight in weights)
     double = make()
-    prepack(double)
+    prepack_matrices(double)
     assert torch.equal(double(idx)[0], make()(idx)[0])
