@@ -48,14 +48,13 @@ def step(
         furthest, seen, mask = at, min(at, last) + 1, None
         place = at if at <= last else 1 + (at - 1) % last  # a full cache is a ring behind the first token
     else:
-        width = cache.keys.shape[3]
+        width, place = cache.keys.shape[3], at
         seen = width if furthest is None else round_up(min(furthest, last) + 1, PLACES)
-        place = torch.where(at <= last, at, 1 + (at - 1) % max(last, 1))
-        heads = torch.arange(B * c.n_head, device=at.device).view(B, c.n_head)
-        lines = (heads * width + place[:, None]).flatten()  # where keys stand in the cache as (B * nh * width, hs)
-        unseen = torch.arange(seen, device=at.device) > at[:, None].clamp(max=last)  # (B, seen)
+        unseen = torch.arange(seen, device=at.device) > at.clamp(max=last).view(B, 1, 1, 1)
         mask = torch.zeros(unseen.shape, device=at.device, dtype=cache.keys.dtype).masked_fill_(unseen, -math.inf)
-        mask = mask.view(B, 1, 1, seen)
+        if furthest is None or furthest > last:
+            place = torch.where(at <= last, at, 1 + (at - 1) % max(last, 1))
+        lines = (first_lines(B, c.n_head, width, at.device) + place[:, None]).flatten()
     x = t.wte.weight[ids]  # (B, C)
     if is_rotary:
         rotation = rotation_at(at, hs, cache.keys)
@@ -78,6 +77,12 @@ def step(
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
         x = add_linear(x, gelu_linear(layer_norm(x, *ln_2), *c_fc, c.gelu), *mlp_c_proj)
     return model.lm_head(t.ln_f(x))
+
+
+@functools.lru_cache(maxsize=256)
+def first_lines(n_rows: int, n_head: int, width: int, device: torch.device) -> torch.Tensor:
+    """Where each row's and head's first key stands in a cache as (B * nh * width, hs): (n_rows, n_head) int64."""
+    return torch.arange(0, n_rows * n_head * width, width, device=device).view(n_rows, n_head)
 
 
 def slide(cache: KVCache, n_rows: int, beyond: int | torch.Tensor) -> None:
