@@ -35,21 +35,21 @@ from robopoet.weights import checkpoint
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
 UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in corpus.SPLITS))
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
-SHORT = 1_000_000  # bytes of a text that is best started from the base model
-SAMPLE = 100_000  # bytes of it that show whether the base model can read it
-BYTES_A_TOKEN = 2.5  # of a text that the base model can read
+SHORT = 1_000_000  # bytes; a model of a text up to this long is best started from the base model
+SAMPLE = 100_000  # bytes; this much of a text shows whether a tokenizer suits its language
+BYTES_A_TOKEN = 2.5  # a tokenizer that gets fewer from each token was made for another language
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """The keys of prepare.py."""
 
-    corpus: str = ""  # folder that holds a corpus.yaml (--input takes it too)
+    corpus: str = ""  # a folder with a corpus.yaml; --input takes it too
     input: tuple[str, ...] = ()  # your books, .epub .html .txt .md .jsonl .jsonl.gz .parquet: files, globs or folders
-    encoding: str = ""  # of your books, such as cp1252 (default: UTF-8, else what fits a book best)
+    encoding: str = ""  # how your books are encoded, such as cp1252 (default: UTF-8, or else what fits each book best)
     out: str = ""  # where the bins go (default: the corpus's folder)
     tokenizer: str = "auto"  # bpe (trained on this text), char, gpt2, a checkpoint's; auto: the base model's, or bpe
-    vocab_size: int = 0  # number of ids, special tokens included (bpe only; 0: what the text carries well)
+    vocab_size: int = 0  # number of ids, special tokens included; for bpe only (0: as many as suit the text's length)
     force: bool = False  # prepare even if nothing has changed
 
     def problems(self) -> list[str]:

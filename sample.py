@@ -35,17 +35,17 @@ class SampleConfig(Settings):
     # input and output
     checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
     prompt: str = ""  # text to continue; FILE:path reads a file, - reads stdin, \n is a line break
-    num_samples: int = 1  # passages, generated in one batch
-    interactive: bool = False  # a session of prompts; type /help there
-    verbose: bool = False  # tell on stderr how fast the passages were generated
+    num_samples: int = 1  # how many passages to write; all are generated in one batch
+    interactive: bool = False  # ask for one prompt after another; /help lists the session's commands
+    verbose: bool = False  # print on stderr how fast the passages were generated
     check: bool = False  # print how much of each passage is copied from the training text
-    save: str = ""  # append each passage to this file as a line of JSON, with all it takes to generate it again
-    replay: str = ""  # regenerate the passages of such a file, compare them, and exit
+    save: str = ""  # append each passage to this file, as a line of JSON from which replay can regenerate it
+    replay: str = ""  # regenerate the passages of a file that save wrote, compare them with it, and exit
     export: str = ""  # export the model: to NAME.html (browser), NAME.gguf (llama.cpp), or a folder (transformers)
-    export_dtype: ExportDtype = "float16"  # of the weights in a .html or .gguf
+    export_dtype: ExportDtype = "float16"  # how a .html or .gguf stores the weights
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Dtype = "auto"  # of the weights; auto: the fastest
+    dtype: Dtype = "auto"  # dtype of the weights; auto: the fastest here
     record: bool = False  # replay each decode step as a CUDA graph: faster, but not yet proven on a GPU
 
     def problems(self) -> list[str]:
@@ -93,10 +93,10 @@ def main(cfg: SampleConfig) -> None:
     stream = poet.stream(passages, logprobs=bool(cfg.save))
     try:
         if cfg.export and not (cfg.prompt or cfg.check or cfg.save or cfg.num_samples > 1):
-            collections.deque(stream, maxlen=0)  # a sample for what is exported
+            collections.deque(stream, maxlen=0)  # nobody asked to read it; the export holds it as its sample
         else:
             print_passages(poet, passages, stream, cfg.check)
-    finally:  # an interrupt too keeps the finished passages
+    finally:  # after Ctrl-C too, the finished passages are kept
         if cfg.save:
             save_passages(Path(cfg.save), poet, passages)
     if cfg.verbose:

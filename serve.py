@@ -21,8 +21,8 @@ from robopoet.serving.engine import Engine
 from robopoet.serving.protocol import Limits, model_name
 from robopoet.writing.poet import Dtype, Poet
 
-API_KEY = "ROBOPOET_API_KEY"  # in the environment
-OWN_FILES = 32  # that a process has open beside its connections
+API_KEY = "ROBOPOET_API_KEY"  # the environment variable that may hold the key
+OWN_FILES = 32  # files that a server has open beside its connections, at most
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class ServeConfig(Limits):
 
     # model
     checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
-    name: str = ""  # of the model in the API; its folder's unless given
+    name: str = ""  # what the API calls the model (default: its folder's name)
     # server
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: on all, which needs an api_key
-    port: int = 8000  # 0: a free one
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all of this machine's, and needs an api_key
+    port: int = 8000  # port to listen on (0: any that is free)
     api_key: str = ""  # clients must send it as a Bearer token; better in the environment, as ROBOPOET_API_KEY
     allow_hosts: tuple[str, ...] = ()  # names of this machine that clients use, beside localhost; repeatable
     allow_origins: tuple[str, ...] = ()  # web pages that may use the API, such as https://my.example; repeatable
     # machine
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Dtype = "auto"  # of the weights; auto: the fastest
+    dtype: Dtype = "auto"  # dtype of the weights; auto: the fastest here
 
     @property
     def key(self) -> str:
@@ -113,9 +113,9 @@ def main(cfg: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
     listener = listen(cfg)
     poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
-    _ = poet.sha256  # read once, before the first request
+    _ = poet.sha256  # hashing takes a while: now, not in the first request
     server = make_server(poet, cfg)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, and raises them again when it has ended
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host

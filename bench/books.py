@@ -29,7 +29,7 @@ from robopoet.text import corpus, tokenizer
 from robopoet.text.dataset import SPLITS, read_meta
 from train import TrainConfig
 
-CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # of the test split
+CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # whose bits per byte of the test split are compared
 CHOSEN = ("init_from", "n_layer", "n_embd", "dropout", "max_iters")
 
 
@@ -40,7 +40,7 @@ class BooksConfig:
     corpus: str = "data/unseen"  # folder of a corpus.yaml; each of its texts is a book of its own
     only: tuple[str, ...] = ()  # the styles of the texts to take (default: all)
     bytes: int = 0  # how much of each text, from its start (0: all)
-    minutes: float = 2.0  # of each run
+    minutes: float = 2.0  # how long each run trains
     tokenizer: str = "auto"  # prepare.py's; bpe: without the base model
     settings: tuple[str, ...] = ("",)  # train each book with each of these too: keys such as "--epochs=2 --dropout=0.3"
     out: str = ""  # name of the result (books_DEVICE unless given)

@@ -22,7 +22,7 @@ class DemoConfig:
 
     run: str = "out/demo"  # out_dir of a finished run
     device: str = "auto"  # where the test split is evaluated: auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products
     out: str = ""  # name of the result (demo_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:

@@ -53,8 +53,8 @@ class HTMLConfig:
     """The keys of bench.html."""
 
     checkpoint: str = "out/demo/best.pt"  # the model
-    tokens: int = 300  # generated in each repeat
-    repeats: int = 5  # of each measurement
+    tokens: int = 300  # tokens generated in each repeat
+    repeats: int = 5  # how often each measurement is made
     screenshot: str = ""  # take only a picture of the page, in Chromium, to this file
     out: str = "html_DEVICE"  # name of the result
 

@@ -53,7 +53,7 @@ class SampleSpeedConfig:
     starts: int = 3  # timed launches of sample.py, and of `import torch` alone (0: none)
     repeats: int = 5  # rounds, in each of which all take turns; the median counts
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of our weights; the peers keep float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # our weights' dtype; peers keep float32 on CPU
     record: bool = False  # replay each decode step as a CUDA graph
     out: str = ""  # name of the result (sample_speed_SHAPE_DTYPE_DEVICE unless given)
 

@@ -50,11 +50,11 @@ class ServeBenchConfig:
     checkpoint: str = "out/demo/best.pt"  # the model
     gguf: str = ""  # the same model for llama.cpp's server, which takes part if this is given
     prompt: str = "To be or not to be"  # text to continue
-    max_tokens: int = 120  # of each text
+    max_tokens: int = 120  # length of each text, in tokens
     seconds: float = 60.0  # for each number of clients
-    requests: int = 5000  # of the storm
-    threads: int = 2  # of each server
-    dtype: str = "auto"  # of our weights
+    requests: int = 5000  # requests that the storm sends
+    threads: int = 2  # threads that each server may use
+    dtype: str = "auto"  # our weights' dtype
     out: str = "serve_DEVICE"  # name of the result
 
     def problems(self) -> list[str]:

@@ -92,7 +92,7 @@ def losses(results: Results) -> Iterator[str]:
 
 
 def _training_losses(results: Results) -> Iterator[str]:
-    """Of bench.train_speed: how far laps differ, float32, nanoGPT tuned by hand, and memory."""
+    """What bench.train_speed found: how far laps differ, float32, nanoGPT tuned by hand, and memory."""
     runs = [(r["config"], r["machine"]["dtype"], name, r, peer) for r in results for name, peer in r["peers"].items()]
     leads = {(config, dtype, name): peer["ratio"] for config, dtype, name, _, peer in runs}
     half, full = (leads.get(("robopoet_adamw", dtype, "nanoGPT")) for dtype in ("bfloat16", "float32"))
@@ -115,7 +115,7 @@ def _training_losses(results: Results) -> Iterator[str]:
 
 
 def _sampling_losses(results: Results) -> Iterator[str]:
-    """Of bench.sample_speed: the start, and the first token."""
+    """What bench.sample_speed found: the start, and the first token."""
     for r in results:
         if "start_s" in r and r["model"] == "robopoet":
             start, torch_s = r["start_s"]["median"], r["import_torch_s"]["median"]
@@ -127,7 +127,7 @@ def _sampling_losses(results: Results) -> Iterator[str]:
 
 
 def _writing_losses(results: Results) -> Iterator[str]:
-    """Of bench.writing: the share of coherent passages, by style, the lowest first."""
+    """What bench.writing found: the share of coherent passages, by style, the lowest first."""
     shares: dict[str, list[dict[str, float]]] = {}
     for r in results:
         for style, figures in r["styles"].items():

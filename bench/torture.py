@@ -37,9 +37,9 @@ FAULTS = ("kill", "terminate", "flip a bit", "cut", "begin anew")
 class TortureConfig:
     """The keys of bench.torture."""
 
-    minutes: float = 10.0  # of torture; the unbroken run follows
+    minutes: float = 10.0  # how long training is broken off; then a run without faults follows
     dataset: str = "robopoet"  # what the small model is trained on
-    seed: int = 1  # of the faults and their moments
+    seed: int = 1  # chooses the faults and their moments
     out: str = ""  # name of the result (torture_DEVICE unless given)
 
     def problems(self) -> list[str]:

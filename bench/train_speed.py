@@ -68,7 +68,7 @@ class SpeedConfig(train.TrainConfig):
     warmup_steps: int = 4  # steps before the first lap; the first compiles, the fourth records a CUDA graph
     vram_limit_gb: float = 0.0  # GPU memory that PyTorch may use, as on a smaller card (0: all)
     start: bool = True  # also time train.py from launch to its first step
-    compile_mode: Literal["default", "reduce-overhead"] = "default"  # of torch.compile; the other has its own graphs
+    compile_mode: Literal["default", "reduce-overhead"] = "default"  # torch.compile's mode
     vocab_size: int = 0  # time on random ids below this (0: on the dataset)
     peer: str = ""  # a checkout of nanoGPT, timed in turns with ours
     out: str = ""  # name of the result (train_speed_CONFIG_DEVICE unless given)

@@ -34,7 +34,7 @@ class WindowConfig:
     blocks: int = 8  # length of a stretch, in blocks of the model's context
     rows: int = 64  # stretches at most, read at the same time
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights; auto: the fastest here
     out: str = ""  # name of the result (window_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:

@@ -31,7 +31,7 @@ from sample import Poet
 
 HUMAN_PASSAGES = 500  # per style at most; they overlap where a style's test text is short
 LOOP_WORDS = 50  # a sequence that begins three times within so many words is a loop
-Measures = dict[str, float | None]  # of one passage; None where a measure does not apply
+Measures = dict[str, float | None]  # one passage's; None where a measure does not apply
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class WritingConfig:
     repetition_penalty: float = Settings.repetition_penalty  # above 1: tokens already in the text become less likely
     max_copy: int = Settings.max_copy  # never so many words in a row of the training text (0: off)
     device: str = "auto"  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights; auto: the fastest
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights; auto: the fastest here
     out: str = ""  # name of the result (writing_RUN_DEVICE unless given)
 
     def problems(self) -> list[str]:
@@ -115,8 +115,8 @@ def _speaks(after: str) -> bool:
 def measure(text: str, vocabulary: set[str], names: set[str], copied: int) -> Measures:
     """All measures of one passage.
 
-    vocabulary: the words of the training text. names: its speakers; empty unless the style is drama. copied: characters
-    of the passage's longest run that occurs in the training text.
+    vocabulary: the words of the training text. names: its speakers; empty unless the style is drama. copied: how long
+    the passage's longest run from the training text is, in characters.
     """
     words = words_of(text)
     speakers = speaker_lines(text) if names else []

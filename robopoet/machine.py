@@ -277,7 +277,7 @@ def _keep_freed_memory() -> None:
 def _fastest_dtype(device: torch.device, trains: bool) -> str:
     """The fastest dtype that trains well: bfloat16 where the hardware multiplies it, float16 on older CUDA.
 
-    Of the GPUs below compute capability 7.0 only the P100, 6.0, is faster in float16: the others do one in 64.
+    Below compute capability 7.0 only the P100 (6.0) is faster in float16; the other GPUs do one such product in 64.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

@@ -120,7 +120,7 @@ def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, m
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     model = train.make_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
     flops = model.flops_per_token() * 4 * 16
-    assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # of the best peak
+    assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # the best peak
 
 
 def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):

@@ -90,7 +90,7 @@ def learned_by_heart(poet, corpus):
         alike[fold(token) if fold(token).strip() else token].append(id)
     one = {id: ids[0] for ids in alike.values() for id in ids}  # for all that are alike
     ids = [one.get(id, id) for id in np.fromfile(corpus / "train.bin", "<u2").tolist() if id not in marks]
-    followers = collections.defaultdict(set)  # of so many ids in a row
+    followers = collections.defaultdict(set)  # so many ids in a row -> the ids that follow them
     for order in ORDERS:
         for i in (i for i in range(len(ids) - order) if ids[i + order] < len(tokens)):
             followers[tuple(ids[i : i + order])].add(ids[i + order])

@@ -114,7 +114,7 @@ def test_a_hundred_kills_at_any_moment(tmp_path, save_step):
     kill_often(save_step, tmp_path, 100)
 
 
-CALLS = {"torch.save": 2, "os.fsync": 4, "os.replace": 3}  # of a save: best.pt; then ckpt.pt, the old one kept
+CALLS = {"torch.save": 2, "os.fsync": 4, "os.replace": 3}  # by one save: best.pt; then ckpt.pt, the old one kept
 
 
 @pytest.mark.parametrize(("call", "nth"), [(call, nth) for call in CALLS for nth in range(1, CALLS[call] + 2)])

@@ -1,8 +1,10 @@
-"""Who may import whom, who may change a config or replace a file, and how long a file may be."""
+"""Who may import whom, change a config or replace a file; how long a file may be, and how no comment begins."""
 
 import ast
 import graphlib
+import io
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -236,6 +238,35 @@ def test_train_needs_few_names():
     nodes = [node for node in ast.walk(ast.parse(python_files()["train.py"])) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in nodes if node.module.partition(".")[0] == "robopoet"]
     assert sum(len(node.names) for node in ours) <= 35 and len({node.module for node in ours}) <= 14
+
+
+# --- a comment is a whole thought
+
+
+def cut_thoughts(sources: dict[str, str]) -> list[str]:
+    """Each comment, and each line of a docstring, that begins with "of"."""
+    found = []
+    for path, source in sources.items():
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        lines = [(t.start[0], t.string.lstrip("#! ")) for t in tokens if t.type == tokenize.COMMENT]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                lines += [(getattr(node, "lineno", 1), line.strip()) for line in text.splitlines()]
+        found += [f"{path}:{number}: {line}" for number, line in sorted(lines) if line.lower().startswith("of ")]
+    return found
+
+
+def test_no_comment_begins_with_of():
+    assert cut_thoughts(python_files()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["x = 1  # of the model", "# Of a text", '"""Of each rank."""', 'def f():\n    """Sum.\n\n    of all."""']
+)
+def test_a_comment_that_begins_with_of_is_found(text):
+    (found,) = cut_thoughts({"train.py": f"{text}\n", "sample.py": "x = 'of'  # often, of course\n"})
+    assert found.startswith("train.py:")
 
 
 # a small house that keeps the rule; each case below breaks it in one place

@@ -231,7 +231,7 @@ def test_bytes_are_decoded_as_they_come_as_in_python(v8, bpe):
         ids = [bpe.tokens.index(bytes([byte])) for byte in raw]
         wanted = [decoder.push([id]) for id in ids]
         found = call(v8, code, [chr(byte) for byte in raw])
-        # of half a surrogate pair Python tells a byte later that it is none
+        # Python notices a byte later than the page that half a surrogate pair is no character
         assert found == wanted or (0xED in raw and "".join(found) == "".join(wanted))
 
 

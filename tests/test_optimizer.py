@@ -192,7 +192,7 @@ def train_muon(rank: int, ranks: int, found_inf: float = 0.0) -> tuple[list[torc
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-@pytest.mark.parametrize("ranks", [2, 3, 5])  # of one shape there are two matrices, of the others one
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # one shape has two matrices, each other one
 def test_ranks_share_the_matrices_and_end_with_the_weights_of_one(on_ranks, monkeypatch, ranks, found_inf):
     alone, done = train_muon(0, 1, found_inf), []
 
@@ -206,7 +206,7 @@ def test_ranks_share_the_matrices_and_end_with_the_weights_of_one(on_ranks, monk
         for ours, theirs in zip(weights + moments, alone[0] + alone[1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(weights, found[0][0], strict=True))
-    assert len(done) == 4 * len(SHAPES)  # of each step each matrix once, by any rank
+    assert len(done) == 4 * len(SHAPES)  # in each step, each matrix once, by any rank
     assert len({x.sum().item() for x in done}) == len(done)
 
 

@@ -27,7 +27,7 @@ for command in commands:
 
 
 def run(*commands: list[str], blocked: list[str]) -> tuple[list[list], str]:
-    """Of each command its exit code and the optional modules imported so far, and what they print on stderr."""
+    """Each command's exit code and the optional modules imported by then; and what all of them print on stderr."""
     arguments = map(json.dumps, (OPTIONAL, blocked, commands))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(

@@ -84,7 +84,7 @@ def mutations(content: dict) -> Iterator[tuple[tuple, Any]]:
         yield from ((path, odd) for odd in (..., *new))
 
 
-CONTENT: dict[str, Any] = {}  # of a checkpoint; with_value copies it
+CONTENT: dict[str, Any] = {}  # a checkpoint's content; with_value copies it
 
 
 @pytest.fixture

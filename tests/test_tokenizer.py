@@ -112,7 +112,7 @@ def test_specials_are_the_last_ids_in_order_and_stand_for_no_text(name, request)
 
 
 def test_only_a_name_between_bars_is_a_style():
-    """Of a foreign tokenizer's special tokens, the third character on was once a style: `<pad>` was style a."""
+    """Once, a foreign tokenizer's special tokens were styles from their third character on: `<pad>` was style a."""
     names = [END, "<pad>", "<s>", "[MASK]", "<|alice|>", "<||>", "<|>", "|alice|", "x<|b|>", UNKNOWN, "<|b c|>"]
     tok = CharTokenizer("abc", names)
     assert tokenizer.styles(tok) == {"alice": tok.specials["<|alice|>"], "b c": tok.specials["<|b c|>"]}

@@ -64,7 +64,7 @@ class Choice:
     gain: Callable[[Gain], None]
     cancelled: bool = False
     tags: list[int | None] = field(default_factory=lambda: [None])
-    weights: torch.Tensor | None = None  # of the styles, (S,)
+    weights: torch.Tensor | None = None  # each style's share of the blend, (S,)
     rows: list[Row] = field(default_factory=list)  # one for each style
     passage: Passage | None = None
     sampled: SampledText | None = None
@@ -94,7 +94,7 @@ class Engine(threading.Thread):
         self.waiting: dict[Choice, deque[Choice]] = {}  # a request's first text -> its texts without rows
         self.running: list[Choice] = []
         self.gains: list[Gain] = []
-        self.sampler: Sampler | None = None  # of those that run; made again when one joins or leaves
+        self.sampler: Sampler | None = None  # samples for all that run; made again when one joins or leaves
         self.stopping = False
 
     def submit(self, choices: list[Choice]) -> None:

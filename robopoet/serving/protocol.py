@@ -17,7 +17,7 @@ from robopoet.text.tokenizer import StreamDecoder
 from robopoet.writing.passage import Settings, make_settings
 from robopoet.writing.poet import Poet
 
-MOST_TOP = 5  # logprobs: OpenAI's limit
+MOST_TOP = 5  # likeliest tokens that `logprobs` may ask for: OpenAI's limit
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Limits:
     """What a request, and all of them together, may take."""
 
     # limits
-    max_rows: int = 64  # texts generated together; a blend takes a row for each of its styles
-    max_waiting: int = 256  # requests beyond max_rows; further ones are refused with 429
-    max_body: int = 2**20  # bytes of a request
-    max_prompt: int = 16_384  # tokens of a prompt
-    max_tokens: int = 4_096  # tokens of a text
-    max_choices: int = 128  # texts of a request: its prompts times n
+    max_rows: int = 64  # rows of the batch: a text takes one, a text in a blend one for each of its styles
+    max_waiting: int = 256  # requests that may wait beyond max_rows; further ones are refused with 429
+    max_body: int = 2**20  # longest body of a request, in bytes
+    max_prompt: int = 16_384  # longest prompt, in tokens
+    max_tokens: int = 4_096  # longest text that a request may ask for, in tokens
+    max_choices: int = 128  # texts that a request may ask for: its prompts times n
     request_s: float = 300.0  # seconds from a request's arrival to its end
     client_s: float = 15.0  # seconds that a client may take to send a request, or to read what is sent
-    grace_s: float = 30.0  # seconds that what runs has to end after SIGTERM
+    grace_s: float = 30.0  # seconds that running requests have to finish after SIGTERM
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""

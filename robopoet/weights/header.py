@@ -18,7 +18,7 @@ from robopoet.text.tokenizer import SavedBPE, SavedChar
 NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**40)]
-ExportDtype = Literal["float16", "float32"]  # of the weights in a file for another program
+ExportDtype = Literal["float16", "float32"]  # how a file for another program stores the weights
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,7 +26,7 @@ from robopoet.weights.header import ExportDtype
 from robopoet.weights.layout import in_dtype
 
 HERE = Path(__file__).parent
-MOST_PARAMETERS = 30_000_000  # of which a page makes some ten tokens a second
+MOST_PARAMETERS = 30_000_000  # a page with so many makes some ten tokens a second
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.S)
 STYLE = re.compile(r"<style>(.*?)</style>", re.S)
 

@@ -24,7 +24,7 @@ from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, ar
 from robopoet.weights.header import ExportDtype, config_entries
 from robopoet.weights.layout import Weights, with_biases
 
-HEADER_BYTES = 10 * 2**20  # of a safetensors file: room for 100,000 tensors
+HEADER_BYTES = 10 * 2**20  # a safetensors file's header may be so long: room for 100,000 tensors
 NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind in ARCHITECTURES.values())
 
 

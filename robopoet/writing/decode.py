@@ -1,7 +1,7 @@
 """The decoder: a window is read into a KV cache in one forward pass, and then each step adds one token to each row.
 
-`generate` continues a batch whose rows are all at the same place of their texts; `Rows` are a server's, each at a place
-of its own. Both decode by `step`.
+`generate` continues a batch whose rows are all at the same place of their texts; a server's `Rows` are at places that
+differ. Both decode by `step`.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def step(
 ) -> torch.Tensor:
     """Logits (B, V) after one more token in each of the cache's first B rows; its keys and values join the cache.
 
-    The arithmetic of GPT.forward for the last token of a window, without calling its modules, which would take a tenth
-    of the time. ids: (B,) int64. at: how many tokens stand before it, an int for all rows, or int64 (B,) on the device.
+    The arithmetic of GPT.forward for the last token of a window, without its modules, whose calls would take a tenth of
+    the time. ids: (B,) int64. at: how many tokens stand before it, an int for all rows, or int64 (B,) on the device.
     furthest: the largest of these, or None in a CUDA graph, which can't know it. blocks: from block_weights().
     """
     c, t, B = model.config, model.transformer, len(ids)

@@ -19,7 +19,7 @@ from robopoet.errors import DataError
 from robopoet.text import tokenizer
 from robopoet.text.dataset import open_split, read_meta
 
-LENGTHS = (4, 8, 12)  # of word sequences
+LENGTHS = (4, 8, 12)  # a report says how many sequences of so many words are new
 BETWEEN_WORKS = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}]")
 SILENT = regex.compile(r"['’‘ʼ＇`´\p{Cf}\p{Default_Ignorable_Code_Point}]")  # apostrophes, soft hyphens, joiners
@@ -100,7 +100,7 @@ class Originality:
         passage = f" {' '.join(words)} ".encode()
         # where each space is: one before each word, and one at the end
         spaces = np.cumsum([0] + [len(word.encode()) + 1 for word in words]).tolist()
-        lengths, runs = [], []  # of the longest match from each word on: how many words, and the words
+        lengths, runs = [], []  # from each word on, the longest match: how many words, and which
         for first, start in enumerate(spaces[:-1]):
             stop = start + self._match_length(passage[start:])
             lengths.append(bisect.bisect_left(spaces, stop) - 1 - first)  # a word counts if the space after it matches

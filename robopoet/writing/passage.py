@@ -33,19 +33,19 @@ class Settings:
     """How a passage is generated."""
 
     # the passage
-    style: str = ""  # one of the model's, or a blend such as shakespeare:0.7,alice:0.3 (none: as the prompt suggests)
+    style: str = ""  # a style of the model, or a blend: shakespeare:0.7,alice:0.3 (default: what the prompt suggests)
     max_new_tokens: int = 300  # generate at most this many tokens; may exceed block_size
-    until: Until = "auto"  # end after the first such unit (auto: where a reader would; tokens: at max_new_tokens)
+    until: Until = "auto"  # end after the first whole unit (auto: where a reader would; tokens: at max_new_tokens)
     stop: tuple[str, ...] = ()  # end before this text, e.g. --stop="\n\n"; repeatable
     seed: int = 1337  # the same seed gives the same passage
     # sampling, in this order
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     no_repeat_ngram: int = 0  # no sequence of n tokens occurs twice (0: off)
-    max_copy: int = 0  # never so many words in a row of the training text, whatever their case and punctuation (0: off)
+    max_copy: int = 0  # never copy this many words in a row from the training text, in any case or punctuation (0: off)
     temperature: float = 0.9  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # sample from the k likeliest tokens (0: all)
     top_p: float = 0.95  # sample from the likeliest tokens whose probabilities add up to this (1: all)
-    min_p: float = 0.0  # drop tokens whose probability is below this share of the likeliest's (0: none)
+    min_p: float = 0.0  # drop tokens less probable than this share of the likeliest token's probability (0: drop none)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each; beyond these bounds float32 can't hold the probabilities."""

@@ -142,7 +142,7 @@ class Poet:
         blend = self.blend_of(settings.style)
         ids = self.ids_of(passages[0].prompt)
         prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
-        start = window_start(len(prompts[0]), self.model.config)  # of a long prompt, only its end is read
+        start = window_start(len(prompts[0]), self.model.config)  # the model reads only a long prompt's end
         windows = [row[start:] for row in prompts]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None

@@ -27,7 +27,7 @@ class SavedPassage:
     """A line of a file of saved passages: how to generate the passage, and its text and tokens."""
 
     checkpoint: str
-    sha256: files.Sha256  # of the checkpoint
+    sha256: files.Sha256  # the checkpoint's
     torch: str  # version
     device: str
     dtype: Dtype

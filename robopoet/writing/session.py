@@ -33,7 +33,7 @@ class Session:
 
     def __init__(self, poet: Poet, settings: Settings):
         self.poet, self.settings = poet, settings
-        self.next_number = 0  # of the next passage's random stream
+        self.next_number = 0  # which random stream the next passage draws from
         self.last: list[Passage] = []  # the last passage, once there is one
 
     def run(self) -> None:
