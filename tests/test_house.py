@@ -1,4 +1,4 @@
-"""Who may import whom, change a config or replace a file; how long a file may be, and how no comment begins."""
+"""Who may import whom, change a config or replace a file; how long a file is; what names and comments keep to."""
 
 import ast
 import graphlib
@@ -238,6 +238,47 @@ def test_train_needs_few_names():
     nodes = [node for node in ast.walk(ast.parse(python_files()["train.py"])) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in nodes if node.module.partition(".")[0] == "robopoet"]
     assert sum(len(node.names) for node in ours) <= 35 and len({node.module for node in ours}) <= 14
+
+
+# --- a name means one thing
+
+SHARED = {
+    "main": "each script's",
+    "export": "each format's, called through its module",
+    "check": "what each format can hold, called through its module",
+    "load": "called through its module",
+    "save": "called through its module",
+}
+
+STILL_DOUBLED = ("SPLITS", "Header", "SHAPE")  # to be emptied: each means two things yet
+
+
+def doubled_names(sources: dict[str, str]) -> list[str]:
+    """Each public name that two modules define at their top level."""
+    places: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [part.id for t in targets if t for part in ast.walk(t) if isinstance(part, ast.Name)]
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [node.name]
+            for name in names:
+                places.setdefault(name, set()).add(path)
+    public = {name: paths for name, paths in places.items() if not name.startswith("_") and name not in SHARED}
+    return [f"{name}: {', '.join(sorted(paths))}" for name, paths in public.items() if len(paths) > 1]
+
+
+def test_a_name_means_one_thing():
+    found = [line for line in doubled_names(of_the_house()) if line.partition(":")[0] not in STILL_DOUBLED]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line", ["SIZE = 3", "SIZE: int = 3", "A, SIZE = 1, 2", "def SIZE(): pass", "class SIZE: pass"]
+)
+def test_a_doubled_name_is_found(line):
+    broken = HOUSE | {"train.py": "SIZE = 1\n_SIZE = 1", "robopoet/text/corpus.py": f"{line}\n_SIZE = 1"}
+    assert doubled_names(broken) == ["SIZE: robopoet/text/corpus.py, train.py"]
 
 
 # --- a comment is a whole thought

@@ -33,7 +33,7 @@ BOOK_BYTES = 50 * 2**20  # the Bible, the longest of books, has 5 MB
 MOST_MEMBERS, MEMBER = 20_000, b"PK\1\2"  # files in an archive; how the record of each begins
 MOST_PATH = 1000  # characters of a path in an archive
 # An end tag is compared with every open element, so their products are bounded: a third of a second, and 0.7 us a byte
-FED, COMPARED, COMPARED_A_BYTE = 2**12, 10**8, 200
+FED, COMPARISONS, COMPARISONS_A_BYTE = 2**12, 10**8, 200
 
 # newlines before and after an element, as in the HTML standard's style sheet for browsers
 LINES = dict.fromkeys("address center dd dir div dt figcaption legend li table tr".split(), 1) | dict.fromkeys(
@@ -113,7 +113,7 @@ def html_text(content: str, name: str = "") -> str:
 
     layout, encoded = _Layout(), content.encode("utf-8", "replace")
     parser = etree.HTMLParser(target=layout, encoding="utf-8")
-    left = COMPARED + COMPARED_A_BYTE * len(encoded)
+    left = COMPARISONS + COMPARISONS_A_BYTE * len(encoded)
     for start in range(0, len(encoded), FED):
         fed = encoded[start : start + FED]
         ends = fed.count(b"</")
