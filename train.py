@@ -21,7 +21,6 @@ import configurator
 from model import GPT, GPTConfig
 from robopoet.errors import ConfigError, bounds, is_out_of_memory, warn
 from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
-from robopoet.ops import Graphed
 from robopoet.text import dataset
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training import optimizer, plan
@@ -182,7 +181,7 @@ class State:
     sampled_softmax: SampledSoftmax | None = None
     teachers: Teachers | None = None
     average: optimizer.Average | None = None
-    graphed_update: Graphed | None = None
+    recorded_update: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def build_state(
@@ -224,7 +223,7 @@ def build_state(
     if cfg.ema:
         state.average = optimizer.Average(model, cfg.ema)
     if recorded:
-        state.graphed_update = Graphed(functools.partial(update, state))
+        state.recorded_update = machine.recorded(functools.partial(update, state))
     return state
 
 
@@ -242,8 +241,8 @@ def train_step(state: State, windows: TrainWindows, step: int) -> tuple[torch.Te
     inputs, targets = windows.batch(*state.rows.of(step, machine.rank), machine.device)
     machine.seed(step_seed(cfg.seed, step, machine.rank))
     number, scale = torch.full((), step, device=machine.device), cfg.schedule.lr_scale(step)
-    if state.graphed_update:  # a Python number would be recorded with the value it has now
-        result = state.graphed_update(inputs, targets, number, torch.full((), scale, device=machine.device))
+    if state.recorded_update:  # a Python number would be recorded with the value it has now
+        result = state.recorded_update(inputs, targets, number, torch.full((), scale, device=machine.device))
     else:
         result = update(state, inputs, targets, number, scale)
     if state.average:

@@ -304,7 +304,7 @@ def measure(cfg: SpeedConfig, machine: Machine, folder: Path) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "compiled": state.forward is not model,
         "compile_mode": cfg.compile_mode,
-        "recorded": state.graphed_update is not None,
+        "recorded": state.recorded_update is not None,
         "optimizer": cfg.optimizer,
         "vram_limit_gb": cfg.vram_limit_gb if machine.device.type == "cuda" else 0.0,
         "start_s": start_s,

@@ -212,7 +212,7 @@ def compare_tags(
     # for each style and tag: windows, sum and sum of squares of the differences between their mean losses
     sums = torch.zeros(3, len(names), len(names), dtype=torch.float64)
     tagged = [dataclasses.replace(split, tags=np.full_like(split.tags, tag)) for tag in tags.values()]
-    for right, *others in zip(*(eval_batches(each, plan, machine) for each in (split, *tagged)), strict=True):
+    for right, *others in zip(*(eval_batches(each, plan, machine.device) for each in (split, *tagged)), strict=True):
         with machine.autocast():
             loss, *losses = (model(b.inputs, b.targets, reduction="none")[1].sum(1) for b in (right, *others))
         more = (torch.stack(losses, dim=1) - loss[:, None]) / (right.targets >= 0).sum(1, keepdim=True)  # (rows, tags)

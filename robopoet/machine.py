@@ -23,7 +23,7 @@ from torch.utils._triton import has_triton
 
 from robopoet import portable
 from robopoet.errors import ConfigError, RankError, warn
-from robopoet.ops import linear
+from robopoet.ops import Graphed, linear
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -64,6 +64,10 @@ class Machine:
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(seed)
+
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of tensors on a CUDA device, replayed as a CUDA graph from its fourth call on."""
+        return Graphed(function)
 
     def synchronize(self) -> None:
         """Wait for the device to finish, so that a clock read next is honest."""

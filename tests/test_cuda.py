@@ -33,7 +33,7 @@ def losses_and_norms(cfg: TrainConfig, steps: int) -> tuple[np.ndarray, train.St
     split = open_split(folder, "train", read_meta(folder), cfg.block_size, machine.device)
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     state = train.build_state(cfg, machine, train.make_model(cfg, 61))  # a vocabulary that is padded
-    assert (state.graphed_update is not None) == cfg.record
+    assert (state.recorded_update is not None) == cfg.record
     found = []
     for step in range(steps):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):

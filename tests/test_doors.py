@@ -181,7 +181,7 @@ def read_dataset(folder: Path) -> None:
     meta = dataset.read_meta(folder)
     for name in ("train", "val", "test"):
         split = dataset.open_split(folder, name, meta, 16, CPU.device)
-        for _ in eval_batches(split, EvalPlan(16, 8), CPU):
+        for _ in eval_batches(split, EvalPlan(16, 8), CPU.device):
             pass
 
 

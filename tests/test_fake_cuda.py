@@ -128,5 +128,5 @@ def test_an_unfused_adamw_skips_a_step_that_is_not_finite(small, monkeypatch):
 
 def test_recording_where_it_can_not_be_is_said_and_left_out(small, capsys):
     cpu, cfg = Machine(torch.device("cpu"), torch.float32), TrainConfig(**small | {"record": True})
-    assert train.build_state(cfg, cpu, train.make_model(cfg, 61)).graphed_update is None
+    assert train.build_state(cfg, cpu, train.make_model(cfg, 61)).recorded_update is None
     assert "record: needs a CUDA device" in capsys.readouterr().err

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "files": "errors portable",
     "portable": "",
     "machine": BOTTOM,
-    "text": "errors files portable machine text",
+    "text": "errors files portable text",
     "weights": f"{BOTTOM} text model weights",
     "training": f"configurator {BOTTOM} text model weights training",
     "writing": f"configurator {BOTTOM} text model weights writing",

@@ -160,7 +160,7 @@ def test_a_corpus_without_tags_has_none(tmp_path):
     assert (windows.rows(0, 100)[1] == -1).all()
     inputs, _ = windows.batch(0, 10, CPU)
     assert inputs[:, 0].tolist() == tokens_of(split)[windows.rows(0, 10)[0]].tolist()
-    assert all((batch.inputs < 60_000).all() for batch in eval_batches(split, EvalPlan(T, 4), ALONE))
+    assert all((batch.inputs < 60_000).all() for batch in eval_batches(split, EvalPlan(T, 4), ALONE.device))
 
 
 # --- evaluation
@@ -184,7 +184,7 @@ def naive_evaluation(split: Split, block_size: int) -> list[tuple[int, list[int]
 def test_evaluation_has_every_target_once_tagged_and_never_across_documents(split, block_size, batch_size):
     expected = naive_evaluation(split, block_size)
     found = []
-    for inputs, targets, document in eval_batches(split, EvalPlan(block_size, batch_size), ALONE):
+    for inputs, targets, document in eval_batches(split, EvalPlan(block_size, batch_size), ALONE.device):
         assert inputs.shape == targets.shape == (len(document), block_size)
         assert inputs.dtype == targets.dtype == torch.int64
         assert 0 < len(document) <= batch_size
@@ -213,7 +213,9 @@ def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypa
     meta.splits["train"] = dataclasses.replace(meta.splits["train"], documents=spans, end=end)
     together = open_split(tmp_path, "train", meta, T, CPU)
     assert len(together.styles) == 5 < len(DOCS)
-    for ours, other in zip(*(eval_batches(split, EvalPlan(T, 4), ALONE) for split in (apart, together)), strict=True):
+    for ours, other in zip(
+        *(eval_batches(split, EvalPlan(T, 4), ALONE.device) for split in (apart, together)), strict=True
+    ):
         assert torch.equal(ours.inputs, other.inputs) and torch.equal(ours.targets, other.targets)
         assert [apart.styles[i] for i in ours.span] == [together.styles[i] for i in other.span]
     windows = [TrainWindows(split, T, 1, 0.5).rows(0, 100) for split in (apart, together)]
@@ -223,10 +225,13 @@ def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypa
 @pytest.mark.parametrize("limit", [0, 1, 3, 10_000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_the_batches_of_an_evaluation(split, limit, world_size):
-    alone = list(eval_batches(split, EvalPlan(T, 4, limit), ALONE))
+    alone = list(eval_batches(split, EvalPlan(T, 4, limit), ALONE.device))
     plan, ranks = EvalPlan(T, 4, limit), [Machine(CPU, torch.float32, rank, world_size) for rank in range(world_size)]
-    shared = [list(eval_batches(split, plan, rank)) for rank in ranks]
-    even = [list(eval_batches(split, dataclasses.replace(plan, even=True), rank)) for rank in ranks]
+    shared = [list(eval_batches(split, plan, rank.device, rank.rank, rank.world_size)) for rank in ranks]
+    even = [
+        list(eval_batches(split, dataclasses.replace(plan, even=True), rank.device, rank.rank, rank.world_size))
+        for rank in ranks
+    ]
     assert sum(map(len, shared)) == len(alone)
     assert {len(of_rank) for of_rank in even} == {len(shared[0])}
     for its, same in zip(even, shared, strict=True):
@@ -243,7 +248,7 @@ def test_a_limited_evaluation_is_spread_evenly_over_the_split(split, limit, batc
     """Each of as many equal parts of the split as windows are read gives the one in its middle, in order."""
     rows, found = naive_evaluation(split, T), []
     plan = EvalPlan(T, batch_size, limit)
-    for batch in eval_batches(split, plan, ALONE):
+    for batch in eval_batches(split, plan, ALONE.device):
         for row, n in enumerate((batch.targets >= 0).sum(1)):
             found.append((batch.span[row], batch.inputs[row, :n].tolist(), batch.targets[row, :n].tolist()))
     n = min(limit * batch_size, len(rows))
@@ -254,7 +259,7 @@ def test_a_limited_evaluation_is_spread_evenly_over_the_split(split, limit, batc
 def test_evaluation_twice_is_the_same_and_leaves_random_state_alone(split):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, second = (list(eval_batches(split, EvalPlan(T, 4), ALONE)) for _ in range(2))
+    first, second = (list(eval_batches(split, EvalPlan(T, 4), ALONE.device)) for _ in range(2))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, second, strict=True))
     TrainWindows(split, T, 1, 0.5).batch(0, 4, CPU)
     assert torch.equal(torch.get_rng_state(), before)

@@ -5,20 +5,18 @@ import queue
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from model import GPT
-from robopoet.writing.decode import Row, Rows
+from robopoet.writing.decode import Row, Rows, prompt_logprobs
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
-from robopoet.writing.sampler import SampledText, Sampler, blend
+from robopoet.writing.sampler import SampledText, Sampler, blended
 
 FAILED = "the server failed to generate this text"
-SCORED = 64  # tokens of a prompt whose logits exist at a time
 TURN = 32  # tokens that a text gains before it may be paused for a request that has no rows
 
 
@@ -310,20 +308,3 @@ def _scored(logprobs: torch.Tensor, id: int, top: int | None) -> Scored:
     return Scored(
         id, logprobs[id].item(), tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
     )
-
-
-def blended(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Logits of S styles, (S, V), to those of their blend, (1, V), in float32 or better. weights: (S,)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return blend(logits, weights) if len(weights) > 1 else logits
-
-
-@torch.inference_mode()
-def prompt_logprobs(model: GPT, hidden: list[torch.Tensor], weights: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Log-probabilities of what follows each token of a prompt, at most (64, V) at a time, nats.
-
-    hidden: (T, C) for each of the S styles. weights: (S,).
-    """
-    for parts in zip(*(states.split(SCORED) for states in hidden), strict=True):
-        logits = torch.stack([model.lm_head(part) for part in parts], dim=1)  # (64, S, V)
-        yield blended(logits.flatten(0, 1), weights).log_softmax(-1)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from robopoet.machine import Machine
 from robopoet.text.dataset import Split, put
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +85,9 @@ class EvalBatch(NamedTuple):
     span: np.ndarray
 
 
-def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[EvalBatch]:
+def eval_batches(
+    split: Split, plan: EvalPlan, device: torch.device, rank: int = 0, ranks: int = 1
+) -> Iterator[EvalBatch]:
     """This rank's share of the batches that walk a split in order: of n ranks, each takes every n-th batch.
 
     No window crosses the end of a document, and every token but a document's first is a target exactly once.
@@ -102,12 +103,12 @@ def eval_batches(split: Split, plan: EvalPlan, machine: Machine) -> Iterator[Eva
         chosen = (2 * np.arange(count) + 1) * len(starts) // (2 * count)  # the middle of each of `count` equal parts
         document, starts, remaining = document[chosen], starts[chosen], remaining[chosen]
     n_batches = math.ceil(len(starts) / plan.batch_size)
-    padded = n_batches + (-n_batches % machine.world_size if plan.even else 0)
-    for i in range(machine.rank, padded, machine.world_size):
+    padded = n_batches + (-n_batches % ranks if plan.even else 0)
+    for i in range(rank, padded, ranks):
         rows = slice(i * plan.batch_size, (i + 1) * plan.batch_size) if i < n_batches else slice(1)
-        window = split.gather(starts[rows], plan.block_size + 1, machine.device)
+        window = split.gather(starts[rows], plan.block_size + 1, device)
         beyond = torch.arange(plan.block_size) >= torch.from_numpy(remaining[rows])[:, None]
-        targets = window[:, 1:].masked_fill(beyond.to(machine.device), -1)
+        targets = window[:, 1:].masked_fill(beyond.to(device), -1)
         spans = span[document[rows]]
         inputs = _put_tags(window[:, :-1], split.tags[spans])
         yield EvalBatch(inputs, targets, spans if i < n_batches else spans[:0])

@@ -27,7 +27,7 @@ def evaluate(model: GPT, split: Split, tok: Tokenizer, plan: EvalPlan, machine: 
     lengths = torch.from_numpy(token_bytes(tok)).to(machine.device)
     # for each style: nats, targets, bytes, windows, sum and sum of squares of the windows' mean losses
     sums = torch.zeros(6, len(names), dtype=torch.float64)
-    for inputs, targets, span in eval_batches(split, plan, machine):
+    for inputs, targets, span in eval_batches(split, plan, machine.device, machine.rank, machine.world_size):
         with machine.autocast():
             _, losses = model(inputs, targets, reduction="none")
         losses, targets = losses[: len(span)], targets[: len(span)]  # without EvalPlan.even's padding row

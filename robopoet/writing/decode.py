@@ -7,7 +7,7 @@ differ. Both decode by `step`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, KVCache, rotary_table
 from robopoet import ops
 from robopoet.ops import Graphed, Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
+from robopoet.writing.sampler import blended
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for q, k and v: (3, 1, 1, hs), or (B, 3, 1, 1, hs)
 STRETCH = 256  # positions whose rotations are computed together
+SCORED = 64  # tokens of a prompt whose logits exist at a time
 ROWS, PLACES = 4, 64  # the rows of a server's step and the places it attends to are multiples of these
 
 
@@ -351,3 +353,14 @@ class Rows:
         given[:, :n_rows] = [row.n for row in self.rows], [row.window[-1] for row in self.rows]
         at, ids = torch.from_numpy(given).to(self.device)
         return step(self.model, self.blocks, self.cache, ids, at, int(given[0].max()))[:n_rows]
+
+
+@torch.inference_mode()
+def prompt_logprobs(model: GPT, hidden: list[torch.Tensor], weights: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Log-probabilities of what follows each token of a prompt, at most (64, V) at a time, nats.
+
+    hidden: (T, C) for each of the S styles. weights: (S,).
+    """
+    for parts in zip(*(states.split(SCORED) for states in hidden), strict=True):
+        logits = torch.stack([model.lm_head(part) for part in parts], dim=1)  # (64, S, V)
+        yield blended(logits.flatten(0, 1), weights).log_softmax(-1)

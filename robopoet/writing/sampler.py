@@ -125,6 +125,12 @@ def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (log_probs * weights[..., None]).sum(1)
 
 
+def blended(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Logits of S styles, (S, V), to those of their blend, (1, V), in float32 or better. weights: (S,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return blend(logits, weights) if len(weights) > 1 else logits
+
+
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """One id per row, (B,) int64: the inverse of the cumulative distribution at `uniforms`, (B,) float64 in [0, 1).
 
@@ -251,8 +257,8 @@ class Sampler:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill_(1, self.forbidden, -torch.inf)
         if is_blended := len(logits) > len(self.texts):
             parts = zip(logits.split([weights.numel() for weights in self.weights]), self.weights, strict=True)
-            blended = [blend(part, weights) if weights.shape[1] > 1 else part for part, weights in parts]
-            logits = torch.cat(blended) if len(blended) > 1 else blended[0]
+            blends = [blend(part, weights) if weights.shape[1] > 1 else part for part, weights in parts]
+            logits = torch.cat(blends) if len(blends) > 1 else blends[0]
         self.logits, self.ids = logits, self.sample(self.penalize(logits))
         if self.characters:
             self.states = self.characters.after(self.states, self.ids)
