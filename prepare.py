@@ -33,7 +33,7 @@ from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, S
 from robopoet.weights import checkpoint
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
-UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in corpus.SPLITS))
+UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in dataset.SPLITS))
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 SHORT = 1_000_000  # bytes; a model of a text up to this long is best started from the base model
 SAMPLE = 100_000  # bytes; this much of a text shows whether a tokenizer suits its language
@@ -249,8 +249,8 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
     one for each run of documents of one style, and the id that ends a document (`SplitMeta.end`).
     """
     end = [np.array([tok.specials[END]])] if END in tok.specials else []
-    sizes = {name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0} for name in corpus.SPLITS}
-    documents: dict[str, list[Span]] = {name: [] for name in corpus.SPLITS}
+    sizes = {name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0} for name in dataset.SPLITS}
+    documents: dict[str, list[Span]] = {name: [] for name in dataset.SPLITS}
 
     def count_text() -> Iterator[tuple[Part, str]]:
         for part, text in parts:
@@ -258,7 +258,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             sizes[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
             yield part, text
 
-    unfinished = {name: dataset.part_of(out, name) for name in corpus.SPLITS}
+    unfinished = {name: dataset.part_of(out, name) for name in dataset.SPLITS}
     with files.named(out), contextlib.ExitStack() as stack:
         bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
         for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):

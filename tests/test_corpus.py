@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopoet.errors import DataError
-from robopoet.text import cleaning, corpus, sources
+from robopoet.text import cleaning, corpus, dataset, sources
 from robopoet.text.corpus import Document
 
 REPO = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def make_documents(texts: list[str]) -> list[Document]:
 
 def split_all(docs: list[Document], shares: tuple[float, ...], exact: bool) -> dict[str, list[tuple[Document, str]]]:
     """What each split has of each document."""
-    splits: dict[str, list[tuple[Document, str]]] = {name: [] for name in corpus.SPLITS}
+    splits: dict[str, list[tuple[Document, str]]] = {name: [] for name in dataset.SPLITS}
     for doc in docs:
         for name, text in corpus.split(doc, len(docs), shares, exact):
             splits[name].append((doc, text))
@@ -267,7 +267,7 @@ def test_documents_are_cut_at_blank_lines_near_the_shares():
     paragraphs = [f"Paragraph {i}\nhas two lines.\n\n" for i in range(200)]
     docs = make_documents(["".join(paragraphs)] * 3)
     splits = split_all(docs, (0.8, 0.1, 0.1), exact=False)
-    for name, share in zip(corpus.SPLITS, (0.8, 0.1, 0.1), strict=True):
+    for name, share in zip(dataset.SPLITS, (0.8, 0.1, 0.1), strict=True):
         assert [doc for doc, _ in splits[name]] == docs
         for doc, text in splits[name]:
             assert text.startswith("Paragraph")
@@ -278,7 +278,7 @@ def test_documents_are_cut_at_blank_lines_near_the_shares():
 def test_each_split_gets_its_share_though_blank_lines_are_far_between():
     text = "".join(f"Of Man's first disobedience, line {i}\n" + "\n" * (i % 400 == 7) for i in range(1200))
     splits = split_all(make_documents([text]), corpus.DEFAULT_SPLITS, exact=False)
-    for name, share in zip(corpus.SPLITS, corpus.DEFAULT_SPLITS, strict=True):
+    for name, share in zip(dataset.SPLITS, corpus.DEFAULT_SPLITS, strict=True):
         ((_, part),) = splits[name]
         assert abs(len(part) - share * len(text)) <= 0.0375 * len(text) and part.endswith("\n")
 
@@ -287,7 +287,7 @@ def test_without_blank_lines_a_line_is_not_cut_and_without_lines_a_word_is():
     lines = split_all(make_documents(["line of text\n" * 50]), (0.8, 0.1, 0.1), exact=False)
     assert all(text.endswith("text\n") for parts in lines.values() for _, text in parts)
     words = split_all(make_documents(["word " * 20]), (0.8, 0.1, 0.1), exact=False)
-    assert [len(words[name][0][1]) for name in corpus.SPLITS] == [80, 10, 10]
+    assert [len(words[name][0][1]) for name in dataset.SPLITS] == [80, 10, 10]
 
 
 def test_an_exact_cut_is_nanogpts():
@@ -302,12 +302,12 @@ def test_each_of_many_documents_goes_to_one_split_in_proportion():
     docs = make_documents([f"Tale {i}\n\nwith an end.\n" for i in range(4000)])
     splits = split_all(docs, (0.8, 0.15, 0.05), exact=False)
     assert all(text == doc.text for parts in splits.values() for doc, text in parts)
-    for name, share in zip(corpus.SPLITS, (0.8, 0.15, 0.05), strict=True):
+    for name, share in zip(dataset.SPLITS, (0.8, 0.15, 0.05), strict=True):
         five_sigma = 5 * (4000 * share * (1 - share)) ** 0.5
         assert abs(len(splits[name]) - 4000 * share) < five_sigma
     # a document's split is its own affair: neither order nor company matters
     of_fewer = split_all(docs[:999:-1], (0.8, 0.15, 0.05), exact=False)
-    assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in splits[name]} for name in corpus.SPLITS)
+    assert all({doc for doc, _ in of_fewer[name]} <= {doc for doc, _ in splits[name]} for name in dataset.SPLITS)
     assert split_all(docs, (1.0, 0.0, 0.0), exact=False)["train"] == [(doc, doc.text) for doc in docs]
 
 

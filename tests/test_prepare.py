@@ -211,7 +211,7 @@ def test_a_failure_midway_leaves_the_bins_before_and_no_partial_files(books, mon
 
     def fail_in_the_second_book(self, pieces):
         calls.append(pieces)
-        if len(calls) > len(corpus.SPLITS):
+        if len(calls) > len(dataset.SPLITS):
             raise OSError("disk full")
         return encode(self, pieces)
 

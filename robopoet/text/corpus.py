@@ -31,16 +31,16 @@ from robopoet import files
 from robopoet.errors import DataError, did_you_mean, shorten
 from robopoet.files import Sha256
 from robopoet.text import cleaning, sources
+from robopoet.text.dataset import SPLITS
 from robopoet.text.sources import Source
 
-SPLITS = ("train", "val", "test")
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
 RESERVED = ("endoftext", "unk")  # names of other special tokens
 MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
 MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
-SHAPE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
+MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
 VocabSize = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
         problems += [problem for entry in content["sources"] for problem in _unknown_keys(entry, Source)]
     if not problems:
-        manifest = files.convert(content, Manifest, path, DataError, SHAPE, strict=False)
+        manifest = files.convert(content, Manifest, path, DataError, MANIFEST_ADVICE, strict=False)
         problems = [problem for source in manifest.sources for problem in _source_problems(source)]
         if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
             problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")

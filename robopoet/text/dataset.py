@@ -136,7 +136,7 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class Header:
+class MetaFormat:
     """The one key of meta.json that every format has."""
 
     format: int = 0
@@ -158,7 +158,7 @@ def read_meta(folder: Path) -> Meta:
     if not path.exists():
         raise DataError(f"{path}: not found; run `python prepare.py {folder}` first")
     raw = files.read_bytes(path, DataError)
-    header = files.decode_json(raw, Header, path, DataError, "run prepare.py again")
+    header = files.decode_json(raw, MetaFormat, path, DataError, "run prepare.py again")
     if header.format != FORMAT:
         raise DataError(f"{path}: is of format {header.format}, must be {FORMAT}; run prepare.py again")
     body = raw[: -len(_seal(b""))]
