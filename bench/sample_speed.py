@@ -23,7 +23,7 @@ from bench.peer import load_model_module, resident_mb
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
-from robopoet.weights import checkpoint
+from robopoet.weights import checkpoint, header
 from robopoet.writing.decode import generate, prepack_matrices
 from sample import Poet
 
@@ -112,7 +112,7 @@ def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
     """nanoGPT's model, with our weights."""
     module = load_model_module(folder)
     keys = dataclasses.asdict(model.config)
-    theirs = module.GPT(module.GPTConfig(**{key: keys[key] for key in checkpoint.NANOGPT_ARGS}))
+    theirs = module.GPT(module.GPTConfig(**{key: keys[key] for key in header.NANOGPT_ARGS}))
     theirs.load_state_dict(model.state_dict())
     return theirs.to(machine.device, peer_dtype(machine)).eval()
 

@@ -55,7 +55,7 @@ from robopoet.text.dataset import (
 )
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.text.windows import TrainWindows
-from robopoet.weights import checkpoint
+from robopoet.weights import header
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: Tra
     Raises ConfigError if it has not.
     """
     theirs = load_model_module(Path(cfg.peer))
-    args = {key: getattr(model.config, key) for key in checkpoint.NANOGPT_ARGS} | {"dropout": 0.0}
+    args = {key: getattr(model.config, key) for key in header.NANOGPT_ARGS} | {"dropout": 0.0}
     peer = theirs.GPT(theirs.GPTConfig(**args)).to(machine.device)
     peer.load_state_dict(model.state_dict(), strict=False)  # its attention mask is a buffer, not a weight
     inputs, targets = windows.batch(0, cfg.batch_size, machine.device)
