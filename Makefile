@@ -41,6 +41,6 @@ help:  ## this list
 define install
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --no-compile --disable-pip-version-check -r $(1)
-	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 endef
