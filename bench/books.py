@@ -29,7 +29,7 @@ from robopoet.text import corpus, tokenizer
 from robopoet.text.dataset import SPLITS, read_meta
 from train import TrainConfig
 
-CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # whose bits per byte of the test split are compared
+CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # their bits per byte of the test split are compared
 CHOSEN = ("init_from", "n_layer", "n_embd", "dropout", "max_iters")
 
 

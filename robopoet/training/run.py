@@ -24,7 +24,7 @@ from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
 from robopoet.training.memory import full_tensor, shard_like
 from robopoet.training.optimizer import Average, state_shapes
 from robopoet.weights import checkpoint
-from robopoet.weights.header import NANOGPT_ARGS, SavedOptimizer, read_header, read_run
+from robopoet.weights.header import SavedOptimizer, config_entries, read_header, read_run
 
 # what earlier versions saved for a key that is now None: chosen by train.py
 EARLIER_AUTO = {"learning_rate": 0, "muon_weight_decay": -1, "lr_decay_iters": 0, "eval_interval": 0}
@@ -219,8 +219,8 @@ def _restore_optimizer(
 class Run:
     """What a run saves in `out`, which is its own until close(), or until its process ends, however it ends.
 
-    config, meta: stored in every checkpoint. Raises ConfigError if the folder can't be written or
-    another run is writing to it.
+    config, meta: stored in every checkpoint. Raises ConfigError if the folder can't be written or another run is
+    writing to it.
     """
 
     def __init__(self, out: Path, config: dict[str, Any], meta: Meta, machine: Machine):
@@ -258,16 +258,16 @@ class Run:
         if not self.machine.is_main:
             return ""
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied, and written once
-        shape, meta = dataclasses.asdict(model.config), self.meta
+        shape, meta = config_entries(model.config), self.meta
         best = {
             # nanoGPT's keys
             "model": weights,  # its state dict: name -> float32 tensor
-            "model_args": {key: shape[key] for key in NANOGPT_ARGS},  # seven of GPTConfig's values
+            "model_args": shape["model_args"],  # seven of GPTConfig's values
             "iter_num": progress.iter_num,  # steps taken
             "best_val_loss": val_loss,  # nats/token
             "config": self.config,  # the value of each key of train.py
             # ours; with nanoGPT's above, enough to write
-            "model_extra": {key: shape[key] for key in shape if key not in NANOGPT_ARGS},  # GPTConfig's others
+            "model_extra": shape["model_extra"],  # GPTConfig's others
             "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
             "text_sha256": meta.text_sha256,  # tells which text the model has read
             "identity": meta.identity,  # how it was cut: each split's length, and the tags

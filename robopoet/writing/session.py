@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import configurator
-from robopoet.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from robopoet.errors import ConfigError, Mistake, did_you_mean
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.replay import save_passages
@@ -33,7 +33,7 @@ class Session:
 
     def __init__(self, poet: Poet, settings: Settings):
         self.poet, self.settings = poet, settings
-        self.next_number = 0  # which random stream the next passage draws from
+        self.next_number = 0  # number of the random stream that the next passage draws from
         self.last: list[Passage] = []  # the last passage, once there is one
 
     def run(self) -> None:
@@ -57,7 +57,7 @@ class Session:
                 return None
             try:
                 self.do(line)
-            except (ConfigError, DataError, CheckpointError, OSError) as e:
+            except (Mistake, OSError) as e:
                 print(e)
             except KeyboardInterrupt:
                 print()
