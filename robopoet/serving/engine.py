@@ -81,7 +81,6 @@ class Engine(threading.Thread):
 
     Each request has an equal share of the rows, and of those that others leave free. Texts beyond their request's share
     are paused for one that has less; where there are more requests than rows, they take turns.
-
     """
 
     def __init__(self, poet: Poet, max_rows: int):
@@ -244,11 +243,10 @@ class Engine(threading.Thread):
             self.running.sort(key=lambda choice: choice.rows[0].place)
             self.sampler = self.poet.sampler([choice.sampled for choice in self.running])
         sampler, by_place = self.sampler, list(self.running)
-        logprobs = {  # the model's own, of every token
-            choice: blended(logits[[row.place for row in choice.rows]], choice.weights).log_softmax(-1)[0]
-            for choice in by_place
-            if choice.top is not None
-        }
+        # the model's own log-probabilities, of tokens too that the sampler will forbid in place
+        told = [choice for choice in by_place if choice.top is not None]
+        own = [blended(logits[[row.place for row in choice.rows]], choice.weights) for choice in told]
+        logprobs = dict(zip(told, torch.cat(own).log_softmax(-1), strict=True)) if told else {}
         if len(by_place) < len(logits):  # some are blends
             logits = logits[[row.place for choice in by_place for row in choice.rows]]
         sampler(logits)
