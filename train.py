@@ -20,7 +20,7 @@ from tqdm import tqdm
 import configurator
 from model import GPT, GPTConfig
 from robopoet.errors import ConfigError, bounds, is_out_of_memory, warn
-from robopoet.machine import Machine, Requests, Signals, compiled, find_machine, step_seed
+from robopoet.machine import Graphed, Machine, Requests, Signals, compiled, find_machine, step_seed
 from robopoet.text import dataset
 from robopoet.text.windows import EvalPlan, TrainWindows
 from robopoet.training import optimizer, plan
@@ -181,7 +181,7 @@ class State:
     sampled_softmax: SampledSoftmax | None = None
     teachers: Teachers | None = None
     average: optimizer.Average | None = None
-    recorded_update: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    recorded_update: Graphed | None = None
 
 
 def build_state(
@@ -223,7 +223,7 @@ def build_state(
     if cfg.ema:
         state.average = optimizer.Average(model, cfg.ema)
     if recorded:
-        state.recorded_update = machine.recorded(functools.partial(update, state))
+        state.recorded_update = Graphed(functools.partial(update, state))
     return state
 
 

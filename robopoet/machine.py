@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import functools
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from torch.utils._triton import has_triton
 
 from robopoet import portable
 from robopoet.errors import ConfigError, RankError, warn
-from robopoet.ops import Graphed, linear
+from robopoet.ops import linear
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -64,10 +65,6 @@ class Machine:
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             getattr(torch, self.device.type).manual_seed(seed)
-
-    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of tensors on a CUDA device, replayed as a CUDA graph from its fourth call on."""
-        return Graphed(function)
 
     def synchronize(self) -> None:
         """Wait for the device to finish, so that a clock read next is honest."""
@@ -353,3 +350,43 @@ def why_no_compile(device: torch.device) -> str | None:
     if device.type == "cuda" and not has_triton():
         return "no Triton, or a GPU that it does not know (it needs compute capability 7.0)"
     return None
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """The one stream on which CUDA graphs are recorded: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
+class Graphed:
+    """A function on a CUDA device whose fourth call is recorded as a CUDA graph, and replayed from then on.
+
+    The host launches a small model's kernels more slowly than the GPU runs them, but a graph in one go.
+
+    The first three calls create what lasts: optimizer states, compiled kernels. Arguments are copied to the same place
+    each time, also before recording: a compiled function recompiles where strides differ, which no recording survives.
+    A result is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.calls = function, 0
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, *arguments: torch.Tensor) -> Any:
+        """The function's results for these arguments, whose shapes never change."""
+        self.calls += 1
+        if self.calls == 1:
+            self.arguments = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in arguments]
+        for place, argument in zip(self.arguments, arguments, strict=True):
+            place.copy_(argument)
+        if self.calls <= 3:  # on the stream that recording will use
+            capture_stream().wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(capture_stream()):
+                results = self.function(*self.arguments)
+            torch.cuda.current_stream().wait_stream(capture_stream())
+            return results
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=capture_stream()):
+                self.results = self.function(*self.arguments)
+        self.graph.replay()
+        return self.results

@@ -176,7 +176,7 @@ class RecordedOnCPU:
             "graph": lambda graph, stream: self,
         }.items():
             monkeypatch.setattr(torch.cuda, name, made)
-        monkeypatch.setattr("robopoet.ops.capture_stream", lambda: stream)
+        monkeypatch.setattr("robopoet.machine.capture_stream", lambda: stream)
 
     def __enter__(self):
         self.random = torch.get_rng_state()
@@ -205,7 +205,7 @@ def test_a_recorded_step_is_given_each_steps_rows_seed_and_rate(small, monkeypat
         state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
         if recorded:
             device = RecordedOnCPU(monkeypatch, state)
-            state.recorded_update = CPU.recorded(functools.partial(train.update, state))
+            state.recorded_update = train.Graphed(functools.partial(train.update, state))
         found = [tuple(float(x) for x in train.train_step(state, windows, step)) for step in range(6)]
         ends.append((found, weights(state.model)))
     assert device.replays == 3
@@ -227,7 +227,7 @@ def test_nothing_is_compiled_anew_while_a_step_is_recorded(small, books, monkeyp
         if recorded:
             state.forward = torch.compile(state.model, backend="aot_eager")
             device = RecordedOnCPU(monkeypatch, state)
-            state.recorded_update = CPU.recorded(functools.partial(train.update, state))
+            state.recorded_update = train.Graphed(functools.partial(train.update, state))
         losses = []
         for step in range(6):
             with torch._dynamo.config.patch(error_on_recompile=True):

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, KVCache, rotary_table
 from robopoet import ops
-from robopoet.ops import Graphed, Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
+from robopoet.machine import Graphed
+from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
 from robopoet.writing.sampler import blended
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
@@ -174,7 +175,11 @@ class EvenRows:
     def __init__(self, model: GPT, n_rows: int, record: bool = False):
         weight = model.transformer.wte.weight
         self.model, self.blocks, self.record = model, block_weights(model), record and weight.is_cuda
-        self.cache, self.at = KVCache.empty(model.config, n_rows, weight.device, weight.dtype), start_at(n_rows, weight)
+        self._take(KVCache.empty(model.config, n_rows, weight.device, weight.dtype), start_at(n_rows, weight))
+
+    def _take(self, cache: KVCache, at: int | torch.Tensor) -> None:
+        """Go on with the rows in `cache`, all at the place `at`: a CUDA graph is recorded anew."""
+        self.cache, self.at = cache, at
         self.step = Graphed(self._step) if self.record else self._step
 
     def read(self, window: torch.Tensor) -> torch.Tensor:
@@ -192,9 +197,7 @@ class EvenRows:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these, (n,) int64."""
-        self.cache = self.cache.rows(rows)
-        self.at = self.at if isinstance(self.at, int) else self.at[rows]
-        self.step = Graphed(self._step) if self.record else self._step
+        self._take(self.cache.rows(rows), self.at if isinstance(self.at, int) else self.at[rows])
 
 
 def start_at(n_rows: int, weight: torch.Tensor) -> int | torch.Tensor:
