@@ -149,7 +149,7 @@ def main(cfg: PrepareConfig) -> None:
             styles=tokenizer.styles(tok) if styles else {},
             licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
             splits=_write_bins(out, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
-            tokenizer=tok.saved(),
+            tokenizer=tok.saved,
         )
         with files.replacing(out / "meta.json") as f:
             f.write(dataset.encode_meta(meta))

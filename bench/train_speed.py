@@ -142,7 +142,7 @@ def write_random_corpus(folder: Path, cfg: SpeedConfig) -> None:
             size, largest, size, 4 * size, files.sha256(DataError, path), (Span(name, "random", 0, size),)
         )
     chars = "".join(chr(0x10000 + id) for id in range(cfg.vocab_size))  # above the surrogates, which are not text
-    meta = Meta(FORMAT, "", "0" * 64, cfg.vocab_size, {}, (), splits, CharTokenizer(chars, []).saved())
+    meta = Meta(FORMAT, "", "0" * 64, cfg.vocab_size, {}, (), splits, CharTokenizer(chars, []).saved)
     (folder / "meta.json").write_bytes(encode_meta(meta))
 
 

@@ -23,7 +23,7 @@ def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = ST
     )
     splits = {name: describe(folder / f"{name}.bin", tokens[:0], ()) for name in ("val", "test")}
     splits["train"] = describe(folder / "train.bin", tokens, spans)
-    return Meta(FORMAT, "", "0" * 64, VOCAB, styles, ("alice: MIT",), splits, TOKENIZER.saved())
+    return Meta(FORMAT, "", "0" * 64, VOCAB, styles, ("alice: MIT",), splits, TOKENIZER.saved)
 
 
 def describe(path: Path, tokens: np.ndarray, spans: tuple[Span, ...], end: int = -1) -> SplitMeta:

@@ -54,7 +54,7 @@ def save_step():
     state = train.build_state(cfg, CPU, train.make_model(cfg, 50))
     chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
     splits = {"train": size, "val": size, "test": size}
-    meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved())
+    meta = Meta(FORMAT, "", "0" * 64, 50, {}, (), splits, CharTokenizer(chars, []).saved)
 
     def save(out: Path, step: int) -> None:
         run = Run(out, configurator.values_of(cfg), meta, CPU)

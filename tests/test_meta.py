@@ -23,7 +23,7 @@ def sealed(change) -> bytes:
 def make_meta() -> Meta:
     size = SplitMeta(9, 3, 9, 9, "0" * 64, (Span("d", "a", 0, 4), Span("e", "b", 4, 9)))
     tok = CharTokenizer("abc", [END, "<|a|>", "<|b|>"])
-    return Meta(FORMAT, "", "0" * 64, 6, {"a": 4, "b": 5}, (), dict.fromkeys(dataset.SPLITS, size), tok.saved())
+    return Meta(FORMAT, "", "0" * 64, 6, {"a": 4, "b": 5}, (), dict.fromkeys(dataset.SPLITS, size), tok.saved)
 
 
 def test_meta_is_json_and_is_read_back(tmp_path):

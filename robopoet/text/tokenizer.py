@@ -51,17 +51,22 @@ Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_IDS)]
 
 
 class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
-    """A tokenizer as it stands in meta.json and in checkpoints. n_pieces: how many of its ids stand for text."""
+    """A tokenizer as it stands in meta.json and in checkpoints: the `tokens` of text, then the `specials`."""
+
+    def __post_init__(self) -> None:
+        "".join(self.specials).encode()  # raises on half a surrogate pair
+        if len(set(self.specials)) != len(self.specials) or "" in self.specials:
+            raise ValueError("a special token has no name, or two have the same")
 
     @property
     def vocab_size(self) -> int:
         """The number of ids."""
-        return self.n_pieces + len(self.specials)
+        return len(self.tokens) + len(self.specials)
 
     @property
     def special_ids(self) -> dict[str, int]:
         """Special tokens: name -> id."""
-        return {name: self.n_pieces + i for i, name in enumerate(self.specials)}
+        return {name: len(self.tokens) + i for i, name in enumerate(self.specials)}
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and strings."""
@@ -75,12 +80,8 @@ class SavedBPE(Saved, tag="bpe"):
     tokens: Names
     specials: Names
 
-    @property
-    def n_pieces(self) -> int:
-        return len(self.tokens)
-
     def __post_init__(self) -> None:
-        check_names(self.specials)
+        super().__post_init__()
         if self.pattern not in PATTERNS:
             raise ValueError("its pattern is not one that GPT-2's or GPT-4's tokenizer cuts text by")
         known = {token.encode("latin-1") for token in self.tokens}
@@ -95,21 +96,15 @@ class SavedChar(Saved, tag="char"):
     specials: Names
 
     @property
-    def n_pieces(self) -> int:
-        return len(self.chars)
+    def tokens(self) -> str:
+        """Each character is one."""
+        return self.chars
 
     def __post_init__(self) -> None:
-        check_names(self.specials)
+        super().__post_init__()
         self.chars.encode()
         if len(set(self.chars)) != len(self.chars):
             raise ValueError("a character appears twice")
-
-
-def check_names(specials: tuple[str, ...]) -> None:
-    """Raise ValueError unless the names of special tokens are text, not empty, and all different."""
-    "".join(specials).encode()  # raises on half a surrogate pair
-    if len(set(specials)) != len(specials) or "" in specials:
-        raise ValueError("a special token has no name, or two have the same")
 
 
 def fitting_vocab_size(n_bytes: int) -> int:
@@ -117,7 +112,26 @@ def fitting_vocab_size(n_bytes: int) -> int:
     return min(max(100 * round(15 * (n_bytes / 125_000) ** 0.57), 500), 32_000)
 
 
-class BPETokenizer:
+class Tokenizer:
+    """What both kinds have in common; each has its own encode, encode_pieces and unknown.
+
+    saved: as meta.json and checkpoints hold it. tokens: the bytes of each id of text. specials: name -> id.
+    """
+
+    def __init__(self, saved: Saved, tokens: list[bytes]):
+        self.saved, self.tokens = saved, tokens
+        self.specials, self.vocab_size = saved.special_ids, saved.vocab_size
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; specials stand for none."""
+        return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
+
+    def to_json(self) -> dict[str, Any]:
+        """`saved` as plain JSON."""
+        return self.saved.to_json()
+
+
+class BPETokenizer(Tokenizer):
     """Byte-level BPE: any valid Unicode text survives encoding and decoding unchanged.
 
     tokens: the bytes of each id, in order of merging (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as in GPT-2).
@@ -125,9 +139,9 @@ class BPETokenizer:
     """
 
     def __init__(self, tokens: list[bytes], specials: Iterable[str], pattern: str = PATTERN):
-        self.tokens, self.pattern = tokens, pattern
-        self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
-        self.vocab_size = len(tokens) + len(self.specials)
+        saved = SavedBPE(pattern, tuple(token.decode("latin-1") for token in tokens), tuple(specials))
+        super().__init__(saved, tokens)
+        self.pattern = pattern
         ranks = {token: rank for rank, token in enumerate(tokens)}
         special = {SEPARATOR: len(tokens)}
         self._tiktoken = tiktoken.Encoding("robopoet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -198,34 +212,20 @@ class BPETokenizer:
         cuts = np.flatnonzero(ids == len(self.tokens)).tolist()
         return [ids[start + 1 : stop] for start, stop in pairwise([-1, *cuts, len(ids)])]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; specials stand for none."""
-        return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
-
     def unknown(self, text: str) -> str:
         """The characters of `text` that have no id: none, since every byte has one."""
         return ""
 
-    def saved(self) -> SavedBPE:
-        """The tokenizer as meta.json and checkpoints hold it."""
-        return SavedBPE(self.pattern, tuple(token.decode("latin-1") for token in self.tokens), tuple(self.specials))
 
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON."""
-        return self.saved().to_json()
-
-
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id per character, in order of code point, as in nanoGPT's character-level data sets.
 
     An unknown character becomes <|unk|>, or is dropped if <|unk|> is not among the specials.
     """
 
     def __init__(self, chars: str, specials: Iterable[str]):
+        super().__init__(SavedChar(chars, tuple(specials)), [char.encode() for char in chars])
         self.chars = chars
-        self.specials = {name: len(chars) + i for i, name in enumerate(specials)}
-        self.vocab_size = len(chars) + len(self.specials)
-        self.tokens = [char.encode() for char in chars]
         self._id_of = np.full(0x110000, self.specials.get(UNKNOWN, -1), dtype=np.int32)  # indexed by code point
         self._id_of[_code_points(chars)] = np.arange(len(chars))
 
@@ -244,25 +244,10 @@ class CharTokenizer:
         found = [self._id_of[_code_points(piece)] for piece in pieces]
         return found if UNKNOWN in self.specials else [ids[ids >= 0] for ids in found]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that `ids` stand for; specials stand for none."""
-        return b"".join(self.tokens[id] for id in ids if id < len(self.tokens))
-
     def unknown(self, text: str) -> str:
         """The characters of `text` that have no id, each once, in order of appearance."""
         known = set(self.chars)
         return "".join(dict.fromkeys(char for char in text if char not in known))
-
-    def saved(self) -> SavedChar:
-        """The tokenizer as meta.json and checkpoints hold it."""
-        return SavedChar(self.chars, tuple(self.specials))
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON."""
-        return self.saved().to_json()
-
-
-Tokenizer = BPETokenizer | CharTokenizer
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, np.ndarray]]:
