@@ -35,7 +35,7 @@ from robopoet.text.dataset import SPLITS
 from robopoet.text.sources import Source
 
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
-RESERVED = ("endoftext", "unk")  # names of other special tokens
+RESERVED = "endoftext", "unk", "im_start", "im_end"  # names of other special tokens
 MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
 MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory

@@ -21,12 +21,15 @@ from robopoet.errors import DataError
 
 END = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
+CHAT = "<|im_start|>", "<|im_end|>"  # around each message, in models that have learned to chat
 
 # How text is cut before merging, as in GPT-2: contractions; words, numbers and punctuation, each with the space before
 # it; other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same as tiktoken writes it
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# SmolLM's: digits one by one, and white space before a digit stays together
+SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s"
 # that a saved tokenizer may have (an unknown one might drop text, or backtrack forever) -> llama.cpp's name for it
 PATTERNS = {
     PATTERN: "gpt-2",
@@ -38,6 +41,7 @@ PATTERNS = {
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s": "llama-bpe",  # the same as tiktoken writes it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # Qwen's
+    SMOLLM_PATTERN: "smollm",
 }
 PIECE_CHARS = 25_000  # tiktoken panics on a match of about a million characters; 25,000 are at most 100 KB
 BATCH_CHARS = 250_000  # encoded in one call, which takes some hundredths of a second and lets other threads run
@@ -83,7 +87,7 @@ class SavedBPE(Saved, tag="bpe"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pattern not in PATTERNS:
-            raise ValueError("its pattern is not one that GPT-2's or GPT-4's tokenizer cuts text by")
+            raise ValueError("its pattern is not one that GPT-2's, GPT-4's, Qwen's or SmolLM's tokenizer cuts text by")
         known = {token.encode("latin-1") for token in self.tokens}
         if len(known) != len(self.tokens) or b"" in known or not known.issuperset(SINGLE_BYTES):
             raise ValueError("its tokens are not all 256 bytes and longer ones, each once")
@@ -297,7 +301,7 @@ def style_token(style: str) -> str:
 
 def styles(tokenizer: Tokenizer) -> dict[str, int]:
     """The styles that have a tag: name -> id of the tag. A special token of another form, like <pad>, is no tag."""
-    tags = {name: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN)}
+    tags = {name: id for name, id in tokenizer.specials.items() if name not in (END, UNKNOWN, *CHAT)}
     return {style: id for name, id in tags.items() if (style := name[2:-2]) and name == style_token(style)}
 
 

@@ -1,8 +1,9 @@
-"""Hugging Face's tokenizer.json: write one for a tokenizer of ours, or read one that is like GPT-2's."""
+"""Hugging Face's tokenizer.json: write one for a tokenizer of ours, or read one that is like GPT-2's or SmolLM's."""
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -11,6 +12,7 @@ from robopoet.errors import DataError
 from robopoet.text.tokenizer import (
     MOST_IDS,
     PATTERN,
+    SMOLLM_PATTERN,
     UNKNOWN,
     BPETokenizer,
     SavedBPE,
@@ -26,6 +28,8 @@ _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _others = iter(range(256, 512))
 CHAR_OF_BYTE = {byte: chr(byte if byte in _printable else next(_others)) for byte in range(256)}
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+# control characters but for line ends and tabs, and bytes that begin no character so far
+RARE_BYTES = sorted({*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*b"\t\n\r"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ class Step:
     pattern: Regex = Regex()
     add_prefix_space: bool = False
     use_regex: bool = True
+    individual_digits: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,30 +138,52 @@ class TokenizerJson:
     normalizer: Any = None
 
 
-def from_huggingface(raw: bytes | str) -> Tokenizer:
+class Foreign(NamedTuple):
+    """A tokenizer from elsewhere. ids: for each id of ours the one that it has there, -1 for none."""
+
+    tokenizer: Tokenizer
+    ids: list[int]
+
+
+def from_huggingface(raw: bytes | str) -> Foreign:
     """The tokenizer that a tokenizer.json describes.
 
     Raises DataError unless to_huggingface wrote it or it is like GPT-2's: byte-level, its ids in the order of the
-    merges, its special tokens last.
+    merges.
     """
     saved = files.decode_json(raw, TokenizerJson, "tokenizer.json", DataError, LIKE_GPT2)
-    model, specials = saved.model, sorted(saved.added_tokens, key=lambda token: token.id)
-    names = {token.content: token.id for token in specials}
-    vocab = sorted((id, name) for name, id in model.vocab.items() if name not in names)
-    pieces = [name for _, name in vocab]
-    if [id for id, _ in vocab] + [token.id for token in specials] != list(range(len(pieces) + len(specials))):
-        raise _unlike("its special tokens are not the last")
-    if model.type == "WordLevel" and all(len(piece) == 1 for piece in pieces):
-        return _build({"kind": "char", "chars": "".join(pieces), "specials": list(names)})
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
+    model, specials = saved.model, {token.content: token.id for token in saved.added_tokens}
+    ids = model.vocab | specials
+    names = sorted(ids, key=ids.__getitem__)
+    if [ids[name] for name in names] != list(range(len(names))):
+        raise _unlike("its ids are not 0, 1, 2 and so on, each once", "tokenizer.json")
+    if model.type == "BPE":
+        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model.merges]
+        return byte_level("tokenizer.json", names, specials.keys(), pairs, _pattern(saved))
+    pieces = [name for name in names if name not in specials]
+    if model.type != "WordLevel" or any(len(piece) != 1 for piece in pieces):
+        raise _unlike("it is neither BPE nor one id for each character", "tokenizer.json")
+    return _build("tokenizer.json", names, {"kind": "char", "chars": "".join(pieces)}, pieces, specials.keys())
+
+
+def byte_level(
+    where: str, names: list[str], specials: Collection[str], pairs: Iterable[tuple[str, ...]], pattern: str
+) -> Foreign:
+    """A byte-level BPE tokenizer; where: what an error names.
+
+    names: each id's, as GPT-2's files show it. pairs: those that merge, in order. A byte that hardly any text has, and
+    the tokenizer lacks (SmolLM's lacks 21), gets an id. Raises DataError unless the ids are in the order of the merges.
+    """
+    pieces = [name for name in names if name not in specials]
     single = [piece for piece in pieces if len(piece) == 1]
-    if model.type != "BPE" or pieces != single + ["".join(pair) for pair in pairs if len(pair) == 2]:
-        raise _unlike("its ids are not in the order of its merges")
-    pattern = _pattern(saved)
+    if pieces[len(single) :] != ["".join(pair) for pair in pairs if len(pair) == 2] or pieces[: len(single)] != single:
+        raise _unlike("its ids are not in the order of its merges", where)
     if unknown := set("".join(pieces)) - BYTE_OF_CHAR.keys():
-        raise _unlike(f"{min(unknown)!r} stands for no byte")
+        raise _unlike(f"{min(unknown)!r} stands for no byte", where)
+    added = [CHAR_OF_BYTE[byte] for byte in RARE_BYTES if CHAR_OF_BYTE[byte] not in pieces[: len(single)]]
+    pieces[len(single) : len(single)] = added
     tokens = ["".join(chr(BYTE_OF_CHAR[char]) for char in piece) for piece in pieces]
-    return _build({"kind": "bpe", "pattern": pattern, "tokens": tokens, "specials": list(names)})
+    return _build(where, names, {"kind": "bpe", "pattern": pattern, "tokens": tokens}, pieces, specials)
 
 
 def _pattern(saved: TokenizerJson) -> str:
@@ -165,16 +192,24 @@ def _pattern(saved: TokenizerJson) -> str:
     steps = (pre,) if pre.pretokenizers is None else pre.pretokenizers
     patterns = [step.pattern.Regex for step in steps if step.type == "Split"]
     patterns = patterns or [PATTERN for step in steps if step.type == "ByteLevel" and step.use_regex]
+    if patterns == [PATTERN] and steps[0].type == "Digits" and steps[0].individual_digits:
+        steps, patterns = steps[1:], [SMOLLM_PATTERN]
     if {step.type for step in steps} - {"Split", "ByteLevel"} or len(patterns) != 1 or saved.normalizer:
-        raise _unlike("it cuts text in another way")
+        raise _unlike("it cuts text in another way", "tokenizer.json")
     if any(step.add_prefix_space for step in steps):
-        raise _unlike("it puts a space before every text")
+        raise _unlike("it puts a space before every text", "tokenizer.json")
     return patterns[0]
 
 
-def _build(saved: dict[str, Any]) -> Tokenizer:
-    return from_json(files.convert(saved, SavedBPE | SavedChar, "tokenizer.json", DataError, LIKE_GPT2))
+def _build(
+    where: str, names: list[str], saved: dict[str, Any], pieces: list[str], specials: Collection[str]
+) -> Foreign:
+    """The tokenizer of these pieces, in our order, and of the specials in theirs."""
+    last = [name for name in names if name in specials]
+    tokenizer = files.convert(saved | {"specials": last}, SavedBPE | SavedChar, where, DataError, LIKE_GPT2)
+    ids = {name: id for id, name in enumerate(names)}
+    return Foreign(from_json(tokenizer), [ids.get(name, -1) for name in [*pieces, *last]])
 
 
-def _unlike(why: str) -> DataError:
-    return DataError(f"tokenizer.json: {why}; {LIKE_GPT2}")
+def _unlike(why: str, where: str) -> DataError:
+    return DataError(f"{where}: {why}; {LIKE_GPT2}")

@@ -20,6 +20,7 @@ from robopoet.errors import CheckpointError, DataError, describe
 from robopoet.files import did_you_mean_path
 from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
+from robopoet.text.tokenizer_json import Foreign
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
 from robopoet.weights.header import ExportDtype, config_entries
 from robopoet.weights.layout import Weights, with_biases
@@ -83,15 +84,14 @@ def load_folder(folder: Path) -> dict[str, Any]:
         ours = kind.layout.ours(weights)
     except (ValueError, RuntimeError) as e:
         raise CheckpointError(f"{folder}: {describe(e)}") from None
-    if "transformer.wte.weight" in ours:
-        ours["lm_head.weight"] = ours["transformer.wte.weight"]
     content = {"model": ours, **config_entries(config)}
     if (path := folder / "tokenizer.json").exists():
         try:
-            tok = tokenizer_json.from_huggingface(files.read_bytes(path, DataError))
+            give_tokenizer(content, tokenizer_json.from_huggingface(files.read_bytes(path, DataError)))
         except DataError as e:
             raise CheckpointError(f"{folder}: {e}") from None
-        content["tokenizer"] = tok.to_json()
+    if "transformer.wte.weight" in ours:
+        ours["lm_head.weight"] = ours["transformer.wte.weight"]
     return content
 
 
@@ -123,6 +123,23 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{path}: {NO_MATCH[3:]} ({describe(e)})") from None
+
+
+def give_tokenizer(content: dict[str, Any], foreign: Foreign) -> None:
+    """Give a checkpoint a tokenizer from elsewhere, and put its embeddings' rows in the order of our ids.
+
+    A new id gets the mean row; rows that no id has stay behind the others. Raises DataError if an id has no row.
+    """
+    content["tokenizer"] = foreign.tokenizer.to_json()
+    wte = content["model"].get("transformer.wte.weight")
+    if foreign.ids == list(range(len(foreign.ids))) or wte is None or len(wte) != content["model_args"]["vocab_size"]:
+        return
+    if (most := max(foreign.ids)) >= len(wte):
+        raise DataError(f"its tokenizer has {most + 1:,} ids, its embeddings have {len(wte):,} rows")
+    rows = torch.tensor([*foreign.ids, *range(most + 1, len(wte))])
+    mean = wte.float().mean(0).to(wte.dtype)
+    content["model"]["transformer.wte.weight"] = torch.where((rows < 0)[:, None], mean, wte[rows.clamp(min=0)])
+    content["model_args"]["vocab_size"] = len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
