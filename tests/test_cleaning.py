@@ -244,6 +244,12 @@ def test_project_gutenbergs_header_and_licence_go_and_the_full_story_stays(start
     assert clean_text((start + STORY + end).replace("\n", "\r\n")) == STORY
 
 
+def test_a_book_with_both_marks_begins_after_the_last():
+    """As in those of 2003 and 2004: the new line, then the old small print."""
+    start = f"{NEW_HEADER}*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nYou may not sue.\n\n{SMALL_PRINT}\n"
+    assert clean_text(start + STORY) == STORY
+
+
 def test_small_print_after_the_story_removes_nothing_of_it():
     text = STORY + "\nEnd of the Project Gutenberg Etext of A Story\n\n" + SMALL_PRINT
     assert clean_text(text) == STORY

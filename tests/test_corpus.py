@@ -273,6 +273,7 @@ def test_documents_are_cut_at_blank_lines_near_the_shares():
             assert text.startswith("Paragraph")
             assert text.endswith("\n\n")
             assert abs(len(text) - share * len(doc.text)) <= 2 * len(paragraphs[-1])
+    assert all(text.endswith("\n\n") for _, text in split_all(docs, (0.8, 0.2, 0.0), exact=False)["train"])
 
 
 def test_each_split_gets_its_share_though_blank_lines_are_far_between():

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from robopoet.files import append_lines, creating, link, replacing
+from robopoet.files import append_lines, creating, link, read_bytes, replacing
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -63,6 +63,13 @@ def test_a_link_takes_the_place_of_what_has_its_name(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "none")))
         link(path, name)
         assert name.read_bytes() == content and path.samefile(name) == links
+
+
+def test_a_file_of_just_the_limit_is_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert read_bytes(tmp_path / "a", ValueError, limit=3) == b"abc"
+    with pytest.raises(ValueError, match="a: has 3 bytes, must have at most 2"):
+        read_bytes(tmp_path / "a", ValueError, limit=2)
 
 
 @pytest.mark.parametrize(

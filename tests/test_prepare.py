@@ -122,11 +122,13 @@ def test_bpe_learns_from_the_train_split_alone(books):
     assert b"zq" in BPETokenizer.train([text, BOOKS["king lear"]], 300, specials).tokens  # as it is common over all
 
 
-def test_one_book_has_no_specials_and_no_tag(books):
+def test_one_book_has_no_specials_and_no_tag(books, monkeypatch):
     (books / "king lear.txt").unlink()
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 50)
     meta, bins = read(run_on(books, *CHAR))
     assert meta["styles"] == {}
     assert meta["vocab_size"] == len(set(BOOKS["alice"]))
+    assert [meta["splits"][name]["largest"] for name in bins] == [ids.max() for ids in bins.values()]
     assert decode(tokenizer.from_json(meta["tokenizer"]), np.concatenate(list(bins.values()))) == BOOKS["alice"]
 
 
@@ -233,6 +235,16 @@ def test_a_failing_write_leaves_no_partial_files(books, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         run_on(books, *CHAR)
     assert contents(books.parent / "out") == {}
+
+
+def test_bins_are_flushed_to_the_disk_before_meta_json_names_them(books, monkeypatch):
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file)))
+    out = run_on(books, *CHAR)
+    *bins, meta = (
+        flushed.index((out / name).stat().st_ino) for name in ("train.bin", "val.bin", "test.bin", "meta.json")
+    )
+    assert max(bins) < meta
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(books, monkeypatch):
