@@ -60,7 +60,7 @@ def nanogpt(tmp_path, monkeypatch) -> Path:
     data = tmp_path / "data" / "shakespeare_char"
     data.mkdir(parents=True)
     ids = {char: i for i, char in enumerate(chars)}
-    meta = {"vocab_size": len(chars), "itos": {i: char for char, i in ids.items()}, "stoi": ids}
+    meta = {"vocab_size": len(chars), "itos": {i: char for char, i in reversed(ids.items())}, "stoi": ids}
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=len(chars), n_layer=2, n_head=2, n_embd=16))
@@ -76,6 +76,7 @@ def nanogpt(tmp_path, monkeypatch) -> Path:
 def test_nanogpts_characters_are_found_in_its_checkout_or_beside_the_checkpoint(nanogpt, tmp_path):
     text = Poet(str(nanogpt), "cpu", "float32").write("abc ", max_new_tokens=20, until="tokens")[0]
     assert text.startswith("abc ") and len(text) == 24
+    assert checkpoint.tokenizer_of(checkpoint.load(nanogpt), nanogpt).encode("\n ,a") == [0, 1, 2, 4]
     moved = tmp_path / "far" / "away" / "model.pt"
     moved.parent.mkdir(parents=True)
     os.rename(nanogpt, moved)
@@ -149,6 +150,13 @@ def test_a_new_run_starts_from_nanogpts_weights_on_text_of_its_characters(nanogp
     (tmp_path / "abc.txt").write_text("abc xyz" * 100)
     with pytest.raises(prepare.DataError, match="does not know 'x', 'y', 'z'; leave --tokenizer out for one"):
         prepare.main(prepare.PrepareConfig(**keys))
+
+
+@pytest.mark.parametrize("vocab_size", [50_257, 50_304])
+def test_gpt2s_vocabulary_is_known_by_its_size_also_as_nanogpt_pads_it(bpe, monkeypatch, vocab_size):
+    monkeypatch.setattr(BPETokenizer, "gpt2", lambda specials: bpe)
+    args = {"n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "vocab_size": vocab_size}
+    assert checkpoint.tokenizer_of({"model_args": args}, Path("ckpt.pt")) is bpe
 
 
 def test_nanogpts_padding_is_never_written(tmp_path, bpe, monkeypatch):

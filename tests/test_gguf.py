@@ -311,6 +311,7 @@ def test_a_file_says_what_it_holds_and_controls_no_terminal(tmp_path, bpe, posit
         "general.tags": ["text-generation", "a", "b"],
         "general.file_type": reference.LlamaFileType.MOSTLY_F16,
         f"{kind}.context_length": 128,
+        f"{kind}.attention.layer_norm_epsilon": pytest.approx(torch.nn.LayerNorm(1).eps),
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.eos_token_id": bpe.specials[END],
         "tokenizer.ggml.eot_token_id": bpe.specials[END],

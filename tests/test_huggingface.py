@@ -68,6 +68,7 @@ def test_an_exported_model_is_the_same_in_transformers_and_when_loaded_back(tmp_
         theirs.double()
     assert back_tok.to_json() == tok.to_json()
     assert theirs.config.eos_token_id == their_tok.eos_token_id == tok.specials[END]
+    assert theirs.generation_config.eos_token_id == tok.specials[END]
     prompt = their_tok("The rabbit", return_tensors="pt")
     new = ours.config.block_size - prompt["input_ids"].shape[1]
     greedy = theirs.generate(**prompt, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)[0]
@@ -87,8 +88,10 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, bpe, books):
             assert theirs.decode(tok.encode(text), skip_special_tokens=True) == decode(tok, tok.encode(text))
         for special, id in tok.specials.items():
             assert theirs(special)["input_ids"] == [id]
-        back = tokenizer_json.from_huggingface((tmp_path / name / "tokenizer.json").read_bytes())
-        assert back.tokenizer.to_json() == tok.to_json() and back.ids == list(range(tok.vocab_size))
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_bytes())
+        for added in (saved["added_tokens"], saved["added_tokens"][::-1]):  # in any order
+            back = tokenizer_json.from_huggingface(json.dumps(saved | {"added_tokens": added}))
+            assert back.tokenizer.to_json() == tok.to_json() and back.ids == list(range(tok.vocab_size))
 
 
 @pytest.mark.slow
@@ -262,6 +265,7 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
     refused("model.safetensors.index.json", {"weight_map": {"a": 5}}, r"index\.json: .*\$\.weight_map")
     refused("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, r"length <= 255")
     refused("model.safetensors.index.json", {"weight_map": {"a": ".."}}, "is a folder")
+    refused("model.safetensors.index.json", {"weight_map": {"a": "../best.pt"}}, r"changed/best\.pt: not found")
     refused("model.safetensors.index.json", {"weight_map": {}}, "there are 0 tensors")
     huge = (2**40).to_bytes(8, "little") + b"{}"
     refused("model.safetensors", huge, r"model\.safetensors: its header has 1,099,511,627,776 bytes")
@@ -287,6 +291,9 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
     refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in another way")
     refused("tokenizer.json", tok | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "in another way")
     refused("tokenizer.json", tok | {"pre_tokenizer": None}, "cuts text in another way")
+    split, level = tok["pre_tokenizer"]["pretokenizers"]
+    spaced = {"type": "Sequence", "pretokenizers": [split, level | {"add_prefix_space": True}]}
+    refused("tokenizer.json", tok | {"pre_tokenizer": spaced}, "puts a space before every text")
     for regex in ("", ".", "(a+)+$", "("):
         cut = {"type": "Split", "pattern": {"Regex": regex}}
         refused("tokenizer.json", tok | {"pre_tokenizer": cut}, r"tokenizer\.json: its pattern is not one")
