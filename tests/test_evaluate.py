@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from splits import write_split
 from test_train import CPU
 
 import train
@@ -46,6 +47,14 @@ def test_evaluation_equals_a_naive_loop(small, small_config, books):
     assert result["loss_by_style"] == pytest.approx({style: nats[style] / count[style] for style in nats})
     assert result["loss_se"] == pytest.approx(np.std(means) / math.sqrt(len(means)))
     assert result["tokens"] == sum(count.values()) == sum(e.stop - e.start - 1 for e in meta.splits["val"].documents)
+
+
+def test_a_style_without_a_token_to_predict_has_no_loss(tmp_path):
+    meta = write_split(tmp_path, [("alice", 20), ("king", 1)])
+    split = open_split(tmp_path, "train", meta, 8, CPU.device)
+    model = GPT(GPTConfig(block_size=8, vocab_size=meta.vocab_size, n_layer=1, n_head=1, n_embd=4))
+    result = evaluate(model, split, meta.load_tokenizer(), EvalPlan(8, 2), CPU)
+    assert result["loss_by_style"] == {"alice": pytest.approx(result["loss"])}
 
 
 @pytest.mark.parametrize("even", [False, True])

@@ -313,6 +313,20 @@ def test_where_a_folder_went(tmp_path, monkeypatch, knows):
         lock_folder(each.path).release()
 
 
+def test_earlier_runs_are_in_the_order_of_their_numbers(out):
+    for n in (10, 9, 1, 2):
+        (out / "previous" / str(n)).mkdir(parents=True)
+    assert [path.name for path in earlier_runs(out)] == ["1", "2", "9", "10"]
+
+
+def test_a_resumed_run_keeps_its_best_though_it_does_worse(small, out, monkeypatch):
+    told, evaluate = iter([2.0, 2.5, 2.3, 2.2]), train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"loss": next(told)})
+    run(small, max_iters=4, eval_interval=2)
+    run(small, max_iters=8, eval_interval=2, init_from="resume")
+    assert checkpoint.load(out / "best.pt")["iter_num"] == 2 and checkpoint.load(out / "ckpt.pt")["iter_num"] == 8
+
+
 def test_best_pt_is_this_runs_best_on_the_disk_though_a_better_one_could_not_be_saved(small, out, monkeypatch):
     told, evaluate, save, failed = iter([3.0, 2.0, 2.5, 2.7]), train.evaluate, checkpoint.save, []
 

@@ -166,6 +166,16 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+def test_dropout_acts_on_the_embeddings_too():
+    model, seen = make(dataclasses.replace(SMALL, dropout=0.5)), []
+    with torch.no_grad():  # the blocks add nothing
+        for p in model.transformer.h.parameters():
+            p.zero_()
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.train()(ids(4, 16))
+    assert 0.4 < (seen[0] == 0).double().mean() < 0.6
+
+
 # --- size, names, initialisation
 
 

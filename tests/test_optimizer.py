@@ -14,7 +14,7 @@ from robopoet.errors import CheckpointError
 from robopoet.files import convert
 from robopoet.machine import Machine
 from robopoet.training import memory, optimizer, run
-from robopoet.training.optimizer import Muon, assign_owners, configure_optimizers, orthogonalize
+from robopoet.training.optimizer import Muon, Trouble, assign_owners, configure_optimizers, orthogonalize
 from robopoet.weights.header import SavedOptimizer
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -137,6 +137,13 @@ def test_a_rate_may_be_a_tensor():
         muon.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_of_several_steps_that_are_not_finite_the_first_is_noted():
+    trouble, one = Trouble(Machine(CPU, torch.float32)), torch.tensor(1.0)
+    losses = [1.0, math.nan, math.inf, 1.0]
+    bad = [trouble.note(torch.tensor(i), torch.tensor(loss), one, False).item() for i, loss in enumerate(losses)]
+    assert bad == [0, 1, 1, 0] and trouble.first.tolist() == [1, True]
 
 
 # --- matrices shared among ranks

@@ -232,8 +232,7 @@ def test_a_warmup_is_shortened_for_a_short_run_and_one_that_was_given_not_withou
     cfg = configurator.load(TrainConfig, ["config/demo.yaml", "--max_iters=2"])
     assert finish(cfg, 1).warmup_iters == 0
     assert capsys.readouterr().err == "warning: warmup_iters: 20 steps don't fit into 2; the warmup takes 0\n"
-    cfg = finish(TrainConfig(max_iters=100), 1)
-    assert cfg.warmup_iters == 20
+    assert [finish(TrainConfig(max_iters=steps), 1).warmup_iters for steps in (19, 20, 100)] == [1, 20, 20]
 
 
 # --- config.yaml

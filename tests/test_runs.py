@@ -1,11 +1,13 @@
 """Whole runs of train.py: what they leave, how they resume, what their loggers get, what users get wrong."""
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -40,6 +42,8 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
     assert [record["iter"] for record in evaluated] == [20, 40]
     assert trained[-1]["loss"] < trained[0]["loss"] - 0.5
     assert trained[-1]["tokens"] == 40 * 8 * 32
+    cosine = [(1 + math.cos(math.pi * (step - 1 - 2) / 38)) / 2 for step in (10, 20, 30, 40)]
+    assert [record["lr"] for record in trained] == pytest.approx([0.01 * share for share in (1 / 3, *cosine)])
     assert set(trained[0]) >= {"iter", "loss", "lr", "grad_norm", "dt_ms", "tok_per_sec", "mfu", "tokens", "seconds"}
     assert set(evaluated[0]) >= {"iter", "split", "loss", "ppl", "bpb", "loss_by_style", "tokens", "seconds"}
     best = checkpoint.load(out / "best.pt")
@@ -218,6 +222,19 @@ def test_a_sample_at_each_evaluation_is_shown_in_a_log_file_too(small, monkeypat
     found = shown(dropout=0.1)
     assert len("".join(found)) > len("".join(first)) > 10 and all(len(line) <= 30 for line in found)
     assert losses(records(small["out_dir"])) == curve
+
+
+def test_the_seconds_of_training_leave_out_evaluations(small, monkeypatch):
+    ticks, pauses, evaluate = itertools.count(), [], train.evaluate
+
+    def slow(*args):
+        pauses.append(10_000)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) + sum(pauses))
+    found = run(small, max_iters=4, eval_interval=2, log_interval=1)
+    assert len(pauses) == 2 and all(r["seconds"] < 1000 for r in found if r["kind"] == "train")
 
 
 def test_a_samples_control_characters_do_not_reach_the_terminal():

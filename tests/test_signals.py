@@ -14,6 +14,7 @@ from scripts import Script
 
 import train
 from robopoet.errors import warn
+from robopoet.machine import Machine, Signals
 from robopoet.training.run import Run
 from robopoet.weights import checkpoint
 from train import TrainConfig
@@ -68,6 +69,13 @@ def test_usr1_saves_and_the_run_continues(small, monkeypatch):
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train.main(TrainConfig(**small | {"eval_interval": 6}))
     assert saved == [4, 6]
+
+
+def test_the_alarm_of_a_signal_ends_with_the_training():
+    with Signals(Machine(torch.device("cpu"), torch.float32), 600.0) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agreed().end and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_a_second_interrupt_ends_at_once(small, monkeypatch):

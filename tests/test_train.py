@@ -146,6 +146,18 @@ def test_the_seed_of_a_step_differs_by_step_and_rank_and_by_nothing_else():
     assert seeds == [train.step_seed(*place) for place in places]
 
 
+def test_ranks_that_read_the_same_rows_drop_other_numbers_of_them(small, monkeypatch):
+    keys, found = small | {"dropout": 0.5}, []
+    windows, cfg = windows_of(keys), TrainConfig(**keys)
+    rows = windows.batch(0, 8, CPU.device)
+    monkeypatch.setattr(windows, "batch", lambda *place: rows)
+    for rank in (0, 1, 1):
+        state = train.build_state(cfg, CPU, train.make_model(cfg, 64))
+        state.machine = dataclasses.replace(CPU, rank=rank)
+        found.append(train.train_step(state, windows, 0)[0].item())
+    assert found[0] != found[1] == found[2]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small, optimizer):
     keys = small | {"optimizer": optimizer, "dtype": "float16"}
