@@ -183,7 +183,7 @@ def test_a_replay_stops_at_the_first_token_that_differs(random_pt, poet, tmp_pat
         (lambda r: r.update(ids=[-1]), r"`\$.ids\[0\]`"),
         (lambda r: r.update(prompt=7), r"`\$.prompt`"),
         (lambda r: r.update(together=10**9), "line 2: n: found 1000000000, must be a whole number"),
-        (lambda r: r.update(number=5), "number is 5, but its batch has 1 from 0 on"),
+        (lambda r: r.update(number=1), "number is 1, but its batch has 1 from 0 on"),
         (lambda r: r.update(device="cuda:99"), "line 2: device: found cuda:99"),
         (lambda r: r.update(checkpoint="nope/x.pt"), "line 2: nope/x.pt: not found"),
     ],

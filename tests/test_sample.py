@@ -1,6 +1,7 @@
 """sample.py's command line."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -106,6 +107,14 @@ def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, t
     keys[0] = f"--checkpoint={tmp_path}/other.pt"
     with pytest.raises(DataError, match="the checkpoint was trained on 0"):
         sample.main(configurator.load(SampleConfig, keys))
+
+
+def test_a_stop_text_may_be_typed_with_backslash_n(random_pt, tmp_path):
+    keys = [f"--checkpoint={random_pt}", "--num_samples=4", "--until=tokens", "--device=cpu"]
+    sample.main(configurator.load(SampleConfig, [*keys, r"--stop=\n", f"--save={tmp_path}/x.jsonl"]))
+    records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [record["settings"]["stop"] for record in records] == [["\n"]] * 4
+    assert not any("\n" in record["text"] for record in records)
 
 
 def test_verbose_tells_how_fast_it_wrote(random_pt, capsys):

@@ -81,6 +81,11 @@ def test_each_passage_is_new_until_the_seed_is_set(poet, monkeypatch, capsys):
     assert first.strip() == third.strip() != second.strip()
 
 
+def test_a_line_break_is_typed_as_backslash_n(poet, monkeypatch, capsys):
+    interact(poet, monkeypatch, [r"once\nupon"])
+    assert "once\nupon" in capsys.readouterr().out
+
+
 def test_the_last_passage_is_continued_repeated_checked_and_saved(poet, monkeypatch, capsys, tmp_path):
     file = tmp_path / "kept.jsonl"
     script = [
