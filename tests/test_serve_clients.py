@@ -22,6 +22,8 @@ from robopoet.writing.passage import Passage
 from robopoet.writing.poet import Poet
 from serve import ServeConfig, make_server
 
+JSON = {"content-type": "application/json"}
+
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
 def served(request, tmp_path_factory):
@@ -115,6 +117,19 @@ def test_a_client_that_sends_too_much_reads_why_when_it_has_sent_it(path):
             time.sleep(0.02)
             client.sendall(b"a" * 1000)
         assert b"request: has over 2,000 bytes" in rest_of(client)
+
+
+def test_a_body_of_just_the_limit_is_read(path):
+    with Served(path, max_body=200) as server:
+        for size, status in ((200, 200), (201, 413)):
+            body = server.request(max_tokens=1).partition(b"\r\n\r\n")[2].ljust(size)
+            assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == status
+
+
+def test_refused_requests_do_not_count_as_running(path):
+    with Served(path) as server:
+        assert server.post(max_tokens=-1).status_code == 400
+        assert server.http.get("/health").json()["requests"] == 0
 
 
 def test_bounds_refuse_in_form(path):

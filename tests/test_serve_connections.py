@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 
 import pytest
 from conftest import save_random
@@ -79,6 +80,20 @@ def test_an_answer_that_nobody_reads_ends_with_its_connection(path, monkeypatch)
             wait_until(lambda: server.server.server_state.connections)
             wait_until(lambda: not server.server.server_state.connections)
             reader.close()
+
+
+def test_a_reader_that_was_slow_once_may_take_its_time_later(path):
+    with Served(path, client_s=0.3, max_tokens=10**6) as server:
+        endless(server)
+        server.api.page = b"x" * 2**25  # more than the sockets of both sides hold: writing it pauses
+        client, left = server.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"), 2**25
+        while left > 0:
+            left -= len(client.recv(2**20))
+        client.sendall(server.request(max_tokens=10**6, stream=True))
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            assert client.recv(4096)
+        client.close()
 
 
 def test_http_1_0_gets_a_stream_without_chunks(path):

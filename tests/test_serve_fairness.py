@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import types
 
 import pytest
@@ -84,8 +85,14 @@ def test_a_request_alone_has_all_rows_and_others_get_their_share_at_once(poet):
     assert len(stepped.engine.rows.rows) == 1 and not stepped.engine.waiting
 
 
-def test_more_requests_than_rows_take_turns_and_a_small_one_does_not_wait_for_large_ones(poet):
-    stepped = Stepped(poet)
+def test_more_requests_than_rows_take_turns_and_a_small_one_does_not_wait_for_large_ones(poet, monkeypatch):
+    stepped, pause, lengths = Stepped(poet), Engine._pause, collections.defaultdict(lambda: [0])
+
+    def noting(engine, choice):
+        lengths[choice].append(len(choice.passage.ids))
+        pause(engine, choice)
+
+    monkeypatch.setattr(Engine, "_pause", noting)
     large = [stepped.submit(1, 5000)[0] for _ in range(3 * ROWS)]
     stepped.step(2 * TURN)
     small = stepped.submit(1, 5)
@@ -94,6 +101,7 @@ def test_more_requests_than_rows_take_turns_and_a_small_one_does_not_wait_for_la
     stepped.step(20 * TURN)
     gained = [len(choice.passage.ids) for choice in large]
     assert min(gained) > max(gained) / 2
+    assert min(n - before for places in lengths.values() for before, n in itertools.pairwise(places)) >= TURN
 
 
 @pytest.mark.parametrize("styles", [1, 2])

@@ -80,6 +80,11 @@ def test_an_allowed_page_may_read_and_no_page_may_frame(served):
     assert send(served, {}, "GET", "/").headers["x-frame-options"] == "DENY"
 
 
+def test_every_page_may_use_a_server_that_allows_all(path):
+    with Served(path, allow_origins=("*",)) as server:
+        assert send(server, JSON | {"origin": "https://any.example"}).is_success
+
+
 def test_a_wrong_place_is_not_redirected_by_the_host_header(served):
     answer = send(served, {"host": "127.0.0.1"}, "GET", "/v1/models/tiny/")
     assert answer.status_code == 404 and "location" not in answer.headers
@@ -95,7 +100,9 @@ def test_a_key_is_asked_for_as_openais_clients_send_it(path, monkeypatch, capfd,
             for method, place in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/v1/x")):
                 answer = send(server, headers | {b"content-type": b"application/json"}, method, place)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-        right = {b"authorization": b"Bearer " + key.encode(), b"content-type": b"application/json"}
+        right = {b"authorization": b"bearer " + key.encode(), b"content-type": b"application/json"}
+        assert send(server, right).is_success  # a scheme's case does not matter: RFC 9110, section 11.1
+        right[b"authorization"] = b"Bearer " + key.encode()
         assert send(server, right).is_success and send(server, right, "GET", "/v1/models").is_success
         assert server.http.get("/health").is_success and server.http.get("/").is_success
         assert send(server, right | {b"host": b"rebound.example"}).status_code == 403
