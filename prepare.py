@@ -260,7 +260,7 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
 
     unfinished = {name: dataset.part_of(out, name) for name in dataset.SPLITS}
     with files.named(out), contextlib.ExitStack() as stack:
-        bins = {name: stack.enter_context(open(path, "wb", 2**20)) for name, path in unfinished.items()}
+        bins = {name: stack.enter_context(files.writing(path)) for name, path in unfinished.items()}
         for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
             size, spans = sizes[part.split], documents[part.split]
             start = size["tokens"]
@@ -272,9 +272,6 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
                 spans[-1] = replace(spans[-1], stop=size["tokens"], works=spans[-1].works + 1)
             else:
                 spans.append(Span(part.name, part.style, start, size["tokens"]))
-        for f in bins.values():
-            f.flush()
-            os.fsync(f.fileno())
     if not sizes["train"]["tokens"]:
         raise DataError("the corpus leaves nothing to train on; add text")
     last = tok.specials[END] if many else -1
@@ -318,7 +315,7 @@ def _tidy(out: Path) -> None:
         (out / "meta.pkl").unlink(missing_ok=True)
     for name in dataset.SPLITS:
         if meta and dataset.is_bin(part := dataset.part_of(out, name), meta.splits[name]):
-            os.replace(part, out / f"{name}.bin")
+            files.move(part, out / f"{name}.bin")
     for name in UNFINISHED:
         (out / name).unlink(missing_ok=True)
 

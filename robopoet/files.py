@@ -192,6 +192,22 @@ def creating(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write and read, which at the end is on the disk, whole."""
+    with open(path, "w+b", 2**20) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def move(path: Path, place: Path) -> None:
+    """Rename a file or folder to `place`, where a file may be, which it replaces; on the disk as well."""
+    os.replace(path, place)
+    for folder in sorted({place.parent, path.parent}):
+        portable.sync_folder(folder)
+
+
+@contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """A new file to write and read, which at the end takes the place of `path`, on the disk as well.
 
@@ -201,14 +217,11 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     part = path.with_name(path.name + ".part")
     try:
         with named(path):
-            with open(part, "w+b") as f:
+            with writing(part) as f:
                 yield f
-                f.flush()
-                os.fsync(f.fileno())
             if keep and path.exists():
                 os.replace(path, keep)
-            os.replace(part, path)
-            portable.sync_folder(path.parent)
+            move(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -222,6 +235,8 @@ def link(path: Path, name: Path) -> None:
     except OSError:
         with open(path, "rb") as source, replacing(name) as copy:
             shutil.copyfileobj(source, copy, 2**20)
+    else:
+        portable.sync_folder(name.parent)
 
 
 def append_lines(path: Path, lines: bytes) -> None:

@@ -127,12 +127,9 @@ NOT_CONFIGS = {
 WRITTEN = {
     "robopoet/text/sources.py": {"requirements.write_text"},  # for pip, in a temporary folder
     "robopoet/training/log.py": {"open(os.devnull)"},
-    "robopoet/training/folder.py": {"os.replace(path)", "os.replace(part)"},  # an earlier run's files, as one folder
-    "robopoet/training/run.py": {"os.replace(self.out / 'ckpt.pt')"},  # a damaged checkpoint is put aside
     "robopoet/weights/huggingface.py": {"(part / f'{name}.json').write_text", "(part / 'README.md').write_text"},
     "robopoet/weights/html.py": {"open(part)"},  # like the two before, within files.creating
     "configurator.py": {"Path(report).write_text"},  # what torchrun asks for
-    "prepare.py": {"open(path)", "os.replace(part)"},  # bins, which are replaced together
 }
 
 

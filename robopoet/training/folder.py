@@ -117,12 +117,10 @@ def set_aside(out: Path) -> Path | None:
     if is_new:
         files.link(best, part / "best.pt")
     for path in (*checkpoints, *(path for name in OTHERS for path in out.glob(name))):  # ckpt.pt is the last to resume
-        os.replace(path, part / path.name)
+        files.move(path, part / path.name)
     folder = next_folder(out)
     folder.parent.mkdir(exist_ok=True)
-    os.replace(part, folder)
-    for changed in (folder, folder.parent, out):
-        portable.sync_folder(changed)
+    files.move(part, folder)
     return folder
 
 

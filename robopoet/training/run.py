@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from model import GPT
 from robopoet.errors import CheckpointError, ConfigError, describe, warn
-from robopoet.files import replacing
+from robopoet.files import move, replacing
 from robopoet.machine import Machine
 from robopoet.text.dataset import SPLITS, Meta
 from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
@@ -357,7 +357,7 @@ class Run:
             self.best_loss = progress.best_val_loss
         if resumed == self.out / "ckpt.prev.pt":  # or the save would keep the damaged ckpt.pt in its place
             with contextlib.suppress(FileNotFoundError):
-                os.replace(self.out / "ckpt.pt", self.out / "ckpt.damaged.pt")
+                move(self.out / "ckpt.pt", self.out / "ckpt.damaged.pt")
         if resumed is None and (kept := set_aside(self.out)):
             stays = "; best.pt stays that run's until this one has its own" if (kept / "best.pt").exists() else ""
             return [f"the earlier run is in {kept}: --init_from=auto --out_dir={kept} resumes it{stays}"]
