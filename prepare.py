@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import configurator
@@ -29,11 +27,10 @@ from robopoet import files
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, did_you_mean, warn
 from robopoet.text import corpus, dataset, sources, tokenizer
 from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
-from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, SavedChar, Tokenizer
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import checkpoint
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
-UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in dataset.SPLITS))
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 SHORT = 1_000_000  # bytes; a model of a text up to this long is best started from the base model
 SAMPLE = 100_000  # bytes; this much of a text shows whether a tokenizer suits its language
@@ -90,10 +87,7 @@ def main(cfg: PrepareConfig) -> None:
     content = checkpoint.load_base() if may_take_base else None
     base = checkpoint.tokenizer_of(content, checkpoint.BASE) if content else None
     fingerprint = _fingerprint(cfg, manifest, given or base)
-    if any((out / name).exists() for name in UNFINISHED):  # a killed run's, or another is at work
-        with _replacing(out):
-            pass
-    if not cfg.force and _is_prepared(out, fingerprint):
+    if dataset.is_prepared(out, fingerprint) and not cfg.force:
         print(f"{out} is prepared already (--force does it again)")
         return
 
@@ -140,7 +134,7 @@ def main(cfg: PrepareConfig) -> None:
 
     # --- bins, then meta.json: until it is replaced the folder holds the earlier preparation
     parts = _split_documents(manifest, survey, "encoding")
-    with _replacing(out):
+    with dataset.preparing(out) as bins:
         meta = Meta(
             format=FORMAT,
             fingerprint=fingerprint,
@@ -148,7 +142,7 @@ def main(cfg: PrepareConfig) -> None:
             vocab_size=tok.vocab_size,
             styles=tokenizer.styles(tok) if styles else {},
             licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
-            splits=_write_bins(out, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
+            splits=_write_bins(bins, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
             tokenizer=tok.saved,
         )
         with files.replacing(out / "meta.json") as f:
@@ -191,17 +185,6 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
     return digest.hexdigest()
 
 
-def _is_prepared(out: Path, fingerprint: str) -> bool:
-    """True if `out` holds intact bins with this fingerprint."""
-    try:
-        meta = dataset.read_meta(out)
-        for name in dataset.SPLITS:
-            dataset.open_bin(out, name, meta).verify()
-        return meta.fingerprint == fingerprint
-    except DataError:
-        return False
-
-
 class Part(NamedTuple):
     """A document's part in one split."""
 
@@ -242,7 +225,9 @@ def _reads(tok: Tokenizer, parts: Iterator[tuple[Part, str]]) -> bool:
     return n_bytes >= BYTES_A_TOKEN * n_ids
 
 
-def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool) -> dict[str, SplitMeta]:
+def _write_bins(
+    paths: dict[str, Path], parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool
+) -> dict[str, SplitMeta]:
     """Encode all parts and write the three bins, unfinished as yet; returns what meta.json says of them.
 
     Each part ends with <|endoftext|> if the tokenizer has it. many: instead of a span for each document, meta.json gets
@@ -258,9 +243,8 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
             sizes[part.split]["bytes"] += len(text) if text.isascii() else len(text.encode())
             yield part, text
 
-    unfinished = {name: dataset.part_of(out, name) for name in dataset.SPLITS}
-    with files.named(out), contextlib.ExitStack() as stack:
-        bins = {name: stack.enter_context(files.writing(path)) for name, path in unfinished.items()}
+    with files.named(paths["train"].parent), contextlib.ExitStack() as stack:
+        bins = {name: stack.enter_context(files.writing(path)) for name, path in paths.items()}
         for part, pieces in groupby(tokenizer.encode_all(tok, count_text()), key=itemgetter(0)):
             size, spans = sizes[part.split], documents[part.split]
             start = size["tokens"]
@@ -277,54 +261,8 @@ def _write_bins(out: Path, parts: Iterator[tuple[Part, str]], tok: Tokenizer, ma
     last = tok.specials[END] if many else -1
     return {
         name: SplitMeta(**sizes[name], sha256=files.sha256(DataError, path), documents=tuple(documents[name]), end=last)
-        for name, path in unfinished.items()
+        for name, path in paths.items()
     }
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[None]:
-    """Lock `out` for a preparation that ends with a new meta.json; whatever happens, one of the two is there, whole.
-
-    Raises DataError if another one is at work.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            _tidy(out)
-            try:
-                yield
-            finally:
-                _tidy(out)
-    except Timeout:
-        raise DataError(f"{out}: another prepare.py is writing to it; wait for it, or choose another --out") from None
-
-
-def _tidy(out: Path) -> None:
-    """Finish a preparation whose meta.json is there, and remove what is left of one whose meta.json is not.
-
-    The bins come last: as long as one is unfinished, the next call does this again.
-    """
-    try:
-        meta = dataset.read_meta(out)
-    except DataError:
-        meta = None
-    if meta and isinstance(meta.tokenizer, SavedChar):
-        with files.replacing(out / "meta.pkl") as f:
-            f.write(_nanogpt_meta(tokenizer.from_json(meta.tokenizer)))
-    elif meta:
-        (out / "meta.pkl").unlink(missing_ok=True)
-    for name in dataset.SPLITS:
-        if meta and dataset.is_bin(part := dataset.part_of(out, name), meta.splits[name]):
-            files.move(part, out / f"{name}.bin")
-    for name in UNFINISHED:
-        (out / name).unlink(missing_ok=True)
-
-
-def _nanogpt_meta(tok: CharTokenizer) -> bytes:
-    """The meta.pkl in which nanoGPT's scripts look for the characters."""
-    stoi = {char: id for id, char in enumerate(tok.chars)} | tok.specials
-    itos = {id: char for char, id in stoi.items()}
-    return pickle.dumps({"vocab_size": tok.vocab_size, "itos": itos, "stoi": stoi})
 
 
 def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:

@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import ConfigError, bounds, is_out_of_memory, warn
 from robopoet.machine import Graphed, Machine, Requests, Signals, compiled, find_machine, step_seed
 from robopoet.text import dataset
-from robopoet.text.windows import EvalPlan, TrainWindows
+from robopoet.text.windows import EvalPlan, Split, TrainWindows, open_split
 from robopoet.training import optimizer, plan
 from robopoet.training.evaluate import evaluate, result_line
 from robopoet.training.log import Log, Meter, open_sinks
@@ -188,7 +188,7 @@ def build_state(
     cfg: TrainConfig,
     machine: Machine,
     model: GPT,
-    split: dataset.Split | None = None,
+    split: Split | None = None,
     meta: dataset.Meta | None = None,
 ) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
@@ -282,7 +282,7 @@ def update(
 
 def trial(start: Start, folder: Path, meta: dataset.Meta, machine: Machine, cfg: TrainConfig) -> plan.Trial:
     """A step, and a batch of an evaluation, of a model that is then thrown away, for `minutes` to time."""
-    val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     state = build_state(cfg, machine, make_model(cfg, meta.vocab_size, start), split, meta)
     tok = meta.load_tokenizer()
@@ -319,7 +319,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     meta = dataset.read_meta(folder)
     start.check_fit(cfg.dataset, cfg.optimizer, meta)
     cfg = plan.fit_minutes(cfg, start, meta, clock, functools.partial(trial, start, folder, meta, machine))
-    val, split = (dataset.open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
+    val, split = (open_split(folder, name, meta, cfg.block_size, machine.device) for name in ("val", "train"))
     windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
     tok = meta.load_tokenizer()
     cfg = plan.finish(cfg, windows.per_epoch)
@@ -400,7 +400,7 @@ def evaluate_checkpoint(cfg: TrainConfig, start: Start) -> None:
     folder = dataset.find_dataset(cfg.dataset)
     meta = dataset.read_meta(folder)
     start.check_fit(cfg.dataset, cfg.optimizer, meta)
-    split = dataset.open_split(folder, cfg.split, meta, cfg.block_size, machine.device)
+    split = open_split(folder, cfg.split, meta, cfg.block_size, machine.device)
     model = make_model(cfg, meta.vocab_size, start).to(machine.device)
     eval_plan = EvalPlan(cfg.block_size, cfg.batch_size, cfg.eval_iters)
     result = evaluate(model, split, meta.load_tokenizer(), eval_plan, machine)

@@ -26,8 +26,8 @@ from model import GPT
 from robopoet import files
 from robopoet.errors import CheckpointError, ConfigError, warn
 from robopoet.machine import Machine
-from robopoet.text.dataset import find_dataset, open_split, read_meta
-from robopoet.text.windows import EvalPlan
+from robopoet.text.dataset import find_dataset, read_meta
+from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.training.plan import complete
 from robopoet.training.run import Start

@@ -36,8 +36,8 @@ from bench.common import (
 from bench.peer import Launch, iteration_ms
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import Machine, find_machine
-from robopoet.text.dataset import find_dataset, open_split, read_meta
-from robopoet.text.windows import EvalPlan
+from robopoet.text.dataset import find_dataset, read_meta
+from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 

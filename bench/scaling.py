@@ -21,9 +21,8 @@ from bench.train_speed import build, find_one_machine, lap
 from robopoet import files
 from robopoet.errors import DataError, bounds
 from robopoet.machine import Machine
-from robopoet.text import dataset
-from robopoet.text.dataset import encode_meta, find_dataset, open_split, read_meta
-from robopoet.text.windows import TrainWindows
+from robopoet.text.dataset import encode_meta, find_dataset, read_meta
+from robopoet.text.windows import TrainWindows, open_split
 
 TIMES = 4
 CAN_DROP = hasattr(os, "posix_fadvise")  # drops a file's pages from memory; macOS lacks it
@@ -68,7 +67,7 @@ def tile(folder: Path, out: Path) -> None:
 
 def read_from_disk(windows: TrainWindows, folder: Path, machine: Machine) -> None:
     """Make `windows` read a file on the disk, however small, with no page of it in memory."""
-    with patch.object(dataset, "ON_DEVICE_BYTES", 0):
+    with patch("robopoet.text.windows.ON_DEVICE_BYTES", 0):
         windows.split = open_split(folder, "train", read_meta(folder), windows.block_size, machine.device)
     windows.split.verified()  # this reads all of its pages
     if CAN_DROP:

@@ -43,18 +43,9 @@ from robopoet import files
 from robopoet.errors import ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
 from robopoet.ops import linear
-from robopoet.text.dataset import (
-    FORMAT,
-    Meta,
-    Span,
-    SplitMeta,
-    encode_meta,
-    find_dataset,
-    open_split,
-    read_meta,
-)
+from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta, encode_meta, find_dataset, read_meta
 from robopoet.text.tokenizer import CharTokenizer
-from robopoet.text.windows import TrainWindows
+from robopoet.text.windows import TrainWindows, open_split
 from robopoet.weights import header
 
 

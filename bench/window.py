@@ -21,7 +21,8 @@ from bench.common import markdown, origin, progress, spread, write_result
 from model import GPT
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
-from robopoet.text.dataset import Split, find_dataset, open_split, read_meta
+from robopoet.text.dataset import find_dataset, read_meta
+from robopoet.text.windows import Split, open_split
 from robopoet.weights import checkpoint
 from robopoet.writing.decode import generate, prepack_matrices
 

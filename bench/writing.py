@@ -21,9 +21,9 @@ from bench.common import evaluate_checkpoint, markdown, origin, progress, write_
 from model import GPT
 from robopoet.errors import DataError, bounds
 from robopoet.machine import Machine
-from robopoet.text.dataset import SPLITS, Split, find_dataset, open_split, read_meta
+from robopoet.text.dataset import SPLITS, find_dataset, read_meta
 from robopoet.text.tokenizer import Tokenizer
-from robopoet.text.windows import EvalPlan, eval_batches
+from robopoet.text.windows import EvalPlan, Split, eval_batches, open_split
 from robopoet.weights import checkpoint
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Settings

@@ -10,8 +10,8 @@ from test_memory import last_words
 
 import train
 from robopoet.machine import Machine
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import TrainWindows
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import TrainWindows, open_split
 from robopoet.weights.checkpoint import load_model
 from robopoet.writing.decode import generate
 from train import TrainConfig

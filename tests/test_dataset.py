@@ -14,9 +14,9 @@ from splits import DOCS, describe, write_split
 
 import train
 from robopoet.errors import DataError
-from robopoet.text import dataset
-from robopoet.text.dataset import Bin, Meta, Span, Split, open_split
-from robopoet.text.windows import TrainWindows
+from robopoet.text import dataset, windows
+from robopoet.text.dataset import Bin, Meta, Span
+from robopoet.text.windows import Split, TrainWindows, open_split
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
 @pytest.fixture(params=[2**30, 0], ids=["in memory", "on the disk"])
 def on_disk(request, monkeypatch) -> bool:
     """Whether bins stay on the disk, as large ones do."""
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", request.param)
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", request.param)
     monkeypatch.setattr(dataset, "BLOCK_BYTES", 100)
     return not request.param
 
@@ -104,7 +104,7 @@ def test_a_bin_that_is_replaced_while_it_is_open_is_read_on(tmp_path, on_disk):
 def test_a_bin_on_the_disk_that_is_written_to_while_it_is_open_is_refused_unless_it_is_the_same(
     tmp_path, monkeypatch, change
 ):
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", 0)
     meta, path = write_split(tmp_path, DOCS), tmp_path / "train.bin"
     split = open_split(tmp_path, "train", meta, T, CPU)
     split.verified()
@@ -127,7 +127,7 @@ def test_a_bin_on_the_disk_that_is_written_to_while_it_is_open_is_refused_unless
 
 @pytest.mark.parametrize("change", ["replaced", "overwritten"])
 def test_a_run_goes_on_with_the_bins_that_it_opened_or_ends_in_one_line(small, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", 0)
     shutil.copytree(small["dataset"], bins := tmp_path / "bins")
     losses, keys = {}, small | {"dataset": str(bins), "eval_interval": 6}
 
@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_the_bins_that_it_opened_or_ends_in_one_line(small, t
 
 @pytest.mark.parametrize("altered", ["train", "val"])
 def test_a_short_run_waits_until_its_bins_are_verified(small, tmp_path, monkeypatch, altered):
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", 0)
     shutil.copytree(small["dataset"], bins := tmp_path / "bins")
     content = (bins / f"{altered}.bin").read_bytes()
     (bins / f"{altered}.bin").write_bytes(content[:-2] + content[:2])
@@ -173,7 +173,7 @@ def test_a_short_run_waits_until_its_bins_are_verified(small, tmp_path, monkeypa
 
 
 def test_bins_are_read_where_a_file_has_one_position(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", 0)
     monkeypatch.setattr(dataset, "BLOCK_BYTES", 1)
     meta = write_split(tmp_path, DOCS)
     expected = gathered(open_split(tmp_path, "train", meta, T, CPU))
@@ -192,7 +192,7 @@ def test_a_bin_that_is_no_regular_file_is_refused(tmp_path):
 
 
 def test_memory_stays_bounded_over_ten_thousand_batches_from_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr("robopoet.text.windows.ON_DEVICE_BYTES", 0)
     n = 2_000_000
     meta = write_split(tmp_path, [("alice", n)])
     windows = TrainWindows(open_split(tmp_path, "train", meta, 64, CPU), 64, 1, 0.5)

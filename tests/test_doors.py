@@ -29,7 +29,7 @@ import train
 from robopoet import files
 from robopoet.errors import CheckpointError, ConfigError, DataError
 from robopoet.machine import Machine
-from robopoet.text import corpus, dataset
+from robopoet.text import corpus, dataset, windows
 from robopoet.text.windows import EvalPlan, eval_batches
 from robopoet.training.log import Log
 from robopoet.training.run import Progress
@@ -180,7 +180,7 @@ def meta_json(small: dict, folder: Path) -> Door:
 def read_dataset(folder: Path) -> None:
     meta = dataset.read_meta(folder)
     for name in ("train", "val", "test"):
-        split = dataset.open_split(folder, name, meta, 16, CPU.device)
+        split = windows.open_split(folder, name, meta, 16, CPU.device)
         for _ in eval_batches(split, EvalPlan(16, 8), CPU.device):
             pass
 

@@ -14,8 +14,8 @@ from bench.writing import compare_tags
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
 from robopoet.text import tokenizer
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import EvalPlan
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 
 

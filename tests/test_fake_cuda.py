@@ -13,7 +13,7 @@ from conftest import run_with_hooks
 import robopoet.machine
 import train
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text import dataset
+from robopoet.text import windows
 from robopoet.training.optimizer import configure_optimizers
 from train import TrainConfig
 
@@ -76,10 +76,10 @@ def test_what_goes_to_a_gpu_is_pinned_first_so_that_nothing_waits(monkeypatch):
         def to(self, device, non_blocking=False):
             told.append((device.type, non_blocking))
 
-    monkeypatch.setattr(dataset.torch, "from_numpy", lambda array: Tensor())
-    dataset.put(np.zeros(3), torch.device("cuda"))
+    monkeypatch.setattr(windows.torch, "from_numpy", lambda array: Tensor())
+    windows.put(np.zeros(3), torch.device("cuda"))
     assert told == ["pinned", ("cuda", True)]
-    dataset.put(np.zeros(3), torch.device("cpu"))
+    windows.put(np.zeros(3), torch.device("cpu"))
     assert told[2:] == [("cpu", False)]
 
 

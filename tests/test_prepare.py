@@ -17,7 +17,7 @@ from conftest import decode
 import configurator
 import prepare
 from robopoet.errors import DataError
-from robopoet.text import corpus, dataset, tokenizer
+from robopoet.text import corpus, dataset, tokenizer, windows
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer
 
 REPO = Path(__file__).parent.parent
@@ -293,7 +293,7 @@ def test_each_of_many_documents_goes_to_one_split_and_a_span_holds_all_of_a_styl
             assert (span["style"], span["works"]) == (style, len(of_style))
             assert span["stop"] - span["start"] == sum(map(len, of_style))
         assert (spans[0]["start"], spans[0]["stop"], spans[1]["stop"]) == (0, spans[1]["start"], len(ids))
-        split = dataset.open_split(tmp_path / "out", name, dataset.read_meta(tmp_path / "out"), 8, torch.device("cpu"))
+        split = windows.open_split(tmp_path / "out", name, dataset.read_meta(tmp_path / "out"), 8, torch.device("cpu"))
         starts, stops, span = split.documents
         assert (stops - starts).tolist() == [len(document) for _, document in expected[name]]
         assert [split.styles[i] for i in span] == [style for style, _ in expected[name]]

@@ -12,9 +12,8 @@ import pytest
 import torch
 from test_prepare import BPE, CHAR, contents, make_book, run
 
-import prepare
 from robopoet.errors import DataError
-from robopoet.text import dataset
+from robopoet.text import dataset, windows
 
 watchers: list[tuple[Path, Callable[[], None]]] = []
 
@@ -51,7 +50,7 @@ def seen(folder: Path) -> list:
     """What a training run that opens `folder` gets."""
     meta = dataset.read_meta(folder)
     cpu = torch.device("cpu")
-    return [meta, [dataset.open_split(folder, name, meta, 8, cpu).tokens.tolist() for name in dataset.SPLITS]]
+    return [meta, [windows.open_split(folder, name, meta, 8, cpu).tokens.tolist() for name in dataset.SPLITS]]
 
 
 KINDS = pytest.mark.parametrize("before, after", [(CHAR, CHAR), (CHAR, BPE), (BPE, CHAR)], ids=["same", "bpe", "char"])
@@ -100,7 +99,7 @@ def test_an_operation_that_fails_leaves_one_preparation_and_the_next_run_finishe
 
 def test_two_at_once_in_one_folder_the_second_is_refused_and_changes_nothing(tmp_path):
     out = prepared(tmp_path, "out", 1, *CHAR)
-    with prepare._replacing(out):
+    with dataset.preparing(out):
         (out / "train.bin.part").write_bytes(b"half")
         before = contents(out)
         for argv in ((), ("--force",)):

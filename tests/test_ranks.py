@@ -15,8 +15,8 @@ import torch
 
 import train
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import EvalPlan
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.weights import checkpoint
 from train import TrainConfig

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import TrainWindows
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import TrainWindows, open_split
 from robopoet.training import loss
 from robopoet.training.loss import SampledSoftmax, inclusion_probabilities, sampling_weights
 from robopoet.weights import checkpoint
@@ -120,7 +120,7 @@ def test_ids_are_drawn_once_each_as_often_as_they_should_and_estimate_the_sum_ov
 @pytest.mark.parametrize("window, whole", [(128, True), (100, False)])  # as many windows of as many tokens at most
 def test_weights_are_the_counts_of_the_train_split(books: Path, monkeypatch, on_disk, window, whole):
     if on_disk:
-        monkeypatch.setattr("robopoet.text.dataset.ON_DEVICE_BYTES", 0)
+        monkeypatch.setattr("robopoet.text.windows.ON_DEVICE_BYTES", 0)
     monkeypatch.setattr(loss, "WINDOW", window)
     meta = read_meta(books)
     split = open_split(books, "train", meta, 32, CPU)

@@ -12,8 +12,8 @@ import train
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import Machine
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import TrainWindows
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import TrainWindows, open_split
 from robopoet.training.loss import Teachers
 from robopoet.weights import checkpoint
 from train import TrainConfig

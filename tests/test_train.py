@@ -16,8 +16,8 @@ import train
 from model import GPT
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine, why_no_compile
-from robopoet.text.dataset import open_split, read_meta
-from robopoet.text.windows import EvalPlan, TrainWindows
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import EvalPlan, TrainWindows, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.training.schedule import StepRows
 from train import State, TrainConfig

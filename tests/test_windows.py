@@ -10,9 +10,9 @@ from splits import DOCS, STYLES, VOCAB, describe, write_split
 
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine
-from robopoet.text import dataset
-from robopoet.text.dataset import Bin, Span, Split, open_split
-from robopoet.text.windows import EvalPlan, TrainWindows, eval_batches
+from robopoet.text import windows
+from robopoet.text.dataset import Bin, Span
+from robopoet.text.windows import EvalPlan, Split, TrainWindows, eval_batches, open_split
 from robopoet.training.schedule import StepRows
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ T = 8
 def split(request, tmp_path, monkeypatch) -> Split:
     """The same split, in memory and on the disk."""
     if request.param == "on the disk":
-        monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", 0)
+        monkeypatch.setattr(windows, "ON_DEVICE_BYTES", 0)
     split = open_split(tmp_path, "train", write_split(tmp_path, DOCS), T, CPU)
     assert isinstance(split.tokens, Bin) == (request.param == "on the disk")
     return split
@@ -200,8 +200,8 @@ def test_evaluation_has_every_target_once_tagged_and_never_across_documents(spli
 @pytest.mark.parametrize("searched", [1, 7, 1000])
 @pytest.mark.parametrize("on_device_bytes", [0, 2**30])
 def test_documents_that_share_a_span_are_evaluated_one_by_one(tmp_path, monkeypatch, searched, on_device_bytes):
-    monkeypatch.setattr(dataset, "SEARCHED_TOKENS", searched)
-    monkeypatch.setattr(dataset, "ON_DEVICE_BYTES", on_device_bytes)
+    monkeypatch.setattr("robopoet.text.windows.SEARCHED_TOKENS", searched)
+    monkeypatch.setattr("robopoet.text.windows.ON_DEVICE_BYTES", on_device_bytes)
     meta, end = write_split(tmp_path, DOCS), 60_000
     tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
     spans = meta.splits["train"].documents

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import os
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-import torch
+from filelock import FileLock, Timeout
 
 from robopoet import files, portable
 from robopoet.errors import DataError, did_you_mean
@@ -21,10 +22,9 @@ from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 
 FORMAT = 3  # version of bins and meta.json; raising it makes earlier ones stale
-ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
-SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
 BLOCK_BYTES = 2**20  # hashed at a time
 SPLITS = ("train", "val", "test")
+UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in SPLITS))
 
 
 def find_dataset(name: str) -> Path:
@@ -258,118 +258,79 @@ class Bin:
             raise DataError(f"{self.path}: {e.strerror}") from None
 
 
-def part_of(folder: Path, name: str) -> Path:
-    """Where prepare.py writes a bin. It may be there still when meta.json, which is written last, describes it."""
-    return folder / f"{name}.bin.part"
-
-
-def is_bin(path: Path, split: SplitMeta) -> bool:
-    """Whether `path` is the bin that meta.json describes."""
-    try:
-        Bin(path, split).verify()
-    except DataError:
-        return False
-    return True
-
-
 def open_bin(folder: Path, name: str, meta: Meta) -> Bin:
     """Open the bin `name`, as yet unverified; raises DataError when it is missing or has another size."""
+    split = meta.splits[name]
     with contextlib.suppress(DataError):
-        part = Bin(part_of(folder, name), meta.splits[name])
+        part = Bin(_part_of(folder, name), split)
         part.verify()
         return part
-    return Bin(folder / f"{name}.bin", meta.splits[name])
+    return Bin(folder / f"{name}.bin", split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a split
+# a new preparation in the place of an earlier one
 
 
-@dataclass(frozen=True)
-class Split:
-    """The tokens of one split, and the style of each span of them.
+def is_prepared(folder: Path, fingerprint: str) -> bool:
+    """Whether `folder` holds intact bins of this fingerprint, once what a killed preparation left is tidied up.
 
-    tokens: (n_tokens,) uint16, on the device, or on the disk until they are needed. starts, stops: (n_spans,) int64
-    token positions. styles: each span's style. tags: (n_spans,) int64 id of each span's style tag, -1 if the corpus has
-    no tags. end: the id that ends each document, if a span may hold several; else -1.
+    Raises DataError if another prepare.py is at work.
     """
-
-    path: Path
-    tokens: torch.Tensor | Bin
-    starts: np.ndarray
-    stops: np.ndarray
-    styles: list[str]
-    tags: np.ndarray
-    end: int = -1
-
-    @cached_property
-    def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each document's start, stop and index of span: (n_documents,) int64 each."""
-        if self.end < 0:  # a span is a document
-            return self.starts, self.stops, np.arange(len(self.starts))
-        firsts = range(0, len(self.tokens), SEARCHED_TOKENS)
-        ends = [first + np.flatnonzero(self.read(first, first + SEARCHED_TOKENS) == self.end) for first in firsts]
-        stops = np.concatenate(ends) + 1
-        starts = np.concatenate([[0], stops[:-1]])
-        return starts, stops, np.searchsorted(self.stops, starts, side="right")
-
-    def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
-        """Windows of `length` tokens from `starts` on: (len(starts), length) int64 ids.
-
-        Positions beyond the end of the split hold some valid id.
-        """
-        if isinstance(self.tokens, torch.Tensor):
-            index = put(starts, device)[:, None] + torch.arange(length, device=device)
-            return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
-        self.tokens.check()
-        rows = np.zeros((len(starts), length), dtype=np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            window = self.tokens.read(start, start + length)
-            row[: len(window)] = window
-        return put(rows, device)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids `start` to `stop`: (n,) uint16."""
-        if isinstance(self.tokens, torch.Tensor):
-            return self.tokens[start:stop].cpu().numpy().view(np.uint16)
-        return self.tokens.read(start, stop)
-
-    def verified(self) -> None:
-        """Wait until all of a bin on the disk is verified; raises DataError if it is another than prepared."""
-        if isinstance(self.tokens, Bin):
-            self.tokens.check(wait=True)
+    if any((folder / name).exists() for name in UNFINISHED):
+        with preparing(folder):
+            pass
+    try:
+        meta = read_meta(folder)
+        for name in SPLITS:
+            open_bin(folder, name, meta).verify()
+        return meta.fingerprint == fingerprint
+    except DataError:
+        return False
 
 
-def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy `array` to `device`; to a GPU from pinned memory, as other copies wait for the step that is running."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+@contextlib.contextmanager
+def preparing(folder: Path) -> Iterator[dict[str, Path]]:
+    """Lock `folder` for a preparation: yields where to write each split's bin; then meta.json is to be replaced.
 
-
-def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
-    """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes.
-
-    That is known at once of a small bin; a large one is verified while it is in use.
+    Until it is, the folder holds the earlier preparation, and from then on the new one, whose bins are read under these
+    names until they have their own. Raises DataError if another prepare.py is at work.
     """
-    split, found = meta.splits[name], open_bin(folder, name, meta)
-    if split.tokens < block_size + 1:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _tidy(folder)
+            try:
+                yield {name: _part_of(folder, name) for name in SPLITS}
+            finally:
+                _tidy(folder)
+    except Timeout:
         raise DataError(
-            f"{found.path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
-            "add text or lower block_size"
-        )
-    tokens: torch.Tensor | Bin = found
-    if 2 * split.tokens <= ON_DEVICE_BYTES:
-        ids = found.load().astype(np.int16)  # same bits; few operations take uint16
-        tokens = torch.from_numpy(ids).to(device)
-    else:
-        found.verify_meanwhile()
-    docs = split.documents
-    return Split(
-        found.path,
-        tokens,
-        np.array([doc.start for doc in docs], dtype=np.int64),
-        np.array([doc.stop for doc in docs], dtype=np.int64),
-        [doc.style for doc in docs],
-        np.array([meta.styles.get(doc.style, -1) for doc in docs], dtype=np.int64),
-        split.end,
-    )
+            f"{folder}: another prepare.py is writing to it; wait for it, or choose another --out"
+        ) from None
+
+
+def _tidy(folder: Path) -> None:
+    """Finish a preparation whose meta.json is there, and remove what is left of one whose meta.json is not.
+
+    The bins come last: as long as one is unfinished, the next call does this again.
+    """
+    with contextlib.suppress(DataError):
+        meta = read_meta(folder)
+        if isinstance(saved := meta.tokenizer, SavedChar):  # nanoGPT's scripts look for its ids in meta.pkl
+            stoi = {char: id for id, char in enumerate(saved.chars)} | saved.special_ids
+            itos = {id: char for char, id in stoi.items()}
+            with files.replacing(folder / "meta.pkl") as f:
+                f.write(pickle.dumps({"vocab_size": saved.vocab_size, "itos": itos, "stoi": stoi}))
+        else:
+            (folder / "meta.pkl").unlink(missing_ok=True)
+        for name in SPLITS:
+            with contextlib.suppress(DataError):
+                Bin(part := _part_of(folder, name), meta.splits[name]).verify()
+                files.move(part, folder / f"{name}.bin")
+    for name in UNFINISHED:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _part_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin.part"

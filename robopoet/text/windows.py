@@ -1,19 +1,119 @@
 """Windows are pure functions: row i of step s depends on (seed, s, i) alone, so there is no loader state to save.
 
-Training reads a split in windows of block_size tokens. Each epoch visits every window once, in its own random order and
-with its own offset of the grid of windows. Evaluation walks each document of a split from its first token to its last.
+A split is a bin's tokens, on the device or on the disk. Training reads it in windows of block_size tokens. Each epoch
+visits every window once, in its own random order and with its own offset of the grid of windows. Evaluation walks each
+document of a split from its first token to its last.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from robopoet.text.dataset import Split, put
+from robopoet.errors import DataError
+from robopoet.text.dataset import Bin, Meta, open_bin
+
+ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
+SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a split
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split, and the style of each span of them.
+
+    tokens: (n_tokens,) uint16, on the device, or on the disk until they are needed. starts, stops: (n_spans,) int64
+    token positions. styles: each span's style. tags: (n_spans,) int64 id of each span's style tag, -1 if the corpus has
+    no tags. end: the id that ends each document, if a span may hold several; else -1.
+    """
+
+    path: Path
+    tokens: torch.Tensor | Bin
+    starts: np.ndarray
+    stops: np.ndarray
+    styles: list[str]
+    tags: np.ndarray
+    end: int = -1
+
+    @cached_property
+    def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each document's start, stop and index of span: (n_documents,) int64 each."""
+        if self.end < 0:  # a span is a document
+            return self.starts, self.stops, np.arange(len(self.starts))
+        firsts = range(0, len(self.tokens), SEARCHED_TOKENS)
+        ends = [first + np.flatnonzero(self.read(first, first + SEARCHED_TOKENS) == self.end) for first in firsts]
+        stops = np.concatenate(ends) + 1
+        starts = np.concatenate([[0], stops[:-1]])
+        return starts, stops, np.searchsorted(self.stops, starts, side="right")
+
+    def gather(self, starts: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
+        """Windows of `length` tokens from `starts` on: (len(starts), length) int64 ids.
+
+        Positions beyond the end of the split hold some valid id.
+        """
+        if isinstance(self.tokens, torch.Tensor):
+            index = put(starts, device)[:, None] + torch.arange(length, device=device)
+            return self.tokens[index.clamp_(max=len(self.tokens) - 1)].long() & 0xFFFF
+        self.tokens.check()
+        rows = np.zeros((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            window = self.tokens.read(start, start + length)
+            row[: len(window)] = window
+        return put(rows, device)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids `start` to `stop`: (n,) uint16."""
+        if isinstance(self.tokens, torch.Tensor):
+            return self.tokens[start:stop].cpu().numpy().view(np.uint16)
+        return self.tokens.read(start, stop)
+
+    def verified(self) -> None:
+        """Wait until all of a bin on the disk is verified; raises DataError if it is another than prepared."""
+        if isinstance(self.tokens, Bin):
+            self.tokens.check(wait=True)
+
+
+def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy `array` to `device`; to a GPU from pinned memory, as other copies wait for the step that is running."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
+    """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes.
+
+    That is known at once of a small bin; a large one is verified while it is in use.
+    """
+    split, found = meta.splits[name], open_bin(folder, name, meta)
+    if split.tokens < block_size + 1:
+        raise DataError(
+            f"{found.path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
+            "add text or lower block_size"
+        )
+    tokens: torch.Tensor | Bin = found
+    if 2 * split.tokens <= ON_DEVICE_BYTES:
+        ids = found.load().astype(np.int16)  # same bits; few operations take uint16
+        tokens = torch.from_numpy(ids).to(device)
+    else:
+        found.verify_meanwhile()
+    docs = split.documents
+    return Split(
+        found.path,
+        tokens,
+        np.array([doc.start for doc in docs], dtype=np.int64),
+        np.array([doc.stop for doc in docs], dtype=np.int64),
+        [doc.style for doc in docs],
+        np.array([meta.styles.get(doc.style, -1) for doc in docs], dtype=np.int64),
+        split.end,
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training

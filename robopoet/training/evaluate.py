@@ -8,9 +8,8 @@ import torch
 
 from model import GPT
 from robopoet.machine import Machine
-from robopoet.text.dataset import Split
 from robopoet.text.tokenizer import Tokenizer, token_bytes
-from robopoet.text.windows import EvalPlan, eval_batches
+from robopoet.text.windows import EvalPlan, Split, eval_batches
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from model import GPT, Candidates
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.ops import in_float64
-from robopoet.text.dataset import Meta, Split
+from robopoet.text.dataset import Meta
+from robopoet.text.windows import Split
 from robopoet.training.folder import replaces
 from robopoet.training.run import warn_of_other_splits
 from robopoet.weights import checkpoint

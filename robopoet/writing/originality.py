@@ -17,7 +17,8 @@ import torch
 
 from robopoet.errors import DataError
 from robopoet.text import tokenizer
-from robopoet.text.dataset import open_split, read_meta
+from robopoet.text.dataset import read_meta
+from robopoet.text.windows import open_split
 
 LENGTHS = (4, 8, 12)  # a report says how many sequences of so many words are new
 BETWEEN_WORKS = b"\xff"  # between works, so that no match runs from one into the next; never a byte of UTF-8
