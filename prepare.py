@@ -46,12 +46,12 @@ class PrepareConfig:
     encoding: str = ""  # how your books are encoded, such as cp1252 (default: UTF-8, or else what fits each book best)
     out: str = ""  # where the bins go (default: the corpus's folder)
     tokenizer: str = "auto"  # bpe (trained on this text), char, gpt2, a checkpoint's; auto: the base model's, or bpe
-    vocab_size: int = 0  # number of ids, special tokens included; for bpe only (0: as many as suit the text's length)
+    vocab_size: int | None = None  # number of ids, special tokens included; for bpe only (auto: fits the text's length)
     force: bool = False  # prepare even if nothing has changed
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one per line."""
-        found = bounds(self, "vocab_size", 0, MAX_VOCAB_SIZE)
+        found = bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
         if bool(self.corpus) == bool(self.input):
             found.append("name either a corpus folder, such as data/robopoet, or --input='my/*.txt'")
         elif not self.out and not self.folder:
@@ -174,8 +174,8 @@ def _with_specials(given: Tokenizer, specials: list[str], characters: str) -> To
 
 def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None) -> str:
     """A hash of everything the result depends on: options, a given tokenizer, the manifest and the user's files."""
-    anywhere = replace(manifest, folder=Path("."))
-    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size} {anywhere}".encode())
+    anywhere = replace(manifest, folder=Path("."), vocab_size=manifest.vocab_size or 0)
+    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size or 0} {anywhere}".encode())
     if given:
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:

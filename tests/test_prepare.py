@@ -183,6 +183,12 @@ def test_a_prepared_corpus_is_left_alone(books, capsys):
     assert contents(out) == before
 
 
+def test_a_corpus_that_was_prepared_when_auto_was_written_0_is_left_alone():
+    manifest = corpus.Manifest((corpus.Source(style="a", url="http://a/b"),))
+    earlier = "0130184f202e70c1de56456d2796eaffc3bafadccc7ceaa9ecc11dc37dfd8516"
+    assert prepare._fingerprint(prepare.PrepareConfig(vocab_size=None), manifest, None) == earlier
+
+
 @pytest.mark.parametrize("change", ["text", "one more", "option", "short bin", "no bin", "damaged meta"])
 def test_a_change_makes_it_prepare_again(books, change):
     out = run_on(books, *CHAR)

@@ -106,12 +106,20 @@ def test_values_out_of_range_name_their_key(cls, argv, named):
 
 
 @pytest.mark.parametrize(
-    "key, old", [("learning_rate", 0), ("muon_weight_decay", -1), ("eval_interval", 0), ("lr_decay_iters", 0)]
+    "cls, key, old",
+    [
+        (train.TrainConfig, "learning_rate", 0),
+        (train.TrainConfig, "muon_weight_decay", -1),
+        (train.TrainConfig, "eval_interval", 0),
+        (train.TrainConfig, "lr_decay_iters", 0),
+        (prepare.PrepareConfig, "vocab_size", 0),
+    ],
 )
-def test_a_number_that_once_stood_for_auto_is_refused_in_one_line_that_says_so(write, key, old):
+def test_a_number_that_once_stood_for_auto_is_refused_in_one_line_that_says_so(write, cls, key, old):
+    corpus = ["--corpus=data/robopoet"] if cls is prepare.PrepareConfig else []
     for argv in ([f"--{key}={old}"], [write(f"{key}: {old}")]):
-        assert error(train.TrainConfig, *argv).startswith(f"{key}: found {old}")
-        assert error(train.TrainConfig, *argv).endswith(", or auto")
+        found = error(cls, *corpus, *argv)
+        assert found.startswith(f"{key}: found {old}") and found.endswith(", or auto")
 
 
 def test_the_ends_of_ranges_are_allowed():

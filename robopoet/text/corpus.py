@@ -42,7 +42,7 @@ COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
-VocabSize = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+VocabSize = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -68,7 +68,7 @@ class Manifest:
     sources: Annotated[tuple[Source, ...], msgspec.Meta(min_length=1)]
     splits: tuple[Share, Share, Share] = DEFAULT_SPLITS
     tags: bool = True
-    vocab_size: VocabSize = 0
+    vocab_size: VocabSize | None = None
     text_sha256: Sha256 = ""
     folder: Path = Path(".")
 
