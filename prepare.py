@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,12 +25,12 @@ import configurator
 from robopoet import files
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, did_you_mean, warn
 from robopoet.text import corpus, dataset, sources, tokenizer
-from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
+from robopoet.text.corpus import Part
+from robopoet.text.dataset import FORMAT, MAX_VOCAB_SIZE, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import checkpoint
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
-MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 SHORT = 1_000_000  # bytes; a model of a text up to this long is best started from the base model
 SAMPLE = 100_000  # bytes; this much of a text shows whether a tokenizer suits its language
 BYTES_A_TOKEN = 2.5  # a tokenizer that gets fewer from each token was made for another language
@@ -92,7 +91,7 @@ def main(cfg: PrepareConfig) -> None:
         return
 
     # --- survey: count documents, styles and characters, hash the text
-    survey = corpus.survey(_progress(corpus.documents(manifest), "reading"))
+    survey = corpus.survey(_documents(manifest, "reading"))
     if manifest.text_sha256 not in ("", survey.text_sha256):
         raise DataError(
             f"{cfg.folder}/corpus.yaml: text_sha256: the cleaned text's hash is {survey.text_sha256}, "
@@ -104,10 +103,10 @@ def main(cfg: PrepareConfig) -> None:
 
     # --- tokenizer: trained on the train split alone
     is_short = survey.n_bytes <= SHORT
-    if isinstance(given, BPETokenizer) and not _reads(given, _split_documents(manifest, survey, "trying")):
+    if isinstance(given, BPETokenizer) and not _reads(given, manifest, survey):
         advice = "leave --tokenizer out for one of its own"
         warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
-    if base and is_short and _reads(base, _split_documents(manifest, survey, "trying")):
+    if base and is_short and _reads(base, manifest, survey):
         given = base
         print(f"tokenizer: of {checkpoint.BASE}, so that train.py --minutes=N starts from its weights")
     elif may_take_base and not base and is_short:
@@ -120,7 +119,7 @@ def main(cfg: PrepareConfig) -> None:
     if given:
         tok = _with_specials(given, specials, survey.characters)
     elif cfg.tokenizer in ("auto", "bpe"):
-        texts = (text for part, text in _split_documents(manifest, survey, "learning") if part.split == "train")
+        texts = (text for part, text in _parts(manifest, survey, "learning") if part.split == "train")
         size = cfg.vocab_size or tokenizer.fitting_vocab_size(survey.n_bytes)
         tok = BPETokenizer.train(texts, size, specials, or_fewer=not cfg.vocab_size)
     elif cfg.tokenizer == "char":
@@ -133,7 +132,7 @@ def main(cfg: PrepareConfig) -> None:
         )
 
     # --- bins, then meta.json: until it is replaced the folder holds the earlier preparation
-    parts = _split_documents(manifest, survey, "encoding")
+    parts = _parts(manifest, survey, "encoding")
     with dataset.preparing(out) as bins:
         meta = Meta(
             format=FORMAT,
@@ -185,38 +184,20 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
     return digest.hexdigest()
 
 
-class Part(NamedTuple):
-    """A document's part in one split."""
-
-    number: int  # the document's, from 0
-    name: str
-    style: str
-    split: str
+def _documents(manifest: corpus.Manifest, doing: str, total: int | None = None) -> Iterable[corpus.Document]:
+    """Each document, with a progress bar. doing: its label."""
+    return tqdm(corpus.documents(manifest), desc=doing, total=total, unit=" works", delay=1, disable=None, leave=False)
 
 
-def _progress(docs: Iterable[corpus.Document], doing: str, total: int | None = None) -> Iterable[corpus.Document]:
-    return tqdm(docs, desc=doing, total=total, unit=" works", delay=1, disable=None, leave=False)
+def _parts(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iterator[tuple[Part, str]]:
+    """Read all documents again; yields each one's parts with their text."""
+    return corpus.parts(_documents(manifest, doing, survey.n_documents), manifest, survey)
 
 
-def _split_documents(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iterator[tuple[Part, str]]:
-    """Read all documents again; yields each one's parts with their text. doing: the label of the progress bar.
-
-    Raises DataError, at the end, if the documents are not those of the survey.
-    """
-    exact = all(source.clean == "none" for source in manifest.sources)
-    digest = hashlib.sha256()
-    for i, doc in enumerate(_progress(corpus.documents(manifest), doing, survey.n_documents)):
-        corpus.hash_document(digest, doc)
-        for split, text in corpus.split(doc, survey.n_documents, manifest.splits, exact):
-            yield Part(i, doc.name, doc.style, split), text
-    if digest.hexdigest() != survey.text_sha256:
-        raise DataError("the texts changed while they were being read; run prepare.py again")
-
-
-def _reads(tok: Tokenizer, parts: Iterator[tuple[Part, str]]) -> bool:
+def _reads(tok: Tokenizer, manifest: corpus.Manifest, survey: corpus.Survey) -> bool:
     """True if `tok` needs few enough ids for the start of the train text: it was made for its language."""
     n_ids = n_bytes = 0
-    for part, text in parts:
+    for part, text in _parts(manifest, survey, "trying"):
         if part.split == "train":
             head = text[: SAMPLE - n_bytes]
             n_ids, n_bytes = n_ids + len(tok.encode(head)), n_bytes + len(head.encode())

@@ -24,7 +24,7 @@ from bench.peer import resident_mb
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text import corpus, tokenizer
-from robopoet.text.dataset import read_meta
+from robopoet.text.dataset import MAX_VOCAB_SIZE, read_meta
 from robopoet.text.tokenizer import BPETokenizer
 
 SPEEDS = ("tok_per_sec", "tiktoken_tok_per_sec")  # the keys of both encoders
@@ -44,7 +44,7 @@ class PrepareSpeedConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
-        found = bounds(self, "document_chars repeats", 1) + bounds(self, "vocab_size", 1, 65_536)
+        found = bounds(self, "document_chars repeats", 1) + bounds(self, "vocab_size", 1, MAX_VOCAB_SIZE)
         return found + bounds(self, "megabytes lap_megabytes", 0)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from robopoet import files
 from robopoet.errors import DataError, did_you_mean, shorten
 from robopoet.files import Sha256
 from robopoet.text import cleaning, sources
-from robopoet.text.dataset import SPLITS
+from robopoet.text.dataset import SPLITS, VocabSize
 from robopoet.text.sources import Source
 
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
@@ -42,7 +42,6 @@ COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
-VocabSize = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -173,7 +172,7 @@ def survey(docs: Iterable[Document]) -> Survey:
     guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
     n_documents = n_bytes = letters = raw_letters = 0
     for doc in docs:
-        hash_document(digest, doc)
+        _hash(digest, doc)
         n_documents += 1
         styles[doc.style] = True
         if doc.guessed:
@@ -213,11 +212,31 @@ class _Warnings:
         return self.first + ([f"{self.more:,} more {self.kind}"] if self.more else [])
 
 
-def hash_document(digest: Any, doc: Document) -> None:
-    """Add a document to `digest`, the hash of a corpus."""
+def _hash(digest: Any, doc: Document) -> None:
     digest.update(f"{doc.name}\0{doc.style}\0".encode())
     digest.update(doc.text.encode())
     digest.update(b"\0")
+
+
+class Part(NamedTuple):
+    """A document's part in one split."""
+
+    number: int  # the document's, from 0
+    name: str
+    style: str
+    split: str
+
+
+def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterator[tuple[Part, str]]:
+    """Each part of each document with its text; raises DataError, at the end, if `found` surveyed other documents."""
+    exact = all(source.clean == "none" for source in manifest.sources)
+    digest = hashlib.sha256()
+    for i, doc in enumerate(docs):
+        _hash(digest, doc)
+        for name, text in split(doc, found.n_documents, manifest.splits, exact):
+            yield Part(i, doc.name, doc.style, name), text
+    if digest.hexdigest() != found.text_sha256:
+        raise DataError("the texts changed while they were being read; run prepare.py again")
 
 
 def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from robopoet.files import HOME, Count, Positive, Sha256
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END, SavedBPE, SavedChar
 
+MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 FORMAT = 3  # version of bins and meta.json; raising it makes earlier ones stale
 BLOCK_BYTES = 2**20  # hashed at a time
 SPLITS = ("train", "val", "test")
@@ -49,7 +50,8 @@ def find_dataset(name: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # meta.json
 
-Id = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VOCAB_SIZE)]
+VocabSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_VOCAB_SIZE)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class SplitMeta:
     bytes: Count
     sha256: Sha256
     documents: tuple[Span, ...]
-    end: Annotated[int, msgspec.Meta(ge=-1, lt=2**16)] = -1
+    end: Annotated[int, msgspec.Meta(ge=-1, lt=MAX_VOCAB_SIZE)] = -1
 
     def __post_init__(self) -> None:
         edges = [(span.start, span.stop) for span in self.documents]
@@ -93,7 +95,7 @@ class Meta:
     format: Literal[FORMAT]
     fingerprint: str
     text_sha256: Sha256
-    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    vocab_size: VocabSize
     styles: dict[str, Id]
     licences: tuple[str, ...]
     splits: dict[Literal[SPLITS], SplitMeta]
