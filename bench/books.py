@@ -25,7 +25,7 @@ from bench.common import evaluate_test, last_line, markdown, origin, progress, r
 from robopoet import files
 from robopoet.errors import ConfigError, bounds, warn
 from robopoet.machine import find_machine
-from robopoet.text import corpus, tokenizer
+from robopoet.text import corpus
 from robopoet.text.dataset import SPLITS, read_meta
 from train import TrainConfig
 
@@ -95,7 +95,7 @@ def run(cfg: BooksConfig, path: Path, setting: str) -> dict[str, Any]:
 def tested(path: Path, data: Path) -> dict[str, float]:
     """The bits per byte of the test split in `data`: the model's at `path`, and those of coders that know its text."""
     meta, evaluated = read_meta(data), evaluate_test(path, find_machine("cpu", "auto"))
-    texts = (Texts(data, name, meta, tokenizer.from_json(meta.tokenizer)) for name in SPLITS)
+    texts = (Texts(data, name, meta, meta.load_tokenizer()) for name in SPLITS)
     found = bits_per_byte(*texts, evaluated, meta.vocab_size)
     return {coder["coder"].split(",")[0]: coder["bpb"] for coder in found}
 

@@ -110,7 +110,7 @@ def main(cfg: PrepareSpeedConfig) -> None:
         path, out = Path(scratch) / "many.jsonl", Path(scratch) / "out"
         count, size = write_lines(path, cfg)
         seconds, peak_mem_mb = run_prepare(path, out, cfg)
-        tok = tokenizer.from_json(read_meta(out).tokenizer)
+        tok = read_meta(out).load_tokenizer()
     ours, theirs = time_encoders(tok, list(documents(cfg, cfg.lap_megabytes)), cfg.repeats)
     result = origin("prepare_speed", find_machine("cpu", "float32")) | {
         "documents": count,

@@ -16,7 +16,6 @@ import regex
 import torch
 
 from robopoet.errors import DataError
-from robopoet.text import tokenizer
 from robopoet.text.dataset import read_meta
 from robopoet.text.windows import open_split
 
@@ -170,7 +169,7 @@ def _suffix_array(text: bytes) -> np.ndarray:
 def read_texts(folder: Path, split_name: str) -> list[str]:
     """The text of each document of a split, decoded from its bin; raises DataError if the bin can't be used."""
     meta = read_meta(folder)
-    tok = tokenizer.from_json(meta.tokenizer)
+    tok = meta.load_tokenizer()
     split = open_split(folder, split_name, meta, 1, torch.device("cpu"))
     spans = zip(split.starts, split.stops, strict=True)
     return [tok.decode_bytes(split.read(start, stop).tolist()).decode(errors="replace") for start, stop in spans]
