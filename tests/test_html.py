@@ -345,6 +345,11 @@ def test_the_policy_names_our_scripts_and_forbids_all_else(tmp_path, bpe):
     )
 
 
+def test_a_page_holds_each_parameter_once(tmp_path, bpe):
+    found = export(make_checkpoint(tmp_path / "best.pt", bpe), tmp_path / "poet.html", "float16")
+    assert sum(len(base64.b64decode(text)) for _, attrs, text in found if "data-name" in attrs) == 2 * 38_016
+
+
 def test_an_export_is_atomic_and_a_model_too_large_or_beyond_float16_is_refused(tmp_path, bpe, monkeypatch, capsys):
     path, out = make_checkpoint(tmp_path / "best.pt", bpe), tmp_path / "poet.html"
     keys = {"checkpoint": str(path), "export": str(out), "device": "cpu", "dtype": "float32", "max_new_tokens": 5}

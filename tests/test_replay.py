@@ -1,6 +1,7 @@
 """Saved passages come out the same, or the line that does not is named."""
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -72,6 +73,14 @@ def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, mon
     capsys.readouterr()
     replay(tmp_path / "x.jsonl")
     assert "1 passages, all reproduced exactly" in capsys.readouterr().out
+
+
+def test_a_folders_files_are_hashed_in_order_of_name(tmp_path, monkeypatch):
+    files = [tmp_path / f"{name}.safetensors" for name in "ba"]
+    for path in files:
+        path.write_text(path.stem)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(files))  # as the disk has them
+    assert checkpoint.weights_sha256(tmp_path) == hashlib.sha256(b"ab").hexdigest()
 
 
 def test_a_full_disk_leaves_no_partial_line(poet, tmp_path):
