@@ -120,6 +120,19 @@ def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, caps
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
+def test_constants_that_older_files_hold_are_left_out(tmp_path, bpe):
+    loaded = checkpoint.load_model(make_checkpoint(tmp_path / "best.pt", bpe), torch.device("cpu"), torch.float32)
+    huggingface.export(*loaded, "a passage", tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    constants = {"bias": torch.ones(1, 1, 32, 32), "masked_bias": torch.tensor(-1e4)}
+    older = {
+        f"transformer.h.{i}.attn.{name}": constant.clone() for i in range(2) for name, constant in constants.items()
+    }
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | older, file)
+    back, _, _ = checkpoint.load_model(tmp_path / "export", torch.device("cpu"), torch.float32)
+    assert back.state_dict().keys() == loaded[0].state_dict().keys()
+
+
 def test_a_full_disk_leaves_nothing_and_the_export_is_named(tmp_path, bpe):
     resource = pytest.importorskip("resource")
     model, tok, content = checkpoint.load_model(

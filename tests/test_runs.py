@@ -233,8 +233,10 @@ def test_the_seconds_of_training_leave_out_evaluations(small, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) + sum(pauses))
-    found = run(small, max_iters=4, eval_interval=2, log_interval=1)
-    assert len(pauses) == 2 and all(r["seconds"] < 1000 for r in found if r["kind"] == "train")
+    found = [r for r in run(small, max_iters=4, eval_interval=2, log_interval=1) if r["kind"] == "train"]
+    assert len(pauses) == 2 and found[-1]["seconds"] < 1000
+    laps = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(found)]
+    assert [r["dt_ms"] for r in found[1:]] == pytest.approx([1000 * lap for lap in laps])
 
 
 def test_a_samples_control_characters_do_not_reach_the_terminal():
