@@ -379,9 +379,9 @@ def test_valid_names_are_fetched_from_the_hub_and_file_names_are_not(monkeypatch
         raise CheckpointError("fetched")
 
     monkeypatch.setattr(huggingface, "fetch", fetch)
+    monkeypatch.setattr("robopoet.files.did_you_mean_path", lambda path: "")  # whatever lies beside the checkout
     monkeypatch.chdir(tmp_path)
-    names = ["gpt2", "org/model-1.5B", "org/tiny.en", "a.b/c.d", "org_1/model_2"]
-    for name in names:
+    for name in (names := ["gpt2", "org/model-1.5B", "org/tiny.en", "a.b/c.d", "org_1/model_2"]):
         with pytest.raises(CheckpointError, match=r"^fetched$"):
             checkpoint.load(Path(name))
     files = [*"out/x.pt best.pt out/demo/best ../x /no/such ckpt.PTH model.safetensors".split(), "x" * 300 + ".pt"]
