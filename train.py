@@ -348,7 +348,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     # under --shard no rank can generate with its part alone
     previews = cfg.sample_tokens and log.active and not (cfg.shard and machine.world_size > 1)
-    preview = Preview(folder, meta, tok, machine, cfg.sample_tokens)
+    preview = Preview(model, folder, meta, tok, machine, cfg.sample_tokens) if previews else None
     requests, unsaved = Requests(), ""
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not requests.end:
@@ -370,9 +370,9 @@ def train(cfg: TrainConfig, start: Start) -> None:
             if at_eval:
                 with state.average.applied() if state.average else contextlib.nullcontext():
                     result = evaluate(model, val, tok, eval_plan, machine)
-                    sample = preview(model) if previews else {}
+                    result |= preview() if preview else {}
                 progress.note(val_loss := result["loss"])
-                log.evaluation(progress, result | sample)
+                log.evaluation(progress, result)
             if at_eval or requests.end or requests.save:
                 unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
                 log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")

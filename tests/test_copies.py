@@ -268,3 +268,6 @@ def test_a_missing_training_text_is_told_before_anything_is_generated(parrot, mo
     parrot.__dict__.pop("originality", None)
     with pytest.raises(DataError, match="does not say which text it was trained on"):
         parrot.begin("and", max_copy=8)
+    in_memory = Poet.of_model(parrot.model, parrot.tokenizer, parrot.machine)
+    with pytest.raises(DataError, match="a model in memory: does not say which text it was trained on"):
+        in_memory.begin("and", max_copy=8)

@@ -41,27 +41,29 @@ class Poet:
         if dtype not in get_args(Dtype):
             raise ConfigError(f"dtype: found {dtype!r}, must be one of {', '.join(get_args(Dtype))}")
         machine = find_machine(device, dtype, trains=False)
-        self.path = Path(checkpoint_path)
-        if self.path.suffix == ".pt" and not os.path.exists(self.path):
-            raise CheckpointError(f"{self.path}: not found{did_you_mean_path(self.path) or f'; {_advice()}'}")
-        model, tokenizer, content = checkpoint.load_model(self.path, machine.device, machine.dtype)
+        path = Path(checkpoint_path)
+        if path.suffix == ".pt" and not os.path.exists(path):
+            raise CheckpointError(f"{path}: not found{did_you_mean_path(path) or f'; {_advice()}'}")
+        model, tokenizer, content = checkpoint.load_model(path, machine.device, machine.dtype)
         prepack_matrices(model)
-        self._take(model, tokenizer, machine, record)
-        self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
-        self.identity = content.get("identity", {})
+        self._take(path, content, model, tokenizer, machine, record)
 
     @classmethod
     def of_model(cls, model: GPT, tokenizer: Tokenizer, machine: Machine) -> Self:
         """A poet of a model in memory, on the machine's device: it stays as it is and can be trained on.
 
-        It has no checkpoint, nor a training text: it can't save passages, check them or generate with max_copy.
+        It has neither a checkpoint nor a training text: what needs one, as max_copy does, raises an error that says so.
         """
         poet = cls.__new__(cls)
-        poet._take(model, tokenizer, machine, record=False)
+        poet._take(Path("a model in memory"), {}, model, tokenizer, machine, record=False)
         return poet
 
-    def _take(self, model: GPT, tokenizer: Tokenizer, machine: Machine, record: bool) -> None:
-        self.model, self.tokenizer, self.machine, self.record = model, tokenizer, machine, record
+    def _take(
+        self, path: Path, content: dict[str, Any], model: GPT, tokenizer: Tokenizer, machine: Machine, record: bool
+    ) -> None:
+        self.path, self.model, self.tokenizer, self.machine, self.record = path, model, tokenizer, machine, record
+        self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
+        self.identity = content.get("identity", {})
         self.styles = styles(tokenizer)
         forbidden = [id for name, id in tokenizer.specials.items() if name != END]
         forbidden += range(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's padding

@@ -16,15 +16,15 @@ LARGEST = 10_000_000  # bytes of a training text that is searched for copies: so
 
 
 class Preview:
-    """What sample.py writes by default, in at most `n_tokens`, with a model that learns the dataset in `folder`."""
+    """What sample.py writes by default, in at most `n_tokens`, with `model`, which learns the dataset in `folder`."""
 
-    def __init__(self, folder: Path, meta: Meta, tok: Tokenizer, machine: Machine, n_tokens: int):
-        self.folder, self.meta, self.tok, self.machine, self.n_tokens = folder, meta, tok, machine, n_tokens
+    def __init__(self, model: GPT, folder: Path, meta: Meta, tok: Tokenizer, machine: Machine, n_tokens: int):
+        self.poet, self.folder, self.meta, self.n_tokens = Poet.of_model(model, tok, machine), folder, meta, n_tokens
 
-    def __call__(self, model: GPT) -> dict[str, str | int]:
+    def __call__(self) -> dict[str, str | int]:
         """A sample's text and the words of its longest copy, unless the training text is too large to search."""
-        model.eval()
-        (text,) = Poet.of_model(model, self.tok, self.machine).write(max_new_tokens=self.n_tokens)
+        self.poet.model.eval()
+        (text,) = self.poet.write(max_new_tokens=self.n_tokens)
         copied = {"copied_words": len(self.originality.check(text).longest.split())} if self.originality else {}
         return {"text": text} | copied
 
