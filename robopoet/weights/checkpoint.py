@@ -80,8 +80,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_EXTENSIONS:
-            name, near = shorten(str(path)), files.did_you_mean_path(path)
-            raise CheckpointError(f"{name}: not found{near or '; train first, or name another checkpoint'}")
+            raise not_found(path)
         path = huggingface.fetch(str(path))
     if os.path.isfile(path / "config.json"):
         return huggingface.load_folder(path)
@@ -97,6 +96,11 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its tokenizer has {header.tokenizer.vocab_size} ids, its model fewer")
     loss = {"best_val_loss": header.best_val_loss} if "best_val_loss" in content else {}
     return content | {"model_args": msgspec.structs.asdict(header.model_args)} | loss
+
+
+def not_found(path: Path, advice: str = "train first, or name another checkpoint") -> CheckpointError:
+    """The error that says that there is no file at `path`, with one that resembles it, or else with `advice`."""
+    return CheckpointError(f"{shorten(str(path))}: not found{files.did_you_mean_path(path) or f'; {advice}'}")
 
 
 def load_base() -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from model import GPT
-from robopoet.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from robopoet.files import HOME, did_you_mean_path
+from robopoet.errors import ConfigError, DataError, did_you_mean
+from robopoet.files import HOME
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles
@@ -43,7 +43,7 @@ class Poet:
         machine = find_machine(device, dtype, trains=False)
         path = Path(checkpoint_path)
         if path.suffix == ".pt" and not os.path.exists(path):
-            raise CheckpointError(f"{path}: not found{did_you_mean_path(path) or f'; {_advice()}'}")
+            raise checkpoint.not_found(path, _advice())
         model, tokenizer, content = checkpoint.load_model(path, machine.device, machine.dtype)
         prepack_matrices(model)
         self._take(path, content, model, tokenizer, machine, record)
