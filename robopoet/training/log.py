@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,35 +33,30 @@ from robopoet.weights.header import Seconds
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
 RISING = 3  # evaluations without a better val loss that count as overfitting
-Write = Callable[[dict[str, float | str], int], None]  # (numbers and texts, step)
+Logged = tuple[dict[str, float | str], int]  # numbers and texts, and their step
 
 
-def tensorboard_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[], None]]:
-    """Functions that write numbers and texts at a step to TensorBoard, and that close it."""
+def to_tensorboard(config: dict[str, Any], run_id: str, records: Iterator[Logged]) -> None:
+    """Write records to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     board, last = SummaryWriter(config["out_dir"]), {}
-
-    def write(values: dict[str, float | str], step: int) -> None:
+    for values, step in records:
         for key, value in values.items():
             if isinstance(value, str):
                 board.add_text(key, "    " + value.replace("\n", "\n    "), step)  # as Markdown, a code block
             else:
                 board.add_scalar(key, value, step)
-        last.update({f"hparam/{key}": values[key] for key in ("train/loss", "val/loss", "val/bpb") if key in values})
-
-    def close() -> None:
-        known = {
-            key: value if isinstance(value, int | float | str) else str(written(value)) for key, value in config.items()
-        }
-        board.add_hparams(known, last, run_name=".")
-        board.close()
-
-    return write, close
+        last |= {f"hparam/{key}": values[key] for key in ("train/loss", "val/loss", "val/bpb") if key in values}
+    known = {
+        key: value if isinstance(value, int | float | str) else str(written(value)) for key, value in config.items()
+    }
+    board.add_hparams(known, last, run_name=".")
+    board.close()
 
 
-def wandb_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[], None]]:
-    """Functions that write numbers and texts at a step to Weights & Biases, and that close it."""
+def to_wandb(config: dict[str, Any], run_id: str, records: Iterator[Logged]) -> None:
+    """Write records to Weights & Biases."""
     import wandb
 
     run = wandb.init(
@@ -73,37 +68,35 @@ def wandb_sink(config: dict[str, Any], run_id: str) -> tuple[Write, Callable[[],
         id=run_id or None,
         resume="allow",
     )
-    return lambda values, step: run.log(values | {"iter": step}), run.finish
+    for values, step in records:
+        run.log(values | {"iter": step})
+    run.finish()
 
 
 class Sink:
     """A logger in a thread of its own, dropped at its first failure: training never waits for it or fails with it."""
 
-    def __init__(self, name: str, open_sink: Callable[[], tuple[Write, Callable[[], None]]]):
+    def __init__(self, name: str, write_all: Callable[[Iterator[Logged]], None]):
         self.name, self.waiting = name, queue.Queue(maxsize=1000)
-        self.thread = threading.Thread(target=self._run, args=(open_sink,), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(write_all,), daemon=True)
         self.thread.start()
 
-    def _run(self, open_sink: Callable[[], tuple[Write, Callable[[], None]]]) -> None:
+    def _run(self, write_all: Callable[[Iterator[Logged]], None]) -> None:
         try:
-            write, close = open_sink()
-            while record := self.waiting.get():
-                write(*record)
-            close()
+            write_all(iter(self.waiting.get, None))
         except ImportError as e:
             warn(f"{self.name} is left out: {e}; pip install {self.name.lower()}")
         except Exception as e:  # whatever it is
             warn(f"{self.name} failed and is left out from here on: {e}")
 
-    def put(self, values: dict[str, float | str], step: int) -> None:
-        """Queue a record, or drop it if the logger is a thousand behind."""
+    def put(self, record: Logged | None) -> None:
+        """Queue a record (None: the end), or drop it if the logger is a thousand behind."""
         if self.thread.is_alive() and not self.waiting.full():
-            self.waiting.put_nowait((values, step))
+            self.waiting.put_nowait(record)
 
     def close(self) -> None:
         """Give the logger some seconds to write what is queued."""
-        if self.thread.is_alive() and not self.waiting.full():
-            self.waiting.put_nowait(None)
+        self.put(None)
         self.thread.join(LOGGER_WAIT_S)
         if self.thread.is_alive():
             warn(f"{self.name} has not answered for {LOGGER_WAIT_S:.0f} s; the run ends without it")
@@ -111,9 +104,9 @@ class Sink:
 
 def open_sinks(config: dict[str, Any], run_id: str) -> list[Sink]:
     """The loggers that a run's config asks for."""
-    opens = {"TensorBoard": tensorboard_sink} if config["tensorboard"] else {}
-    opens |= {"wandb": wandb_sink} if config["wandb"] != "off" else {}
-    return [Sink(name, functools.partial(open_sink, config, run_id)) for name, open_sink in opens.items()]
+    writers = {"TensorBoard": to_tensorboard} if config["tensorboard"] else {}
+    writers |= {"wandb": to_wandb} if config["wandb"] != "off" else {}
+    return [Sink(name, functools.partial(write_all, config, run_id)) for name, write_all in writers.items()]
 
 
 def wrapped(text: str) -> str:
@@ -188,7 +181,7 @@ class Log:
         flat = record | {f"loss/{style}": loss for style, loss in record.get("loss_by_style", {}).items()}
         values = {f"{where}/{key}": flat[key] for key in flat if key == "text" or isinstance(flat[key], int | float)}
         for sink in self.sinks:
-            sink.put(values, record["iter"])
+            sink.put((values, record["iter"]))
 
     def train(self, record: dict[str, Any], max_iters: int, eval_interval: int) -> None:
         """Write a training record and print it as a status line."""
@@ -231,7 +224,6 @@ class Meter:
         self.flops_per_step = model.flops_per_token(n_logits) * tokens_per_step
         self.peak_flops, self.peak_mem_mb = machine.matmul_flops(linear) * machine.world_size, 0.0
         self.compile_s: float | None = None
-        self.steps = 0
         self.restart()
 
     @property
