@@ -267,7 +267,7 @@ def test_penalties_and_blends_are_the_samplers_and_draws_follow_the_probabilitie
             steps, call(v8, code, keys, forbidden.tolist(), shares, prompt, steps.tolist()), strict=True
         ):
             raw = logits.clone().index_fill_(1, forbidden, -torch.inf)
-            penalized = ours.penalize(sampler.blend(raw, torch.tensor(shares)) if len(shares) > 1 else raw)[0]
+            penalized = ours.penalize(sampler.blended(raw, torch.tensor(shares)))[0]
             torch.testing.assert_close(torch.tensor(z), penalized.clamp(min=-1e9), rtol=0, atol=1e-5)
             assert id == ours(logits.clone())[0]
             assert note["p"] == pytest.approx(ours.logprobs.exp().item(), abs=1e-6)

@@ -112,10 +112,10 @@ def test_where_every_token_would_repeat_an_ngram_none_is_forbidden():
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities():
     logits, shares = torch.randn(6, 9, dtype=torch.float64), [0.7, 0.3]
-    blended = sampler.blend(logits, torch.tensor(shares, dtype=torch.float64)).softmax(-1)
+    mean = sampler.blended(logits, torch.tensor(shares, dtype=torch.float64)).softmax(-1)
     for i in range(3):
         probs = logits[2 * i].softmax(-1) ** 0.7 * logits[2 * i + 1].softmax(-1) ** 0.3
-        torch.testing.assert_close(blended[i], probs / probs.sum())
+        torch.testing.assert_close(mean[i], probs / probs.sum())
 
 
 @pytest.mark.parametrize("shares", [[1.0], [0.25, 0.75]])

@@ -116,19 +116,16 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     return x.sum(-1) if len(x) > 1 or x.numel() < 2**15 else x.expand(2, -1).sum(-1)[:1]
 
 
-def blend(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def blended(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean of log-probabilities: logits (B * S, V), the S styles of a text in successive rows -> (B, V).
 
-    weights: (S,), or (B, S).
+    In float32 or better; the logits of a single style stay as they are. weights: (S,), or (B, S).
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if weights.shape[-1] == 1:
+        return logits
     log_probs = logits.log_softmax(-1).unflatten(0, (-1, weights.shape[-1]))
     return (log_probs * weights[..., None]).sum(1)
-
-
-def blended(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Logits of S styles, (S, V), to those of their blend, (1, V), in float32 or better. weights: (S,)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return blend(logits, weights) if len(weights) > 1 else logits
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -257,7 +254,7 @@ class Sampler:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).index_fill_(1, self.forbidden, -torch.inf)
         if is_blended := len(logits) > len(self.texts):
             parts = zip(logits.split([weights.numel() for weights in self.weights]), self.weights, strict=True)
-            blends = [blend(part, weights) if weights.shape[1] > 1 else part for part, weights in parts]
+            blends = [blended(part, weights) for part, weights in parts]
             logits = torch.cat(blends) if len(blends) > 1 else blends[0]
         self.logits, self.ids = logits, self.sample(self.penalize(logits))
         if self.characters:
