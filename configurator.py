@@ -69,29 +69,29 @@ def _parse(argv: list[str], hints: dict[str, Any], positional: str | None) -> tu
     """Collect the text given for each key, flags over YAML, and what is wrong with `argv`."""
     found: Found = {}
     flags: dict[str, Any] = {}
-    problems: list[str] = []
-    args, extra = list(argv), []
+    args, extra, problems = list(argv), [], []
+    repeatable = {key for key, kind in hints.items() if get_origin(kind) is tuple}
+
+    def give(key: str, value: str) -> None:
+        if key in repeatable:
+            flags.setdefault(key, []).append(value)
+        else:
+            flags[key] = value
+
     while args:
         arg = args.pop(0)
-        if arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            problem = ""
-            if not equals:
-                value, problem = _take_value(key, args, hints)
-            if problem:
-                problems.append(problem)
-            elif get_origin(hints.get(key)) is tuple:
-                flags.setdefault(key, []).append(value)
+        try:
+            if arg.startswith("--"):
+                key, equals, value = arg[2:].partition("=")
+                give(key, value if equals else _take_value(key, args, hints))
+            elif arg.endswith((".yaml", ".yml")):
+                found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg).items()}
+            elif (arg == "-" or arg[:1] != "-") and positional and positional not in flags.keys() - repeatable:
+                give(positional, arg)
             else:
-                flags[key] = value
-        elif arg.endswith((".yaml", ".yml")):
-            found |= {key: (value, f"{arg}: {key}") for key, value in _read_yaml(arg, problems).items()}
-        elif get_origin(hints.get(positional)) is tuple and (arg == "-" or arg[:1] != "-"):
-            flags.setdefault(positional, []).append(arg)
-        elif positional and positional not in flags and (arg == "-" or arg[:1] != "-"):
-            flags[positional] = arg
-        else:
-            extra.append(arg)
+                extra.append(arg)
+        except ConfigError as e:
+            problems.append(str(e))
     if extra:
         problems.append(_too_many(extra, flags.get(positional, ""), hints))
     return found | {key: (value, f"--{key}") for key, value in flags.items()}, problems
@@ -107,30 +107,27 @@ def _too_many(extra: list[str], before: str, hints: dict[str, Any]) -> str:
     return f"{' '.join(extra)}: {many} too many; {advice}"
 
 
-def _take_value(key: str, args: list[str], hints: dict[str, Any]) -> tuple[str | None, str]:
-    """The value of `--key` where no `=` follows, or None and the problem; takes the argument it uses off `args`."""
+def _take_value(key: str, args: list[str], hints: dict[str, Any]) -> str:
+    """The value of `--key` where no `=` follows, taken off `args`; raises ConfigError if there is none."""
     kind = hints.get(key, bool)  # an unknown key is reported later
     is_flag = kind is bool or "true" in get_args(kind)
     if args and not args[0].startswith("--") and (not is_flag or args[0].lower() in BOOLS):
-        return args.pop(0), ""
+        return args.pop(0)
     if is_flag:
-        return "true", ""
+        return "true"
+    advice = f"write --{key}=VALUE"
     if args and kind in (str, tuple[str, ...]) and not did_you_mean(args[0][2:].partition("=")[0], hints):
         value = args.pop(0)  # begins with -- but resembles no key
-        return None, f"--{key}: has no value; if that is {value}, write --{key}={value}"
-    return None, f"--{key}: has no value; write --{key}=VALUE"
+        advice = f"if that is {value}, write --{key}={value}"
+    raise ConfigError(f"--{key}: has no value; {advice}")
 
 
-def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
-    """Read a YAML file of keys with every scalar left as text; appends to `problems` if that fails."""
-    try:
-        content = read_yaml(beside_scripts(path), ConfigError)
-        if content and not isinstance(content, dict):
-            raise ConfigError(f"{path}: must hold `key: value` lines")
-    except ConfigError as e:
-        problems.append(str(e))
-        return {}
-    return content or {}
+def _read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file of keys with every scalar left as text; raises ConfigError if that fails."""
+    content = read_yaml(beside_scripts(path), ConfigError) or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines")
+    return content
 
 
 def _convert_all(found: Found, hints: dict[str, Any], problems: list[str]) -> dict[str, Any]:
