@@ -58,8 +58,7 @@ class RequestError(ValueError):
 
 def error_body(e: RequestError) -> bytes:
     """The error in OpenAI's form."""
-    kind = "invalid_request_error" if e.status < 500 and e.status != 429 else "server_error"
-    kind = "rate_limit_error" if e.status == 429 else kind
+    kind = "rate_limit_error" if e.status == 429 else "invalid_request_error" if e.status < 500 else "server_error"
     return msgspec.json.encode({"error": {"message": str(e), "type": kind, "param": e.param, "code": e.code}})
 
 
@@ -172,15 +171,10 @@ def within(what: str, value: int, low: int, high: int) -> None:
 
 def _refuse_what_we_lack(body: Any) -> None:
     """Raise RequestError for keys of OpenAI's that ask for something that this server does not do."""
-    asked = {
-        "suffix": bool(body.suffix),
-        "presence_penalty": bool(body.presence_penalty),
-        "frequency_penalty": bool(body.frequency_penalty),
-        "logit_bias": bool(body.logit_bias),
-        "best_of": body.best_of not in (None, 1, body.n),
-    }
-    for key in (key for key, value in asked.items() if value):
-        raise RequestError(f"{key}: this server does not have it; leave it out", code="unsupported")
+    asked = [key for key in ("suffix", "presence_penalty", "frequency_penalty", "logit_bias") if getattr(body, key)]
+    asked += ["best_of"] if body.best_of not in (None, 1, body.n) else []
+    if asked:
+        raise RequestError(f"{asked[0]}: this server does not have it; leave it out", code="unsupported")
     if body.stream_options and not body.stream:
         raise RequestError("stream_options: needs stream")
 
@@ -219,8 +213,8 @@ class Text:
     decoder: StreamDecoder
     parts: list[str]
     asks: bool  # for log-probabilities
+    offset: int  # characters before the next token
     tokens: list[tuple[Scored, int]] = field(default_factory=list)  # with their offsets in the text
-    offset: int = 0
     finish: str | None = None
 
 
@@ -255,19 +249,14 @@ class Reply:
     @property
     def usage(self) -> dict[str, int]:
         """The tokens that were read and generated."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        read, generated = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
     def add(self, choice: Choice, echo: str) -> None:
         """Add a text that is to be generated, with the prompt in front if it is echoed."""
         asks = choice.top is not None
-        self.texts[choice] = Text(len(self.texts), StreamDecoder(self.tok), [echo] if echo else [], asks)
-        if asks and not choice.scores_prompt:
-            self.texts[choice].offset = len(echo)
+        offset = len(echo) if asks and not choice.scores_prompt else 0
+        self.texts[choice] = Text(len(self.texts), StreamDecoder(self.tok), [echo] if echo else [], asks, offset)
 
     def gain(self, gain: Gain) -> None:
         """Take what a text gained."""
@@ -313,13 +302,12 @@ class Reply:
 
     def _logprobs(self, tokens: list[tuple[Scored, int]]) -> dict[str, list[Any]]:
         """OpenAI's legacy form: the sampled token is among the likeliest in any case."""
-        names = [self._name(token.id) for token, _ in tokens]
         top = [
             None if token.logprob is None else {self._name(id): p for id, p in (*token.top, token[:2])}
             for token, _ in tokens
         ]
         return {
-            "tokens": names,
+            "tokens": [self._name(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
             "top_logprobs": top,
             "text_offset": [offset for _, offset in tokens],
