@@ -158,7 +158,8 @@ class Engine(threading.Thread):
             choice = texts[0]
             if first and not choice.paused and (choice.prompt is not first.prompt or not first.rows):
                 break
-            texts.popleft()
+            self.running.append(texts.popleft())
+            self.sampler = None
             try:
                 if choice.paused:
                     self._resume(choice)
@@ -189,10 +190,9 @@ class Engine(threading.Thread):
 
     def _pause(self, choice: Choice) -> None:
         """Take a text's rows from it; among requests without any, its own is now the last."""
-        choice.paused = choice.rows
         for row in choice.rows:
             self.rows.pause(row)
-        choice.rows = []
+        choice.paused, choice.rows = choice.rows, []
         self._leave(choice)
         texts = self.waiting.pop(choice.request, deque())
         texts.appendleft(choice)
@@ -203,8 +203,6 @@ class Engine(threading.Thread):
         for row in choice.paused:
             self.rows.resume(row)
         choice.rows, choice.paused, choice.turn_start = choice.paused, [], len(choice.passage.ids)
-        self.running.append(choice)
-        self.sampler = None
 
     def _start(self, choice: Choice, twin: Choice | None) -> None:
         """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""
@@ -220,8 +218,6 @@ class Engine(threading.Thread):
                 row, states = self.rows.add(choice.prompt, tag)
                 choice.rows.append(row)
                 hidden.append(states)
-        self.running.append(choice)
-        self.sampler = None
         if choice.scores_prompt:
             self.gains.append(Gain(choice, tokens=self._score_prompt(choice, hidden), is_prompt=True))
         if not choice.max_tokens:
