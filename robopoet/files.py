@@ -74,42 +74,40 @@ def check_regular(path: Path, error: type[Exception]) -> int:
     return found.st_size
 
 
+@contextlib.contextmanager
+def reading(path: Path, error: type[Exception]) -> Iterator[BinaryIO]:
+    """A regular file to read; raises `error`, also in this block, if it can't be read."""
+    check_regular(path, error)
+    try:
+        with open(path, "rb") as f:
+            yield f
+    except OSError as e:
+        raise error(f"{path}: {e.strerror}") from None
+
+
 def read_bytes(path: Path, error: type[Exception], limit: int = JSON_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes; raises `error` if it is larger or can't be read."""
     if (size := check_regular(path, error)) > limit:
         raise error(f"{path}: has {size:,} bytes, must have at most {limit:,}")
-    try:
-        with open(path, "rb") as f:
-            return f.read(size)  # not read(limit), which would allocate that much
-    except OSError as e:
-        raise error(f"{path}: {e.strerror}") from None
+    with reading(path, error) as f:
+        return f.read(size)  # not read(limit), which would allocate that much
 
 
 def read_lines(path: Path, error: type[Exception]) -> Iterator[tuple[int, bytes]]:
     """Each line of a regular file with its number, from 1; raises `error`, also on a line of over 100 MB."""
-    check_regular(path, error)
-    try:
-        with open(path, "rb") as f:
-            number = 0
-            while line := f.readline(JSON_BYTES + 1):
-                number += 1
-                if len(line) > JSON_BYTES:
-                    raise error(f"{path}: line {number}: has over {JSON_BYTES:,} bytes")
-                yield number, line.rstrip(b"\r\n")
-    except OSError as e:
-        raise error(f"{path}: {e.strerror}") from None
+    with reading(path, error) as f:
+        for number, line in enumerate(iter(lambda: f.readline(JSON_BYTES + 1), b""), 1):
+            if len(line) > JSON_BYTES:
+                raise error(f"{path}: line {number}: has over {JSON_BYTES:,} bytes")
+            yield number, line.rstrip(b"\r\n")
 
 
 def sha256(error: type[Exception], *paths: Path) -> str:
     """The SHA-256, in hexadecimal, of these regular files one after the other; raises `error` if one can't be read."""
     sha = hashlib.sha256()
     for path in paths:
-        check_regular(path, error)
-        try:
-            with open(path, "rb") as f:
-                hashlib.file_digest(f, lambda: sha)
-        except OSError as e:
-            raise error(f"{path}: {e.strerror}") from None
+        with reading(path, error) as f:
+            hashlib.file_digest(f, lambda: sha)
     return sha.hexdigest()
 
 
