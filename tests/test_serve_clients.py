@@ -17,6 +17,8 @@ from served import HEAD, Served, endless, rest_of, wait_until
 from bench.storm import storm
 from robopoet.errors import ConfigError
 from robopoet.serving import engine as engines
+from robopoet.serving.api import Completion
+from robopoet.serving.protocol import read_request
 from robopoet.writing.decode import Rows
 from robopoet.writing.passage import Passage
 from robopoet.writing.poet import Poet
@@ -42,6 +44,20 @@ def test_a_storm_is_answered_rightly_or_refused(served):
     assert found["wrong"] == [] and sum(found["well"].values()) == 100 and len(found["well"]) == 4
     wait_until(lambda: served.http.get("/health").json() | {"max_rows": 0} == {
         "status": "ok", "requests": 0, "rows": 0, "max_rows": 0})  # fmt: skip
+
+
+def test_a_stream_ends_once_where_its_texts_are_whole_before_its_head_is_sent(served):
+    asked = {"model": "tiny", "prompt": "a", "echo": True, "max_tokens": 3, "stream": True}
+    reply, sent = read_request(json.dumps(asked).encode(), served.poet, "tiny", served.api.limits), []
+
+    async def send(message):
+        sent.append(message.get("body", b""))
+        while not reply.is_done:
+            await asyncio.sleep(0.001)
+
+    served.api.requests += 1
+    asyncio.run(Completion(served.api, reply)({}, asyncio.Event().wait, send))
+    assert b"".join(sent).count(b"data: [DONE]") == 1 and sent[-1].endswith(b"data: [DONE]\n\n")
 
 
 def test_a_client_that_leaves_frees_its_row_and_the_others_go_on(path):

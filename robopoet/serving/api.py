@@ -158,9 +158,8 @@ class Completion:
             self.api.engine.cancel(self.choices)
             watcher.cancel()
             left = ", left" if self.is_left else f", {self.reply.error}" if self.reply.error else ""
-            usage = self.reply.usage
-            scope["note"] = f"{len(self.choices)} texts, {usage['prompt_tokens']} tokens read, "
-            scope["note"] += f"{usage['completion_tokens']} generated{left}"
+            read, generated = self.reply.prompt_tokens, self.reply.completion_tokens
+            scope["note"] = f"{len(self.choices)} texts, {read} tokens read, {generated} generated{left}"
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -180,8 +179,6 @@ class Completion:
     async def _stream(self) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        if echoed := self.reply.chunks():
-            await self._send({"type": "http.response.body", "body": echoed, "more_body": True})
         done = False
         while not (done or self.is_left):
             await self.news.wait()
