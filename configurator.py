@@ -37,7 +37,7 @@ BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 # dataclass <- YAML <- command line
 
 
-def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
+def parse(cls: type, argv: list[str], positional: str | None = None) -> Any:
     """Build the config `cls` from its defaults, then the YAML files in `argv` in order, then the flags in `argv`.
 
     argv: `--key=value`, `--key value`, `--flag` and *.yaml, in any order. positional: the key that a bare argument
@@ -52,7 +52,7 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
         raise SystemExit(0)
     types = get_type_hints(cls)
     hints = {field.name: types[field.name] for field in keys_of(cls)}
-    found, problems = _parse(argv, hints, positional)
+    found, problems = _collect(argv, hints, positional)
     values = _convert_all(found, hints, problems)
     cfg = cls(**values, **({"given": frozenset(values)} if "given" in types else {}))
     problems += cfg.problems()
@@ -65,7 +65,7 @@ def load(cls: type, argv: list[str], positional: str | None = None) -> Any:
 Found = dict[str, tuple[Any, str]]  # key -> (text or list of texts, where it was found)
 
 
-def _parse(argv: list[str], hints: dict[str, Any], positional: str | None) -> tuple[Found, list[str]]:
+def _collect(argv: list[str], hints: dict[str, Any], positional: str | None) -> tuple[Found, list[str]]:
     """Collect the text given for each key, flags over YAML, and what is wrong with `argv`."""
     found: Found = {}
     flags: dict[str, Any] = {}
@@ -250,7 +250,7 @@ def launch(main: Callable[[Any], None], cls: type, positional: str | None = None
         with contextlib.suppress(AttributeError):  # a notebook's
             stream.reconfigure(errors="replace")  # a character that a terminal lacks becomes a ?
     try:
-        main(load(cls, sys.argv[1:], positional))
+        main(parse(cls, sys.argv[1:], positional))
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         pass
     except (Mistake, OSError) as e:

@@ -100,7 +100,7 @@ def damage(path: Path, fault: str, rng: random.Random) -> None:
 
 def cost(cfg: TortureConfig, machine: Machine, out: Path) -> dict[str, float]:
     """Milliseconds of a step at the reference size, of the checks around it, and of a save."""
-    keys = configurator.load(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
+    keys = configurator.parse(train.TrainConfig, ["config/robopoet.yaml", "--device=cpu", f"--dataset={cfg.dataset}"])
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, keys.block_size, machine.device)

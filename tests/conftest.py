@@ -240,7 +240,7 @@ def run(tmp_path_factory):
     data = str(folder / "data")
     prepare.main(prepare.PrepareConfig(input=(f"{folder}/*.txt",), out=data, tokenizer="char"))
     (folder / "tiny.yaml").write_text(f"dataset: {data}\nout_dir: {folder}/out\n", encoding="utf-8")
-    train.main(configurator.load(train.TrainConfig, [f"{folder}/tiny.yaml", *TINY]))
+    train.main(configurator.parse(train.TrainConfig, [f"{folder}/tiny.yaml", *TINY]))
     return folder
 
 
@@ -305,7 +305,7 @@ def peer(run, tmp_path):
 def start(monkeypatch, script, cls, *args, positional=None):
     """Run a script's main on a command line; returns what it wrote."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *args])
-    script.main(configurator.load(cls, list(args), positional))
+    script.main(configurator.parse(cls, list(args), positional))
     (path,) = common.RESULTS.glob("*.json")
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")

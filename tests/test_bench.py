@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
     torch.save(kept | {"config": {}}, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match="does not say"):
         demo.main(demo.DemoConfig(run=str(tmp_path), device="cpu"))
-    model = train.make_model(configurator.load(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
+    model = train.make_model(configurator.parse(train.TrainConfig, TINY), read_meta(run / "data").vocab_size)
     machine = find_machine("cpu", "float32")
     with pytest.raises(CheckpointError, match="does not say what it was trained on"):
         common.evaluate_checkpoint(kept, tmp_path / "best.pt", model, "val", machine)
@@ -90,17 +90,17 @@ def test_a_checkpoint_of_another_kind_ends_in_one_line(run, results, tmp_path):
 
 def test_runs_of_train_are_drawn_against_tokens_and_seconds(run, results, tmp_path, monkeypatch):
     for name in ("a", "b"):
-        train.main(configurator.load(train.TrainConfig, [f"{run}/tiny.yaml", *TINY, f"--out_dir={tmp_path / name}"]))
+        train.main(configurator.parse(train.TrainConfig, [f"{run}/tiny.yaml", *TINY, f"--out_dir={tmp_path / name}"]))
     argv = [str(tmp_path / "a"), str(tmp_path / "b")]
-    plot.main(configurator.load(plot.PlotConfig, [*argv, f"--out={tmp_path}/both"], "runs"))
+    plot.main(configurator.parse(plot.PlotConfig, [*argv, f"--out={tmp_path}/both"], "runs"))
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (tmp_path / "both.svg").read_bytes()
-    plot.main(configurator.load(plot.PlotConfig, argv, "runs"))  # beside the first
+    plot.main(configurator.parse(plot.PlotConfig, argv, "runs"))  # beside the first
     assert (tmp_path / "a" / "loss.svg").read_bytes() == (tmp_path / "both.svg").read_bytes()
-    plot.main(configurator.load(plot.PlotConfig, [*argv, f"--out={tmp_path}/one.svg"], "runs"))
+    plot.main(configurator.parse(plot.PlotConfig, [*argv, f"--out={tmp_path}/one.svg"], "runs"))
     assert (tmp_path / "one.svg").exists() and not (tmp_path / "one.png").exists() and not results.exists()
     with pytest.raises(ConfigError, match=r"runs: .*none holds no metrics\.jsonl"):
-        configurator.load(plot.PlotConfig, [str(tmp_path / "none")], "runs")
+        configurator.parse(plot.PlotConfig, [str(tmp_path / "none")], "runs")
 
 
 def test_runs_of_different_vocabularies_share_an_axis_in_bits_per_byte(tmp_path):
@@ -178,7 +178,7 @@ def test_prepare_speed_in_a_process_of_its_own(prepare_args, results, monkeypatc
     result, _ = start(monkeypatch, prepare_speed, prepare_speed.PrepareSpeedConfig, *prepare_args)
     assert result["mb_per_s"] == pytest.approx(0.05 / result["seconds"], rel=0.01)
     assert 50 < result["peak_mem_mb"] < 2000
-    cfg = configurator.load(prepare_speed.PrepareSpeedConfig, [*prepare_args, "--vocab_size=200"])
+    cfg = configurator.parse(prepare_speed.PrepareSpeedConfig, [*prepare_args, "--vocab_size=200"])
     with pytest.raises(ConfigError, match=r"prepare\.py failed: .*vocab_size"):
         prepare_speed.main(cfg)
 
@@ -286,7 +286,7 @@ def test_an_absolute_path_is_cut_from_the_command(monkeypatch):
 def test_the_command_that_trains_is_read_as_the_config_it_was_made_from(plans):
     cfg = train.TrainConfig(n_layer=3, bias=False, wandb="offline", plans=plans)
     command = common.train_command(cfg, out_dir="out/here")
-    read = configurator.load(train.TrainConfig, command[3:])
+    read = configurator.parse(train.TrainConfig, command[3:])
     assert read == dataclasses.replace(cfg, out_dir="out/here", tensorboard=False, wandb="off")
 
 

@@ -67,7 +67,7 @@ def h100(tmp_path, books, monkeypatch):
         script = next(i for i, arg in enumerate(command) if arg == "train.py" or arg.startswith("bench."))
         name = command[script].removeprefix("bench.")
         cls, positional = BENCHES.get(name, (train.TrainConfig, None))
-        cfg = configurator.load(cls, list(command[script + 1 :]), positional)
+        cfg = configurator.parse(cls, list(command[script + 1 :]), positional)
         assert cfg.device == "cuda"
         if code == 0 and name == "train.py":
             records = [
@@ -290,7 +290,7 @@ def test_what_is_looked_for_is_what_is_printed(small, monkeypatch, capsys):
 )
 def test_bad_keys_are_named(args, problem):
     with pytest.raises(ConfigError, match=problem):
-        configurator.load(GpuConfig, args)
+        configurator.parse(GpuConfig, args)
 
 
 @pytest.mark.slow

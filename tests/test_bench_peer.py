@@ -134,12 +134,12 @@ def test_learn_beside_a_peer(run, results, peer, monkeypatch):
     assert (run / "learn.svg").read_bytes() == picture
     assert sorted(results.iterdir()) == before  # nothing is written there unless told
     with pytest.raises(ConfigError, match=r"out: must name .*--out=bench/results/learn\.svg"):
-        configurator.load(plot.PlotConfig, [], "runs")
+        configurator.parse(plot.PlotConfig, [], "runs")
 
 
 @pytest.mark.slow
 def test_a_peers_loss_is_evaluated_as_ours(run, peer, monkeypatch):
-    cfg = configurator.load(
+    cfg = configurator.parse(
         learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}", "--peer_args=--max_iters=4"]
     )
     machine = find_machine("cpu", "float32")
@@ -166,7 +166,7 @@ def test_when_a_curve_comes_down_to_a_loss(loss, seconds):
 
 
 def test_a_peer_without_max_iters_is_refused(run, peer):
-    cfg = configurator.load(learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}"])
+    cfg = configurator.parse(learn.LearnConfig, [f"{run}/tiny.yaml", *TINY, f"--peer={peer}"])
     with pytest.raises(ConfigError, match="peer_args"):
         learn.run_peer(cfg, find_machine("cpu", "float32"), run / "data", 0, None)
 

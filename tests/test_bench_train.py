@@ -57,17 +57,17 @@ def test_memory(run, results, monkeypatch):
     assert plain["peak_mem_mb"] - again["peak_mem_mb"] > kept_mb / 2
     assert plain["peak_mem_mb"] > result["runs"][0]["peak_mem_mb"] + kept_mb
     assert f"| {plain['peak_mem_mb']:,.0f} " in memory.table([result])
-    cfg = configurator.load(memory.MemoryConfig, [f"{run}/tiny.yaml", *TINY, "--device=cuda:9"])
+    cfg = configurator.parse(memory.MemoryConfig, [f"{run}/tiny.yaml", *TINY, "--device=cuda:9"])
     with pytest.raises(ConfigError, match="came to no step 3: "):
         memory.measure(cfg, False)
     with pytest.raises(ConfigError, match="rows: found 'two', must be a whole number"):
-        configurator.load(memory.MemoryConfig, ["--rows=two"])
+        configurator.parse(memory.MemoryConfig, ["--rows=two"])
 
 
 def test_the_first_status_line_stops_the_clock_and_the_run(run, tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     monkeypatch.setattr(train, "__file__", str(script))
-    cfg = configurator.load(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *TINY])
+    cfg = configurator.parse(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *TINY])
     script.write_text("import time\nprint('cpu')\ntime.sleep(0.2)\nprint('step      1  loss')\ntime.sleep(300)")
     start = time.perf_counter()
     assert 0.2 < train_speed.time_to_first_step(cfg, run / "data") < time.perf_counter() - start < 60
@@ -78,7 +78,7 @@ def test_the_first_status_line_stops_the_clock_and_the_run(run, tmp_path, monkey
 
 def test_time_shares(run):
     keys = [*TINY, "--n_embd=128", "--batch_size=64", "--dropout=0.1"]
-    cfg = configurator.load(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *keys])
+    cfg = configurator.parse(train_speed.SpeedConfig, [f"{run}/tiny.yaml", *keys])
     machine = train_speed.find_one_machine(cfg)
     state, windows = train_speed.build(cfg, machine, run / "data")
     shares = train_speed.time_shares(state, windows, cfg, machine)
@@ -118,7 +118,7 @@ def test_a_peak_that_was_measured_beside_another_load_is_no_peak(run, results, m
     assert result["start_s"] is None and "s to first step" not in train_speed.table([result])
     peaks = iter([1e15, 1e15, 4e15])
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
-    model = train.make_model(configurator.load(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
+    model = train.make_model(configurator.parse(train.TrainConfig, args[:-3]), read_meta(run / "data").vocab_size)
     flops = model.flops_per_token() * 4 * 16
     assert result["mfu"]["max"] == pytest.approx(1000 * flops / result["dt_ms"]["min"] / 4e15)  # the best peak
 
@@ -131,7 +131,7 @@ def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
     assert modes == [] and len(result["loss_scales"]) == 2 and result["loss_scales"][0] > 1
     assert len(result["repeats_loss"]) == 2 and result["repeats_loss"][-1] == result["loss"]
-    cfg = configurator.load(train_speed.SpeedConfig, [*args, "--compile=true", "--compile_mode=reduce-overhead"])
+    cfg = configurator.parse(train_speed.SpeedConfig, [*args, "--compile=true", "--compile_mode=reduce-overhead"])
     machine, wrapped = train_speed.find_one_machine(cfg), torch.nn.Identity()
     monkeypatch.setattr(torch, "compile", lambda model, mode="": modes.append(mode) or wrapped)
     assert train_speed.build(cfg, machine, run / "data")[0].forward is wrapped and modes == ["", "reduce-overhead"]
@@ -139,13 +139,13 @@ def test_other_modes_of_compiling_and_the_loss_scale(run, results, monkeypatch):
 
 def test_train_speed_on_random_ids(run, results, tmp_path, monkeypatch):
     def train_in_this_process(cfg, folder):  # to the end, evaluation included
-        train.main(configurator.load(train.TrainConfig, [*TINY, f"--dataset={folder}", f"--out_dir={tmp_path}"]))
+        train.main(configurator.parse(train.TrainConfig, [*TINY, f"--dataset={folder}", f"--out_dir={tmp_path}"]))
         return 1.0
 
     monkeypatch.setattr(train_speed, "time_to_first_step", train_in_this_process)
     args = [f"{run}/tiny.yaml", *TINY, "--repeats=1", "--steps=1", "--vocab_size=300"]
     result, _ = start(monkeypatch, train_speed, train_speed.SpeedConfig, *args)
-    cfg = configurator.load(train_speed.SpeedConfig, args)
+    cfg = configurator.parse(train_speed.SpeedConfig, args)
     assert result["parameters"] == train.make_model(cfg, 300).num_params()
     assert result["loss"] == pytest.approx(np.log(300), abs=0.2)
     assert "random" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_scaling(run, results, monkeypatch):
 
 def test_a_tiled_corpus_has_the_windows_and_documents_of_its_source(run, tmp_path):
     scaling.tile(run / "data", tmp_path)
-    cfg = configurator.load(scaling.ScalingConfig, [f"{run}/tiny.yaml", *TINY, "--tag_prob=1"])
+    cfg = configurator.parse(scaling.ScalingConfig, [f"{run}/tiny.yaml", *TINY, "--tag_prob=1"])
     machine = scaling.find_one_machine(cfg)
     _, windows = scaling.build(cfg, machine, run / "data")
     _, tiled = scaling.build(cfg, machine, tmp_path)

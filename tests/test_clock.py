@@ -120,8 +120,8 @@ def test_an_evaluation_comes_an_interval_after_the_one_before_whatever_was_plann
 @pytest.mark.parametrize("text", ["7", "7:8", "7:7:1", "9:8:1", "7:9:0", "-1:9:1", "a:9:1", "7:9:1:1", ""])
 def test_a_plan_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match=r"^plans: found"):
-        configurator.load(train.TrainConfig, [f"--plans={text}"])
-    assert configurator.load(train.TrainConfig, ["--plans=7:9:1"]).plans == ("7:9:1",)
+        configurator.parse(train.TrainConfig, [f"--plans={text}"])
+    assert configurator.parse(train.TrainConfig, ["--plans=7:9:1"]).plans == ("7:9:1",)
 
 
 # --- a run
@@ -155,7 +155,7 @@ def going(small, wall, monkeypatch):
     def run(out: Path, *more: str, load=lambda now: 1, kill: int = -1) -> list[dict]:
         world.load, world.kill = load, kill
         try:
-            train.main(configurator.load(train.TrainConfig, [*argv, f"--out_dir={out}", *more]))
+            train.main(configurator.parse(train.TrainConfig, [*argv, f"--out_dir={out}", *more]))
             assert kill == -1
         except KilledError:
             assert kill >= 0

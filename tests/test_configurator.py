@@ -16,7 +16,7 @@ import configurator
 import prepare
 import sample
 import train
-from configurator import load
+from configurator import parse
 from robopoet import VERSION, files
 from robopoet.errors import ConfigError, bounds
 
@@ -55,7 +55,7 @@ def write(tmp_path):
 
 def error(cls: type, *argv: str, positional: str | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        load(cls, list(argv), positional)
+        parse(cls, list(argv), positional)
     return str(caught.value)
 
 
@@ -63,28 +63,28 @@ def error(cls: type, *argv: str, positional: str | None = None) -> str:
 
 
 def test_without_arguments_all_keys_have_their_defaults():
-    assert load(Toy, []) == Toy()
+    assert parse(Toy, []) == Toy()
 
 
 def test_command_line_beats_later_yaml_beats_earlier_yaml_beats_default(write):
     first = write("rate: 1\nsteps: 1\nname: first\n", "first.yaml")
     second = write("rate: 2\nsteps: 2\n", "second.yml")
     # the place of --rate among the files does not matter
-    assert load(Toy, ["--rate=3", first, second]) == Toy(rate=3.0, steps=2, name="first")
-    assert load(Toy, [second, first, "--rate", "3"]) == Toy(rate=3.0, steps=1, name="first")
+    assert parse(Toy, ["--rate=3", first, second]) == Toy(rate=3.0, steps=2, name="first")
+    assert parse(Toy, [second, first, "--rate", "3"]) == Toy(rate=3.0, steps=1, name="first")
 
 
 def test_the_last_of_two_equal_flags_wins():
-    assert load(Toy, ["--steps=3", "--steps", "4"]).steps == 4
+    assert parse(Toy, ["--steps=3", "--steps", "4"]).steps == 4
 
 
 def test_positional_argument_goes_to_its_key():
-    assert load(Toy, ["poem", "--steps=2"], "name") == Toy(name="poem", steps=2)
+    assert parse(Toy, ["poem", "--steps=2"], "name") == Toy(name="poem", steps=2)
     assert "poem" in error(Toy, "poem")
-    assert load(Toy, ["a", "--steps=2", "b"], "many") == Toy(many=("a", "b"), steps=2)
+    assert parse(Toy, ["a", "--steps=2", "b"], "many") == Toy(many=("a", "b"), steps=2)
     assert "b" in error(Toy, "a", "b", positional="name")
-    assert load(Toy, ["-"], "name").name == "-"
-    assert load(Toy, ["-", "a"], "many").many == ("-", "a")
+    assert parse(Toy, ["-"], "name").name == "-"
+    assert parse(Toy, ["-", "a"], "many").many == ("-", "a")
 
 
 @pytest.mark.parametrize(
@@ -128,23 +128,23 @@ def test_the_nearest_path_is_looked_for_in_the_first_folder_that_is_missing(tmp_
 
 @pytest.mark.parametrize("text, value", [("6e-4", 6e-4), ("1", 1.0), ("-2", -2.0), (".5", 0.5), ("1E3", 1000.0)])
 def test_numbers_become_floats_in_yaml_and_on_the_command_line(write, text, value):
-    for cfg in (load(Toy, [write(f"rate: {text}")]), load(Toy, [f"--rate={text}"]), load(Toy, ["--rate", text])):
+    for cfg in (parse(Toy, [write(f"rate: {text}")]), parse(Toy, [f"--rate={text}"]), parse(Toy, ["--rate", text])):
         assert cfg.rate == value
         assert type(cfg.rate) is float
 
 
 @pytest.mark.parametrize("text, value", [("7", 7), ("5e3", 5000), ("3.0", 3)])
 def test_whole_numbers_become_ints_however_written(write, text, value):
-    for cfg in (load(Toy, [write(f"steps: {text}")]), load(Toy, [f"--steps={text}"])):
+    for cfg in (parse(Toy, [write(f"steps: {text}")]), parse(Toy, [f"--steps={text}"])):
         assert cfg.steps == value
         assert type(cfg.steps) is int
 
 
 def test_none_is_written_auto(write):
     for argv in ([write("share: auto\nsize: Auto\n")], ["--share=auto", "--size", "AUTO"], []):
-        cfg = load(Toy, argv)
+        cfg = parse(Toy, argv)
         assert (cfg.share, cfg.size) == (None, None)
-    cfg = load(Toy, ["--share=2", "--size=3e3"])
+    cfg = parse(Toy, ["--share=2", "--size=3e3"])
     assert (cfg.share, cfg.size) == (2.0, 3000) and type(cfg.share) is float and type(cfg.size) is int
     assert "--share                        auto           a number, or chosen" in configurator.usage(Toy)
     assert error(Toy, "--share=x") == "--share: found 'x', must be a number, or auto"
@@ -159,56 +159,56 @@ def test_none_is_written_auto(write):
 
 @pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1])
 def test_large_whole_numbers_keep_every_digit(number):
-    assert load(Toy, [f"--steps={number}"]).steps == number
+    assert parse(Toy, [f"--steps={number}"]).steps == number
 
 
 def test_off_and_on_stay_words_for_a_key_of_words(write):
-    assert load(Toy, [write("mode: on")]).mode == "on"
-    assert load(Toy, [write("mode: off"), "--name=y"]).mode == "off"
-    assert load(Toy, [write("name: no")]).name == "no"
-    assert load(train.TrainConfig, [write("wandb: off")]).wandb == "off"
+    assert parse(Toy, [write("mode: on")]).mode == "on"
+    assert parse(Toy, [write("mode: off"), "--name=y"]).mode == "off"
+    assert parse(Toy, [write("name: no")]).name == "no"
+    assert parse(train.TrainConfig, [write("wandb: off")]).wandb == "off"
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "TRUE"])
 def test_true_has_many_spellings(write, text):
-    assert load(Toy, [f"--flag={text}"]).flag is True
-    assert load(Toy, ["--flag", text]).flag is True
-    assert load(Toy, [write(f"flag: {text}")]).flag is True
+    assert parse(Toy, [f"--flag={text}"]).flag is True
+    assert parse(Toy, ["--flag", text]).flag is True
+    assert parse(Toy, [write(f"flag: {text}")]).flag is True
 
 
 @pytest.mark.parametrize("text", ["false", "False", "0", "no", "off"])
 def test_false_has_many_spellings(write, text):
     yes = write("flag: true")
-    assert load(Toy, [yes, f"--flag={text}"]).flag is False
-    assert load(Toy, [yes, "--flag", text]).flag is False
-    assert load(Toy, [yes, write(f"flag: {text}", "no.yaml")]).flag is False
+    assert parse(Toy, [yes, f"--flag={text}"]).flag is False
+    assert parse(Toy, [yes, "--flag", text]).flag is False
+    assert parse(Toy, [yes, write(f"flag: {text}", "no.yaml")]).flag is False
 
 
 def test_a_bare_bool_is_true_and_takes_no_argument_after_it(write):
-    assert load(Toy, ["--flag"]).flag is True
-    assert load(Toy, ["--flag", "--steps=3"]) == Toy(flag=True, steps=3)
-    assert load(Toy, ["--flag", write("steps: 4")]) == Toy(flag=True, steps=4)
-    assert load(Toy, ["--flag", "poem"], "name") == Toy(flag=True, name="poem")
+    assert parse(Toy, ["--flag"]).flag is True
+    assert parse(Toy, ["--flag", "--steps=3"]) == Toy(flag=True, steps=3)
+    assert parse(Toy, ["--flag", write("steps: 4")]) == Toy(flag=True, steps=4)
+    assert parse(Toy, ["--flag", "poem"], "name") == Toy(flag=True, name="poem")
 
 
 def test_values_may_hold_equals_signs_spaces_dashes_and_nothing():
-    assert load(Toy, ["--name=a=b==c"]).name == "a=b==c"
-    assert load(Toy, ["--name", "a=b"]).name == "a=b"
-    assert load(Toy, ["--name=--steps=3"]).name == "--steps=3"
-    assert load(Toy, ["--name= two words "]).name == " two words "
-    assert load(Toy, ["--name="]).name == ""
+    assert parse(Toy, ["--name=a=b==c"]).name == "a=b==c"
+    assert parse(Toy, ["--name", "a=b"]).name == "a=b"
+    assert parse(Toy, ["--name=--steps=3"]).name == "--steps=3"
+    assert parse(Toy, ["--name= two words "]).name == " two words "
+    assert parse(Toy, ["--name="]).name == ""
 
 
 def test_repeatable_keys_collect(write):
-    assert load(Toy, ["--many=a", "--many", "b,c"]).many == ("a", "b,c")
+    assert parse(Toy, ["--many=a", "--many", "b,c"]).many == ("a", "b,c")
     listed = write("many: [a, 1e3, off]")
-    assert load(Toy, [listed]).many == ("a", "1e3", "off")
-    assert load(Toy, [write("many: one", "one.yaml")]).many == ("one",)
-    assert load(Toy, [listed, "--many=z"]).many == ("z",)  # and win over YAML as any key does
+    assert parse(Toy, [listed]).many == ("a", "1e3", "off")
+    assert parse(Toy, [write("many: one", "one.yaml")]).many == ("one",)
+    assert parse(Toy, [listed, "--many=z"]).many == ("z",)  # and win over YAML as any key does
 
 
 def test_empty_yaml_changes_nothing(write):
-    assert load(Toy, [write("")]) == load(Toy, [write("# only a comment\n")]) == Toy()
+    assert parse(Toy, [write("")]) == parse(Toy, [write("# only a comment\n")]) == Toy()
 
 
 # --- which message a bad one gets
@@ -286,7 +286,7 @@ def test_a_missing_value_is_named(argv):
 def test_a_value_that_begins_with_dashes_is_refused_with_how_to_write_it(key, value):
     message = error(Toy, f"--{key}", value)
     assert message == f"--{key}: has no value; if that is {value}, write --{key}={value}"
-    assert getattr(load(Toy, [message.rsplit(" ", 1)[1]]), key) in (value, (value,))
+    assert getattr(parse(Toy, [message.rsplit(" ", 1)[1]]), key) in (value, (value,))
 
 
 @pytest.mark.parametrize("argv", [["--name", "--stepz=3"], ["--steps", "--"], ["--name", "--mode", "on"]])
@@ -349,7 +349,7 @@ def test_change_gives_a_checked_copy():
 
 def test_version_prints_what_a_bug_report_needs(capsys):
     with pytest.raises(SystemExit) as end:
-        load(train.TrainConfig, ["config/nope.yaml", "--version"])
+        parse(train.TrainConfig, ["config/nope.yaml", "--version"])
     assert end.value.code == 0
     assert re.fullmatch(r"RoboPoet \d+\.\d+\.\d+, torch \S+, Python \S+\n", capsys.readouterr().out)
     project = tomllib.loads((files.HOME / "pyproject.toml").read_text())["project"]
@@ -365,7 +365,7 @@ def test_help_prints_the_choices_of_a_key(cls, choices):
 
 
 def test_the_keys_that_were_given_are_known(write):
-    cfg = load(train.TrainConfig, [write("n_layer: 3"), "--seed=1337"])
+    cfg = parse(train.TrainConfig, [write("n_layer: 3"), "--seed=1337"])
     assert cfg.given == {"n_layer", "seed"} and train.TrainConfig().given == frozenset()
     assert "given" in error(train.TrainConfig, "--given=seed") and "no such key" in error(
         train.TrainConfig, "--given=x"

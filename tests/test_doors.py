@@ -118,7 +118,7 @@ def as_yaml(content: Any) -> bytes:
 def config_yaml(small: dict, folder: Path) -> Door:
     path = folder / "config.yaml"
     keys = {key: str(value) for key, value in small.items()}
-    return Door(path, keys, as_yaml, lambda: configurator.load(train.TrainConfig, [str(path)]))
+    return Door(path, keys, as_yaml, lambda: configurator.parse(train.TrainConfig, [str(path)]))
 
 
 def corpus_yaml(small: dict, folder: Path) -> Door:

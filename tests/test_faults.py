@@ -349,4 +349,4 @@ def test_a_window_is_read_in_the_same_order_whatever_the_ranks():
 
 def test_a_timeout_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="timeout_s: found 0"):
-        configurator.load(TrainConfig, ["--timeout_s=0"])
+        configurator.parse(TrainConfig, ["--timeout_s=0"])

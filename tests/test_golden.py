@@ -34,7 +34,7 @@ def curve(folder: Path, name: str) -> dict[str, list[float]]:
         (folder / "beta.txt").write_text(make_book(2, 40).upper())
         prepare.main(prepare.PrepareConfig(input=(str(folder / "*.txt"),), out=str(folder / "bins"), tokenizer="char"))
     args = [*SHAPE, f"--dataset={folder / 'bins'}", f"--out_dir={folder / name}", *RUNS[name]]
-    train.main(train.configurator.load(train.TrainConfig, args))
+    train.main(train.configurator.parse(train.TrainConfig, args))
     records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return {kind: [round(r["loss"], 5) for r in records if r["kind"] == kind] for kind in ("train", "eval")}
 

@@ -243,8 +243,6 @@ SHARED = {
     "main": "each script's",
     "export": "each format's, called through its module",
     "check": "what each format can hold, called through its module",
-    "load": "called through its module",
-    "save": "called through its module",
 }
 
 

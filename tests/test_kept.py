@@ -42,7 +42,7 @@ def evaluate(bins: Path) -> list[float]:
     for split in ("val", "test"):
         args = [f"--dataset={bins}", f"--init_from={CHECKPOINT}", "--eval_only=true", f"--split={split}", *CPU]
         with redirect_stdout(StringIO()) as printed:
-            train.main(configurator.load(train.TrainConfig, args))
+            train.main(configurator.parse(train.TrainConfig, args))
         found += map(float, re.findall(r"loss (\d+\.\d+)", printed.getvalue()))
     return found
 
@@ -52,7 +52,7 @@ def resume(bins: Path, out: Path) -> dict[str, list[float]]:
     out.mkdir()
     shutil.copy(CHECKPOINT, out / "ckpt.pt")
     args = [f"--dataset={bins}", f"--out_dir={out}", "--init_from=resume", "--max_iters=30", "--log_interval=1", *CPU]
-    train.main(configurator.load(train.TrainConfig, args))
+    train.main(configurator.parse(train.TrainConfig, args))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["iter"] for r in records if r["kind"] == "train"] == [*range(21, 31)]
     return {kind: [round(r["loss"], 5) for r in records if r["kind"] == kind] for kind in ("train", "eval")}
@@ -61,7 +61,7 @@ def resume(bins: Path, out: Path) -> dict[str, list[float]]:
 def sampled(file: Path, *args: str) -> dict[str, list[list]]:
     """The ids and their log-probabilities of each passage that sample.py saves to `file`."""
     args = [str(CHECKPOINT), "--prompt=the Queen", "--style=alpha", "--max_new_tokens=40", f"--save={file}", *args]
-    sample.main(configurator.load(sample.SampleConfig, [*args, *CPU], "checkpoint"))
+    sample.main(configurator.parse(sample.SampleConfig, [*args, *CPU], "checkpoint"))
     saved = [json.loads(line) for line in file.read_text().splitlines()]
     return {"ids": [s["ids"] for s in saved], "logprobs": [[round(p, 5) for p in s["logprobs"]] for s in saved]}
 
@@ -79,7 +79,7 @@ def seeded(folder: Path) -> dict[str, list[list]]:
 def export(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file that transformers reads, and of the model card."""
     args = [str(CHECKPOINT), f"--export={folder}", "--temperature=0", "--max_new_tokens=10", *CPU]
-    sample.main(configurator.load(sample.SampleConfig, args, "checkpoint"))
+    sample.main(configurator.parse(sample.SampleConfig, args, "checkpoint"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 

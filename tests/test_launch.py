@@ -50,7 +50,7 @@ class Config:
 def main(cfg):
     warn("slow")
     raise ConfigError("key: is bad")
-configurator.load = lambda *_: Config()
+configurator.parse = lambda *_: Config()
 configurator.launch(main, Config)
 """
 

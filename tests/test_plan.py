@@ -57,7 +57,7 @@ def imagine(monkeypatch):
 
         splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
         imagined = SimpleNamespace(splits=splits, vocab_size=4095)
-        cfg = configurator.load(train.TrainConfig, [f"--minutes={minutes}", *argv])
+        cfg = configurator.parse(train.TrainConfig, [f"--minutes={minutes}", *argv])
         begin = wall.now
         return (
             plan.fit_minutes(cfg, start, imagined, schedule.Clock(cfg.minutes, CPU), trial),
@@ -174,7 +174,7 @@ def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_pa
     keys = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype", "dataset"]
     argv = [f"--{key}={small[key]}" for key in keys] + ["--log_interval=1"]
     out = tmp_path / "out"
-    train.main(configurator.load(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=9", "--epochs=1"]))
+    train.main(configurator.parse(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=9", "--epochs=1"]))
     printed = capsys.readouterr().out
     chosen = yaml.safe_load(printed[printed.index("# chosen for 9 minutes") : printed.index("step ")])
     kept = yaml.safe_load((out / "config.yaml").read_text())
@@ -183,10 +183,10 @@ def test_a_run_of_minutes_writes_what_repeats_it_and_resumes(small, base, tmp_pa
     assert chosen["max_iters"] == kept["max_iters"] == records(out)[-1]["iter"] and "minutes" not in kept
     losses = [r["loss"] for r in records(out)]
     again = [f"{out}/config.yaml", f"--out_dir={tmp_path}/again"]
-    train.main(configurator.load(train.TrainConfig, again))
+    train.main(configurator.parse(train.TrainConfig, again))
     assert [r["loss"] for r in records(tmp_path / "again")] == losses
     capsys.readouterr()
-    train.main(configurator.load(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=9", "--init_from=auto"]))
+    train.main(configurator.parse(train.TrainConfig, [*argv, f"--out_dir={out}", "--minutes=9", "--init_from=auto"]))
     printed = capsys.readouterr().out
     assert "resuming from" in printed and "chosen for" not in printed
 
@@ -199,13 +199,13 @@ def write(folder, name: str, text: str) -> str:
 def test_a_short_book_starts_from_the_base_model(base, tmp_path, monkeypatch, capsys):
     def prepared(name: str, text: str, *argv: str) -> dataset.Meta:
         argv = [f"--input={write(tmp_path, f'{name}.txt', text)}", f"--out={tmp_path}/{name}", *argv]
-        prepare.main(configurator.load(prepare.PrepareConfig, argv))
+        prepare.main(configurator.parse(prepare.PrepareConfig, argv))
         return read_meta(tmp_path / name)
 
     def start_of(name: str, *argv: str) -> str:
         argv = [f"--dataset={tmp_path}/{name}", f"--out_dir={tmp_path}/run_{name}", "--minutes=0.1", *argv]
         argv += ["--device=cpu", "--dtype=float32", "--batch_size=2", "--max_iters=2"]
-        train.main(configurator.load(train.TrainConfig, argv))
+        train.main(configurator.parse(train.TrainConfig, argv))
         return yaml.safe_load((tmp_path / f"run_{name}" / "config.yaml").read_text()).get("init_from", "scratch")
 
     prepared("first", make_book(1, 60))

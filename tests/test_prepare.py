@@ -47,7 +47,7 @@ def books(tmp_path) -> Path:
 
 
 def run(*argv: str) -> None:
-    prepare.main(configurator.load(prepare.PrepareConfig, list(argv), "input"))
+    prepare.main(configurator.parse(prepare.PrepareConfig, list(argv), "input"))
 
 
 def run_on(books: Path, *argv: str) -> Path:
@@ -321,7 +321,7 @@ def test_three_times_the_documents_take_no_more_memory(tmp_path, argv):
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(20_000)]
     texts = [" ".join(rng.choices(words, k=400)) for _ in range(1000)]
     command = "import re, sys, configurator, prepare; "
-    command += "prepare.main(configurator.load(prepare.PrepareConfig, sys.argv[1:])); "
+    command += "prepare.main(configurator.parse(prepare.PrepareConfig, sys.argv[1:])); "
     command += r"print(re.search(r'VmHWM:\s+(\d+) kB', open('/proc/self/status').read())[1])"
     for times in (1, 3):
         with open(tmp_path / "many.jsonl", "w") as lines:

@@ -54,7 +54,7 @@ def test_a_hundred_megabytes_on_one_line_take_at_most_ten_times_as_much_memory(t
             f.write(text)
     peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
     command = f"import resource, sys, configurator, prepare; before = {peak}; "
-    command += f"prepare.main(configurator.load(prepare.PrepareConfig, sys.argv[1:])); print({peak} - before)"
+    command += f"prepare.main(configurator.parse(prepare.PrepareConfig, sys.argv[1:])); print({peak} - before)"
     argv = (f"--input={tmp_path}/line.txt", f"--out={tmp_path}/out", *argv)
     done = subprocess.run([sys.executable, "-c", command, *argv], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]

@@ -33,7 +33,7 @@ def test_a_sample_needs_no_line_end_in_the_vocabulary(tmp_path):
 
 def test_a_samples_longest_copy_is_told(small, books, monkeypatch, capsys):
     def evaluations() -> list[dict]:
-        train.main(configurator.load(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
+        train.main(configurator.parse(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
         return [record for record in records(small["out_dir"]) if record["kind"] == "eval"][-2:]
 
     keys = small | {"sample_tokens": 200, "max_iters": 120, "eval_interval": 60, "batch_size": 32, "log_interval": 60}

@@ -24,7 +24,7 @@ from sample import SampleConfig
 
 def saved(path, file, *keys) -> list[dict]:
     """What sample.py saves with these keys, and the lines before it."""
-    sample.main(configurator.load(SampleConfig, [f"--checkpoint={path}", f"--save={file}", "--device=cpu", *keys]))
+    sample.main(configurator.parse(SampleConfig, [f"--checkpoint={path}", f"--save={file}", "--device=cpu", *keys]))
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
@@ -50,7 +50,7 @@ def test_saved_passages_are_replayed_to_the_byte(random_pt, tmp_path, capsys):
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
     assert records[3]["logprobs"][:10] == pytest.approx(expected.tolist(), abs=1e-5)
     capsys.readouterr()
-    sample.main(configurator.load(SampleConfig, [f"--replay={file}"]))
+    sample.main(configurator.parse(SampleConfig, [f"--replay={file}"]))
     out = capsys.readouterr().out
     assert "4 passages, all reproduced exactly" in out and all(r["prompt"] + r["text"] in out for r in records)
 
@@ -65,7 +65,7 @@ def test_some_passages_of_a_batch_are_enough(random_pt, tmp_path, capsys):
 
 def test_a_passage_of_a_hub_model_is_saved_and_replayed(random_pt, tmp_path, monkeypatch, capsys):
     export = tmp_path / "hub"
-    sample.main(configurator.load(SampleConfig, [f"--checkpoint={random_pt}", f"--export={export}", "--device=cpu"]))
+    sample.main(configurator.parse(SampleConfig, [f"--checkpoint={random_pt}", f"--export={export}", "--device=cpu"]))
     monkeypatch.setattr(huggingface, "fetch", lambda name: export)
     monkeypatch.chdir(tmp_path)
     (record,) = saved("gpt-emma", tmp_path / "x.jsonl", "--max_new_tokens=5")
@@ -123,7 +123,9 @@ def test_a_torn_line_is_ended_before_the_next_and_all_others_are_replayed(random
     records = saved(random_pt, file, *keys)
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1], lines[2][:-40]]))  # killed while it appended
-    sample.main(configurator.load(SampleConfig, [f"--checkpoint={random_pt}", f"--save={file}", "--device=cpu", *keys]))
+    sample.main(
+        configurator.parse(SampleConfig, [f"--checkpoint={random_pt}", f"--save={file}", "--device=cpu", *keys])
+    )
     assert file.read_text().splitlines() == [*lines[:2], lines[2][:-40], *lines]
     changed = records[1] | {"ids": [*records[1]["ids"][:2], 0, *records[1]["ids"][3:]]}
     file.write_text(file.read_text().replace(lines[1], json.dumps(changed), 1))
@@ -154,7 +156,7 @@ def test_an_interrupted_batch_keeps_its_finished_passages_which_are_replayed(
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(Sampler, "__call__", interrupted)
-        sample.main(configurator.load(SampleConfig, [*keys, *[f"--save={file}"] * saves]))
+        sample.main(configurator.parse(SampleConfig, [*keys, *[f"--save={file}"] * saves]))
     kept = [record for record in whole if len(record["ids"]) <= lengths[6]]
     said = capsys.readouterr()
     assert f"interrupted; {len(kept)} of 12 passages are finished" in said.err

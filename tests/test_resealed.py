@@ -114,7 +114,7 @@ def resume(small, tmp_path, monkeypatch):
         checkpoint.save(out / "ckpt.pt", content)
         args = [f"--{key}={value}" for key, value in {"out_dir": out, "init_from": "resume", "max_iters": 5}.items()]
         try:
-            train.main(configurator.load(TrainConfig, [*args, *(f"--{key}={value}" for key, value in keys.items())]))
+            train.main(configurator.parse(TrainConfig, [*args, *(f"--{key}={value}" for key, value in keys.items())]))
         except (CheckpointError, ConfigError, DataError) as e:
             return str(e)
         except DivergedError as e:  # a learning rate may be as large as anyone wants

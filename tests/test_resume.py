@@ -30,7 +30,7 @@ REPO = Path(__file__).parent.parent
 def run(keys: dict, **changes) -> list[dict]:
     """Train as from the command line, where only these keys are given; returns the records of metrics.jsonl."""
     keys = keys | changes
-    train.main(configurator.load(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
+    train.main(configurator.parse(TrainConfig, [f"--{key}={value}" for key, value in keys.items()]))
     return records(Path(keys["out_dir"]))
 
 
@@ -229,7 +229,7 @@ def test_a_warmup_is_shortened_for_a_short_run_and_one_that_was_given_not_withou
     keys = {key: small[key] for key in small if key != "warmup_iters"}
     assert [r["iter"] for r in run(keys, max_iters=10) if r["kind"] == "train"] == list(range(1, 11))
     assert checkpoint.load(Path(small["out_dir"]) / "best.pt")["config"]["warmup_iters"] == 1
-    cfg = configurator.load(TrainConfig, ["config/demo.yaml", "--max_iters=2"])
+    cfg = configurator.parse(TrainConfig, ["config/demo.yaml", "--max_iters=2"])
     assert finish(cfg, 1).warmup_iters == 0
     assert capsys.readouterr().err == "warning: warmup_iters: 20 steps don't fit into 2; the warmup takes 0\n"
     assert [finish(TrainConfig(max_iters=steps), 1).warmup_iters for steps in (19, 20, 100)] == [1, 20, 20]
@@ -259,7 +259,7 @@ def test_config_yaml_repeats_a_run_whatever_resumed_it(small, shapeless, weights
     run({"out_dir": out, "init_from": "auto"})
     run({"out_dir": out, "init_from": "resume", "minutes": 9})
     assert (out / "config.yaml").read_text() == begun
-    train.main(configurator.load(TrainConfig, [str(out / "config.yaml"), f"--out_dir={again}"]))
+    train.main(configurator.parse(TrainConfig, [str(out / "config.yaml"), f"--out_dir={again}"]))
     assert losses(again) == losses(out)
     begun_with = {"out_dir": str(out), "minutes": keys[begins].get("minutes", 0.0)}
     assert checkpoint.load(again / "best.pt")["config"] | begun_with == checkpoint.load(out / "best.pt")["config"]
@@ -294,7 +294,7 @@ def test_a_corpus_beside_the_scripts_is_prepared_from_any_folder_and_once(tmp_pa
     monkeypatch.setattr(files, "HOME", home)
     for place in (elsewhere, home):
         monkeypatch.chdir(place)
-        prepare.main(configurator.load(prepare.PrepareConfig, ["data/mine", "--tokenizer=char"], "input"))
+        prepare.main(configurator.parse(prepare.PrepareConfig, ["data/mine", "--tokenizer=char"], "input"))
     assert (home / "data" / "mine" / "train.bin").exists() and list(elsewhere.iterdir()) == []
     assert "prepared already" in capsys.readouterr().out
 

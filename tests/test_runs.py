@@ -210,7 +210,7 @@ def test_a_sample_at_each_evaluation_is_shown_in_a_log_file_too(small, monkeypat
         capsys.readouterr()
         plain = {key: small[key] for key in small if key != "sample_tokens"}
         given = [f"--{key}={value}" for key, value in (plain | keys).items()]
-        train.main(configurator.load(TrainConfig, given))
+        train.main(configurator.parse(TrainConfig, given))
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line.startswith("    ")]
 
@@ -303,7 +303,7 @@ def test_a_runs_config_yaml_gives_the_same_run(small, tmp_path):
     first = run(keys)
     path = f"{small['out_dir']}/config.yaml"
     assert "n_layer: 2\n" in Path(path).read_text() and "seed" not in Path(path).read_text()
-    train.main(configurator.load(TrainConfig, [path]))
+    train.main(configurator.parse(TrainConfig, [path]))
     assert losses(records(small["out_dir"])) == losses(first)
     assert Path(small["out_dir"], "previous/1/config.yaml").exists()
 

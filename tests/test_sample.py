@@ -60,7 +60,7 @@ def test_mistakes_are_raised_before_anything_is_generated(random_pt, tmp_path, g
     argv = [key.replace("{tmp}", str(tmp_path)) for key in keys]
     argv += [] if "--replay" in argv[0] else [f"--checkpoint={random_pt}", "--device=cpu"]
     with pytest.raises((ConfigError, CheckpointError), match=said):
-        sample.main(configurator.load(SampleConfig, argv))
+        sample.main(configurator.parse(SampleConfig, argv))
     assert not (tmp_path / "x").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, t
     best = Path(small["out_dir"]) / "best.pt"
     keys = [f"--checkpoint={best}", "--check", "--device=cpu", "--max_new_tokens=60", "--num_samples=2"]
     capsys.readouterr()
-    sample.main(configurator.load(SampleConfig, keys))
+    sample.main(configurator.parse(SampleConfig, keys))
     out = capsys.readouterr().out
     assert out.count("longest copy: ") == out.count("not in the training text: ") == 2
     poet = Poet(str(best), "cpu", "float32")
@@ -106,12 +106,12 @@ def test_a_passage_is_checked_against_the_text_the_model_was_trained_on(small, t
     checkpoint.save(tmp_path / "other.pt", checkpoint.load(best) | {"text_sha256": "0"})
     keys[0] = f"--checkpoint={tmp_path}/other.pt"
     with pytest.raises(DataError, match="the checkpoint was trained on 0"):
-        sample.main(configurator.load(SampleConfig, keys))
+        sample.main(configurator.parse(SampleConfig, keys))
 
 
 def test_a_stop_text_may_be_typed_with_backslash_n(random_pt, tmp_path):
     keys = [f"--checkpoint={random_pt}", "--num_samples=4", "--until=tokens", "--device=cpu"]
-    sample.main(configurator.load(SampleConfig, [*keys, r"--stop=\n", f"--save={tmp_path}/x.jsonl"]))
+    sample.main(configurator.parse(SampleConfig, [*keys, r"--stop=\n", f"--save={tmp_path}/x.jsonl"]))
     records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [record["settings"]["stop"] for record in records] == [["\n"]] * 4
     assert not any("\n" in record["text"] for record in records)
@@ -119,9 +119,9 @@ def test_a_stop_text_may_be_typed_with_backslash_n(random_pt, tmp_path):
 
 def test_verbose_tells_how_fast_it_wrote(random_pt, capsys):
     keys = [f"--checkpoint={random_pt}", "--num_samples=3", "--max_new_tokens=20", "--until=tokens", "--device=cpu"]
-    sample.main(configurator.load(SampleConfig, keys))
+    sample.main(configurator.parse(SampleConfig, keys))
     assert capsys.readouterr().err == ""
-    sample.main(configurator.load(SampleConfig, [*keys, "--verbose"]))
+    sample.main(configurator.parse(SampleConfig, [*keys, "--verbose"]))
     found = re.fullmatch(r"(\d+) tokens in ([\d.]+) s, ([\d,]+) tokens/s\n", capsys.readouterr().err)
     n_tokens, seconds, rate = (float(number.replace(",", "")) for number in found.groups())
     assert 3 <= n_tokens <= 60 and n_tokens / (seconds + 0.01) <= rate <= n_tokens / max(seconds - 0.01, 1e-3)

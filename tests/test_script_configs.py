@@ -9,7 +9,7 @@ from test_configurator import error
 import prepare
 import sample
 import train
-from configurator import keys_of, load, written
+from configurator import keys_of, parse, written
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -28,7 +28,7 @@ def write(tmp_path):
 def test_help_prints_every_key_with_default_and_meaning(cls, capsys):
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as caught:
-            load(cls, ["--nonsense", flag])
+            parse(cls, ["--nonsense", flag])
         assert not caught.value.code
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
         fields = keys_of(cls)
@@ -42,7 +42,7 @@ def test_help_prints_every_key_with_default_and_meaning(cls, capsys):
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_every_config_file_loads(path):
-    assert load(train.TrainConfig, [str(path)]) != train.TrainConfig()
+    assert parse(train.TrainConfig, [str(path)]) != train.TrainConfig()
 
 
 def test_there_is_a_demo_config():
@@ -123,5 +123,5 @@ def test_a_number_that_once_stood_for_auto_is_refused_in_one_line_that_says_so(w
 
 
 def test_the_ends_of_ranges_are_allowed():
-    load(sample.SampleConfig, ["--top_p=1", "--temperature=0", "--top_k=0"])
-    load(train.TrainConfig, ["--dropout=0", "--min_lr=3e-3", "--tag_prob=1", "--warmup_iters=0"])
+    parse(sample.SampleConfig, ["--top_p=1", "--temperature=0", "--top_k=0"])
+    parse(train.TrainConfig, ["--dropout=0", "--min_lr=3e-3", "--tag_prob=1", "--warmup_iters=0"])
