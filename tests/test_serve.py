@@ -104,6 +104,7 @@ def test_defaults_finish_reasons_and_usage(served):
     expected = served.poet.write("o romeo", seed=seed, temperature=1.0, top_p=1.0, until="tokens", max_new_tokens=16)
     assert "o romeo" + choice["text"] == expected[0] and choice["finish_reason"] == "length"
     assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 16, "total_tokens": 23}
+    assert served.post("", max_tokens=1).json()["usage"]["prompt_tokens"] == 0
     letter = choice["text"].strip()[3]
     (stopped,) = served.choices(seed=seed, stop=letter)
     assert stopped["text"] == choice["text"].split(letter)[0] and stopped["finish_reason"] == "stop"
