@@ -1,7 +1,7 @@
-"""GPT-2 in plain PyTorch: the architecture, its initialisation, its loss.
+"""GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023, arXiv:2302.13971) in plain PyTorch.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have nanoGPT's names and shapes.
-B: batch, T: tokens, C: n_embd, nh: n_head, hs: head size (C / nh), V: vocab_size.
+The architecture, its initialisation and its loss; parameters have nanoGPT's names and shapes.
+B: batch, T: tokens, C: n_embd, nh: n_head, nkv: kv_heads, hs: head_size (C / nh), V: vocab_size.
 """
 
 import dataclasses
@@ -22,8 +22,10 @@ Candidates = tuple[torch.Tensor, torch.Tensor]  # sampled softmax: (n,) int64 id
 class GPTConfig:
     """The shape of a GPT; raises ValueError with a line for each value that can't be.
 
-    gelu: nn.GELU's `approximate`, "none" (exact, as in nanoGPT) or "tanh" (GPT-2's). positions: "learned" (GPT-2's) or
-    "rotary" (Su et al. 2021, arXiv:2104.09864).
+    gelu: nn.GELU's `approximate`, "none" (exact, as in nanoGPT) or "tanh" (GPT-2's). A Llama has positions "rotary",
+    norm "rmsnorm", mlp "swiglu" and no biases; its queries may share heads of keys and values (n_kv_head; None: n_head;
+    Ainslie et al. 2023, arXiv:2305.13245). n_inner: width between the MLP's matrices (None: 4 C, or for swiglu, which
+    has a third matrix, about 8/3 C). rope_theta: base of the rotary angles.
     """
 
     block_size: int = 128
@@ -35,6 +37,26 @@ class GPTConfig:
     bias: bool = True
     gelu: str = "none"
     positions: str = "learned"
+    norm: str = "layernorm"
+    mlp: str = "gelu"
+    n_kv_head: int | None = None
+    n_inner: int | None = None
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        """Width between the MLP's matrices."""
+        return self.n_inner or (4 * self.n_embd if self.mlp == "gelu" else math.ceil(self.n_embd / 24) * 64)
 
     def __post_init__(self) -> None:
         sizes = {key: value for key, value in vars(self).items() if type(value) is int}
@@ -45,22 +67,27 @@ class GPTConfig:
             found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
         if self.positions == "rotary" and self.block_size == 1:  # one place is kept for the first token
             found.append("block_size: found 1, must be at least 2 with rotary positions")
-        for key, choices in (("gelu", ("none", "tanh")), ("positions", ("learned", "rotary"))):
-            if (value := getattr(self, key)) not in choices:
-                found.append(f"{key}: found {value!r}, must be {' or '.join(choices)}")
+        if (self.n_kv_head or 0) > 0 and self.n_head % self.n_kv_head:
+            found.append(f"n_head: found {self.n_head}, must be divisible by n_kv_head, {self.n_kv_head}")
+        kinds = {"gelu": "none tanh", "positions": "learned rotary", "norm": "layernorm rmsnorm", "mlp": "gelu swiglu"}
+        for key, choices in kinds.items():
+            if (value := getattr(self, key)) not in choices.split():
+                found.append(f"{key}: found {value!r}, must be {choices.replace(' ', ' or ')}")
+        if not 1 < self.rope_theta <= 1e12:
+            found.append(f"rope_theta: found {self.rope_theta}, must be above 1 and at most 1e12")
         if not 0 <= self.dropout <= 1:
             found.append(f"dropout: found {self.dropout}, must be from 0 to 1")
         if found:
             raise ValueError("\n".join(found))
 
 
-def rotary_table(positions: torch.Tensor, head_size: int) -> torch.Tensor:
+def rotary_table(positions: torch.Tensor, config: GPTConfig) -> torch.Tensor:
     """Cosines and sines by which rotary positions rotate queries and keys: (2, T, hs / 2) float32.
 
-    positions: (T,) int64. The angle of pair i is position * 10,000^(-2 i / hs) (Su et al. 2021, arXiv:2104.09864).
+    positions: (T,) int64. The angle of pair i is position * rope_theta^(-2 i / hs) (Su et al. 2021, arXiv:2104.09864).
     """
-    pairs = torch.arange(0, head_size, 2, device=positions.device)
-    angles = positions[:, None] * (1 / 10_000 ** (pairs / head_size))  # rounded as in transformers
+    pairs = torch.arange(0, config.head_size, 2, device=positions.device)
+    angles = positions[:, None] * (1 / config.rope_theta ** (pairs / config.head_size))  # rounded as in transformers
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -74,19 +101,19 @@ def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 class KVCache(NamedTuple):
     """The keys and values of a window of tokens in every layer; `first`, the first token's keys, are kept apart."""
 
-    keys: torch.Tensor  # (n_layer, B, nh, block_size, hs)
-    values: torch.Tensor  # (n_layer, B, nh, block_size, hs)
-    first: torch.Tensor  # (n_layer, B, nh, 1, hs)
+    keys: torch.Tensor  # (n_layer, B, nkv, block_size, hs)
+    values: torch.Tensor  # (n_layer, B, nkv, block_size, hs)
+    first: torch.Tensor  # (n_layer, B, nkv, 1, hs)
 
     @classmethod
     def empty(cls, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
         """Room for a window of block_size tokens in each row."""
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
         keys, values = torch.zeros(2, *shape, device=device, dtype=dtype)
         return cls(keys, values, keys[:, :, :, :1].clone())
 
     def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store a window's k and v, (B, nh, T, hs), from the first position on."""
+        """Store a window's k and v, (B, nkv, T, hs), from the first position on."""
         self.keys[layer, :, :, : k.shape[2]] = k
         self.values[layer, :, :, : v.shape[2]] = v
         self.first[layer] = k[:, :, :1]
@@ -96,44 +123,58 @@ class KVCache(NamedTuple):
         return KVCache(*(part[:, rows] for part in self))
 
 
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.sizes = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.c_attn = Linear(config.n_embd, sum(self.sizes), bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.head_size, self.dropout, self.layer = config.head_size, config.dropout, layer
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); fills its layer of the cache, if there is one. rotation: from rotary_table()."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in qkv)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).split(self.sizes, dim=2)  # (B, T, nh * hs), then (B, T, nkv * hs) twice
+        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in qkv)  # (B, nh or nkv, T, hs)
         if rotation is not None:
             q, k = rotary(q, rotation), rotary(k, rotation)
         if cache is not None:
             cache.fill(self.layer, k, v)
-        dropout_p = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
+        p = self.dropout if self.training else 0.0
+        y = scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, where x (..., 2 n) holds both side by side: (..., n) (Shazeer 2020, arXiv:2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
 class MLP(nn.Module):
-    """C -> 4 C -> C with a GELU in between (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    """C -> n_inner -> C with a GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415) or a SwiGLU in between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate=config.gelu)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.act = swiglu if config.mlp == "swiglu" else nn.GELU(approximate=config.gelu)
+        self.c_fc = Linear(config.n_embd, config.inner * (2 if self.act is swiglu else 1), bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -141,9 +182,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
@@ -153,7 +194,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 with tied embeddings (Press and Wolf 2017, arXiv:1608.05859)."""
+    """A GPT-2 or Llama with tied embeddings (Press and Wolf 2017, arXiv:1608.05859)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -165,7 +206,7 @@ class GPT(nn.Module):
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
                 "drop": Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "ln_f": make_norm(config),
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -189,7 +230,7 @@ class GPT(nn.Module):
         c, T, rotation = self.config, idx.shape[1], None
         x = self.transformer.wte(idx)  # (B, T, C)
         if c.positions == "rotary":
-            rotation = rotary_table(torch.arange(T, device=idx.device), c.n_embd // c.n_head)
+            rotation = rotary_table(torch.arange(T, device=idx.device), c)
         else:
             x = x + self.transformer.wpe.weight[:T]
         x = self.transformer.drop(x)

@@ -60,6 +60,9 @@ class TrainConfig:
     dropout: float = 0.1  # dropout probability after embeddings, attention and MLP (0: off)
     bias: bool = True  # whether Linear and LayerNorm have biases
     positions: Literal["learned", "rotary"] = "learned"  # GPT-2's learned embeddings, or rotated queries and keys
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # GPT-2's normalisation, or Llama's, which has no mean and bias
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # GPT-2's MLP, or Llama's, whose third matrix gates the first
+    n_kv_head: int | None = None  # heads of keys and values, which queries share (auto: n_head)
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float | None = None  # AdamW's peak learning rate (auto: 1e-2 beside Muon, 1e-3 alone)

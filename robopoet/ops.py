@@ -134,30 +134,39 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """softmax(query key' / sqrt(hs) + attn_mask) value: query (B, nh, T, hs), key and value (B, nh, S, hs)."""
-    B, _, T, _ = query.shape
+    """softmax(query key' / sqrt(hs) + attn_mask) value: query (B, nh, T, hs), key and value (B, nkv, S, hs).
+
+    Each of the nkv heads of keys and values serves nh / nkv heads of queries, one after another.
+    """
+    B, nh, T, _ = query.shape
+    grouped = nh != key.shape[1]
     if is_causal and attn_mask is None and query.device.type == "cpu" and T <= 256:  # flash has a slower backward
         return causal_attention(query, key, value, dropout_p)
-    if T == 1 and B > 1 and not is_causal and not dropout_p:  # generating a batch: twice as fast as fused on a CPU
+    # generating a batch: twice as fast as fused on a CPU, which would copy keys that queries share
+    if T == 1 and (B > 1 or grouped) and not is_causal and not dropout_p:
         return single_query_attention(query, key, value, attn_mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=grouped)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Causal attention, one operation after another: q, k, v (B, nh, T, hs) -> (B, nh, T, hs)."""
-    T, hs = q.shape[-2:]
-    att = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
+    """Causal attention, one operation after another: q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs)."""
+    (B, nh, T, hs), nkv = q.shape, k.shape[1]
+    q = (q * hs**-0.5).reshape(B, nkv, -1, hs)  # (B, nkv, nh / nkv * T, hs): queries that share keys lie in a row
+    att = (q @ k.transpose(-2, -1)).view(B, nh, T, T)
     future = att.new_full((T, T), -math.inf).triu(1)
     att = F.softmax(att + future, dim=-1)  # adding a mask costs nothing in backward, filling would
-    return dropout(att, dropout_p) @ v
+    att = dropout(att, dropout_p).view(B, nkv, -1, T)
+    return (att @ v).view(B, nh, T, hs)
 
 
 def single_query_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of one query in each row: q (B, nh, 1, hs), k and v (B, nh, T, hs), mask (1, T) -> (B, nh, 1, hs)."""
-    att = (k @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(2, 3)  # (B, nh, 1, T)
-    return (att if mask is None else att + mask).softmax(-1) @ v
+    """Attention of one query: q (B, nh, 1, hs), k and v (B, nkv, T, hs), mask (1, T) -> (B, nh, 1, hs)."""
+    (B, nh, _, hs), nkv = q.shape, k.shape[1]
+    q = (q * hs**-0.5).reshape(B, nkv, -1, hs)
+    att = (k @ q.transpose(2, 3)).transpose(2, 3)  # (B, nkv, nh / nkv, T)
+    return ((att if mask is None else att + mask).softmax(-1) @ v).view(B, nh, 1, hs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

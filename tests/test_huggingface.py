@@ -252,7 +252,7 @@ def test_another_architecture_is_refused_by_what_differs(tmp_path, bpe):
             path.unlink()
         folder.rmdir()
 
-    refused("config.json", config | {"model_type": "llama"}, "model_type: found 'llama', must be gpt2 or starcoder2")
+    refused("config.json", config | {"model_type": "mamba"}, "model_type: found 'mamba', must be gpt2 or starcoder2")
     refused(
         "config.json", config | {"layer_norm_epsilon": 1e-6, "n_inner": 7}, r"layer_norm_epsilon: .*n_inner: found 7"
     )

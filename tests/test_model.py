@@ -140,7 +140,7 @@ def test_gradients_reach_no_later_token(config):
 def test_rotated_queries_and_keys_meet_by_their_distance_alone():
     q, k = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     places = torch.arange(100)
-    table = model.rotary_table(places, 24)
+    table = model.rotary_table(places, GPTConfig(n_embd=24, n_head=1))
     q, k = (model.rotary(x.expand(100, 24), table) for x in (q, k))
     torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(100), rtol=1e-6, atol=0)
     products = q @ k.T

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, Candidates
+from model import GPT, Candidates, GPTConfig
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from robopoet.ops import in_float64
@@ -85,7 +85,10 @@ class SampledSoftmax:
 
 def model_sha256(model: GPT) -> str:
     """The SHA-256, in hexadecimal, of a model on the CPU: of its weights, and of what they don't show."""
-    sha = hashlib.sha256(f"{model.config.n_head} heads, GELU {model.config.gelu}".encode())
+    c, plain = model.config, GPTConfig()
+    kind = [f"{c.n_head} heads, GELU {c.gelu}"]
+    kind += [f"{key} {getattr(c, key)}" for key in ("norm", "rope_theta") if getattr(c, key) != getattr(plain, key)]
+    sha = hashlib.sha256(", ".join(kind).encode())
     for p in model.parameters():
         sha.update(p.detach().numpy())
     return sha.hexdigest()

@@ -27,6 +27,7 @@ from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 Config = TypeVar("Config")  # train.TrainConfig, which a room may not import
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
 SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
+SHAPE += ("norm", "mlp", "n_kv_head")
 OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
 SIZES = ("n_layer", "n_head", "n_embd")
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))

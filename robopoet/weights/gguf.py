@@ -20,7 +20,7 @@ from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styl
 from robopoet.weights import huggingface
 from robopoet.weights.architectures import architecture_of
 from robopoet.weights.header import ExportDtype
-from robopoet.weights.layout import Layout, in_dtype, with_biases
+from robopoet.weights.layout import C_ATTN, C_FC, Layout, in_dtype
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -33,12 +33,15 @@ NAMES = {  # ours -> llama.cpp's
     ".ln_1.": ".attn_norm.",
     ".attn.c_proj.": ".attn_output.",
     ".ln_2.": ".ffn_norm.",
-    ".mlp.c_fc.": ".ffn_up.",
     ".mlp.c_proj.": ".ffn_down.",
 }
+ATTENTION = ".attn_q.", ".attn_k.", ".attn_v."
 LAYOUTS = {  # an architecture's name, here and in llama.cpp -> its tensors
-    "gpt2": Layout("", NAMES | {".attn.c_attn.": ".attn_qkv."}),
-    "starcoder2": Layout("", NAMES, qkv=(".attn_q.", ".attn_k.", ".attn_v.")),
+    "gpt2": Layout("", NAMES | {C_ATTN: ".attn_qkv.", C_FC: ".ffn_up."}),
+    "starcoder2": Layout("", NAMES | {C_FC: ".ffn_up."}, {C_ATTN: ATTENTION}),
+    "llama": Layout(
+        "", NAMES, {C_ATTN: ATTENTION, C_FC: (".ffn_gate.", ".ffn_up.")}, paired=ATTENTION[:2], biases=False
+    ),
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat is a text to continue
 NEVER = b"\xff"  # is in no UTF-8
@@ -53,7 +56,8 @@ class Weight(np.ndarray):
 
 
 def check(config: GPTConfig, tok: Tokenizer) -> None:
-    """Raise CheckpointError if llama.cpp can't hold the tokenizer, or the package gguf is not installed."""
+    """Raise CheckpointError if llama.cpp can't hold the model or tokenizer, or the package gguf is not installed."""
+    architecture_of(config)
     if not isinstance(tok, BPETokenizer):
         raise CheckpointError("export: llama.cpp can't hold a tokenizer of characters; export to .html or a folder")
     if len(tok.tokens) == 256:
@@ -104,12 +108,14 @@ def _add_config(writer: "GGUFWriter", c: GPTConfig, dtype: ExportDtype) -> None:
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_feed_forward_length(c.inner)
     writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(1e-5)
+    if c.kv_heads != c.n_head:
+        writer.add_head_count_kv(c.kv_heads)
+    (writer.add_layer_norm_rms_eps if c.norm == "rmsnorm" else writer.add_layer_norm_eps)(1e-5)
     if c.positions == "rotary":
-        writer.add_rope_dimension_count(c.n_embd // c.n_head)
-        writer.add_rope_freq_base(10_000.0)
+        writer.add_rope_dimension_count(c.head_size)
+        writer.add_rope_freq_base(c.rope_theta)
 
 
 def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
@@ -134,7 +140,7 @@ def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weigh
     """llama.cpp's tensors: name -> (rows, columns) or (n,), of the embeddings only `vocab_size` rows (nanoGPT pads)."""
     tensors = {}
     layout = LAYOUTS[architecture_of(model.config).model_type]
-    for name, weight in layout.theirs(with_biases(model)).items():
+    for name, weight in layout.theirs(model).items():
         if name == "token_embd.weight":
             weight = weight[:vocab_size]
         kept = weight.ndim == 1 or name == "position_embd.weight"  # in float32

@@ -38,6 +38,11 @@ class ModelExtra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     gelu: str = "none"
     positions: str = "learned"
+    norm: str = "layernorm"
+    mlp: str = "gelu"
+    n_kv_head: int | None = None
+    n_inner: int | None = None
+    rope_theta: float = 10_000.0
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ STYLE = re.compile(r"<style>(.*?)</style>", re.S)
 
 
 def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
-    """Raise CheckpointError for a model that is too large for a page; any tokenizer will do."""
+    """Raise CheckpointError for a model that is too large for a page, or not GPT-2's kind; any tokenizer will do."""
+    if config.norm != "layernorm" or config.mlp != "gelu" or config.kv_heads != config.n_head:
+        raise CheckpointError("export: a page computes GPT-2's blocks alone, not Llama's; use --export=poet.gguf")
     with torch.device("meta"), checkpoint.NoInit():
         n = GPT(config).num_params()
     if n > MOST_PARAMETERS:

@@ -23,7 +23,7 @@ from robopoet.text.tokenizer import END
 from robopoet.text.tokenizer_json import Foreign
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
 from robopoet.weights.header import ExportDtype, config_entries
-from robopoet.weights.layout import Weights, with_biases
+from robopoet.weights.layout import Weights
 
 HEADER_BYTES = 10 * 2**20  # a safetensors file's header may be so long: room for 100,000 tensors
 NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind in ARCHITECTURES.values())
@@ -81,7 +81,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
     for name in sorted(names):
         weights |= _load_safetensors(folder / name)
     try:
-        ours = kind.layout.ours(weights)
+        ours = kind.layout.ours(weights, config)
     except (ValueError, RuntimeError) as e:
         raise CheckpointError(f"{folder}: {describe(e)}") from None
     content = {"model": ours, **config_entries(config)}
@@ -147,7 +147,8 @@ def give_tokenizer(content: dict[str, Any], foreign: Foreign) -> None:
 
 
 def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
-    """Do nothing: a folder can hold any model and tokenizer."""
+    """Raise CheckpointError if transformers has no such model; any tokenizer will do."""
+    architecture_of(config)
 
 
 def export(
@@ -180,7 +181,7 @@ def export(
     }
     with files.creating(path) as part:
         part.mkdir()
-        weights = {name: w.contiguous() for name, w in kind.layout.theirs(with_biases(model)).items()}
+        weights = {name: w.contiguous() for name, w in kind.layout.theirs(model).items()}
         try:
             safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
         except safetensors.SafetensorError as e:  # it wraps the system's

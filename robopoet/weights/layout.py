@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.weights.header import ExportDtype
 
 Weights = dict[str, torch.Tensor]  # name -> tensor
 
-OURS, C_ATTN = "transformer", ".attn.c_attn."
+OURS, C_ATTN, C_FC = "transformer", ".attn.c_attn.", ".mlp.c_fc."
 LEFT_OUT = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # the embeddings; constants
 
 
@@ -18,46 +18,78 @@ LEFT_OUT = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.in
 class Layout:
     """The tensors of another program's model.
 
-    prefix: what its names begin with, in place of our "transformer". names: a part of our names -> of its. qkv: its
-    names of c_attn's three parts, if it holds them apart. transposed: endings of the matrices that it holds transposed.
+    prefix: what its names begin with, in place of our "transformer". names: a part of our names -> of its. apart:
+    C_ATTN or C_FC -> its names of that tensor's parts, if it holds them apart. paired: those of them in which the
+    numbers that rotary positions rotate together are neighbours. transposed: endings of the matrices that it holds
+    transposed. biases: whether its layers have any.
     """
 
     prefix: str
     names: dict[str, str] = field(default_factory=dict)
-    qkv: tuple[str, ...] = ()
+    apart: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    paired: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    biases: bool = True
 
-    def theirs(self, weights: Weights) -> Weights:
-        """Our weights, without lm_head.weight, under its names and in its shapes."""
-        made = {}
-        for name, w in weights.items():
+    def theirs(self, model: GPT) -> Weights:
+        """A model's weights in float32, without lm_head.weight, the tied one, under its names and in its shapes.
+
+        A bias that the model lacks is zeros, if the layout has biases.
+        """
+        made, c = {}, model.config
+        for name, w in _with_biases(model).items() if self.biases else _untied(model).items():
             their_name = self.prefix + name.removeprefix(OURS)
             for ours, theirs in self.names.items():
                 their_name = their_name.replace(ours, theirs)
-            if self.qkv and C_ATTN in name:
-                for part, rows in zip(self.qkv, w.chunk(3), strict=True):
-                    made[their_name.replace(C_ATTN, part)] = rows.clone()
+            if whole := next((whole for whole in self.apart if whole in name), None):
+                for part, rows in zip(self.apart[whole], w.split(rows_of_parts(whole, c)), strict=True):
+                    if part in self.paired:
+                        rows = _regroup(rows, 2, c.head_size // 2)
+                    made[their_name.replace(whole, part)] = rows.clone()
             else:
                 made[their_name] = w.t() if name.endswith(self.transposed) else w
         return made
 
-    def ours(self, weights: Weights) -> Weights:
+    def ours(self, weights: Weights, config: GPTConfig) -> Weights:
         """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
-        found, parts = {}, {}
+        found, apart = {}, {}
         for name, w in weights.items():
             name = f"{OURS}." + name.removeprefix(f"{self.prefix}.")
             for ours, theirs in self.names.items():
                 name = name.replace(theirs, ours)
-            if part := next((part for part in self.qkv if part in name), None):
-                parts.setdefault(name.replace(part, C_ATTN), {})[part] = w
+            whole, part = next(
+                ((whole, part) for whole, parts in self.apart.items() for part in parts if part in name), (None, None)
+            )
+            if whole:
+                apart.setdefault((name.replace(part, whole), whole), {})[part] = w
             elif not name.endswith(LEFT_OUT):
                 found[name] = w.t() if name.endswith(self.transposed) and w.dim() == 2 else w
-        for name, three in parts.items():
-            if len(three) < 3 or len({(w.shape, w.dtype) for w in three.values()}) > 1:
-                kinds = ", ".join(f"{part.split('.')[2]} {tuple(w.shape)} {w.dtype}" for part, w in three.items())
-                raise ValueError(f"{name} needs q_proj, k_proj and v_proj of one shape and dtype, found {kinds}")
-            found[name] = torch.cat([three[part] for part in self.qkv])
+        for (name, whole), parts in apart.items():
+            wanted = dict(zip(self.apart[whole], rows_of_parts(whole, config), strict=True))
+            rows = {part: w.shape[0] if w.dim() else 0 for part, w in parts.items()}
+            if rows != wanted or len({(w.shape[1:], w.dtype) for w in parts.values()}) > 1:
+                rows = ", ".join(f"{n} of {part.split('.')[-2]}" for part, n in wanted.items())
+                kinds = ", ".join(
+                    f"{part.split('.')[-2]} {tuple(w.shape)} {w.dtype}" for part, w in sorted(parts.items())
+                )
+                raise ValueError(f"{name} needs rows of one length and dtype, {rows}; found {kinds}")
+            for part in self.paired:
+                if part in parts:
+                    parts[part] = _regroup(parts[part], config.head_size // 2, 2)
+            found[name] = torch.cat([parts[part] for part in wanted])
         return found
+
+
+def rows_of_parts(whole: str, config: GPTConfig) -> list[int]:
+    """The rows of the queries, keys and values in C_ATTN, or of the gate and the up matrix in C_FC."""
+    if whole == C_FC:
+        return [config.inner] * 2
+    return [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+
+
+def _regroup(rows: torch.Tensor, groups: int, size: int) -> torch.Tensor:
+    """The rows of each head, which are `groups` groups of `size`: each group's first, then each group's second, ..."""
+    return rows.unflatten(0, (-1, groups, size)).transpose(1, 2).reshape(rows.shape)
 
 
 def in_dtype(weight: torch.Tensor, name: str, dtype: ExportDtype) -> torch.Tensor:
@@ -68,9 +100,13 @@ def in_dtype(weight: torch.Tensor, name: str, dtype: ExportDtype) -> torch.Tenso
     return cast
 
 
-def with_biases(model: GPT) -> Weights:
-    """The model's weights in float32, without lm_head.weight, the tied one; a bias that it lacks is zeros."""
-    weights = {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
+def _untied(model: GPT) -> Weights:
+    return {name: p.float() for name, p in model.state_dict().items() if name != "lm_head.weight"}
+
+
+def _with_biases(model: GPT) -> Weights:
+    """The model's weights, and zeros for each bias that it lacks."""
+    weights = _untied(model)
     for name, p in list(weights.items()):
         if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))

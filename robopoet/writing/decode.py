@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, rotary_table
+from model import GPT, GPTConfig, KVCache, rotary_table, swiglu
 from robopoet import ops
 from robopoet.machine import Graphed
 from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
@@ -21,7 +21,7 @@ from robopoet.writing.sampler import blended
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for q, k and v: (3, 1, 1, hs), or (B, 3, 1, 1, hs)
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for queries and keys: (1, hs), or (B, 1, 1, hs)
 STRETCH = 256  # positions whose rotations are computed together
 SCORED = 64  # tokens of a prompt whose logits exist at a time
 ROWS, PLACES = 4, 64  # the rows of a server's step and the places it attends to are multiples of these
@@ -46,7 +46,8 @@ def step(
     furthest: the largest of these, or None in a CUDA graph, which can't know it. blocks: from block_weights().
     """
     c, t, B = model.config, model.transformer, len(ids)
-    hs, last, is_rotary = c.n_embd // c.n_head, c.block_size - 1, c.positions == "rotary"
+    hs, last, is_rotary = c.head_size, c.block_size - 1, c.positions == "rotary"
+    normalize = rms_norm if c.norm == "rmsnorm" else layer_norm
     if isinstance(at, int):  # views, and no mask
         furthest, seen, mask = at, min(at, last) + 1, None
         place = at if at <= last else 1 + (at - 1) % last  # a full cache is a ring behind the first token
@@ -57,20 +58,21 @@ def step(
         mask = torch.zeros(unseen.shape, device=at.device, dtype=cache.keys.dtype).masked_fill_(unseen, -math.inf)
         if furthest is None or furthest > last:
             place = torch.where(at <= last, at, 1 + (at - 1) % max(last, 1))
-        lines = (first_lines(B, c.n_head, width, at.device) + place[:, None]).flatten()
+        lines = (first_lines(B, c.kv_heads, width, at.device) + place[:, None]).flatten()
     x = t.wte.weight[ids]  # (B, C)
     if is_rotary:
-        rotation = rotation_at(at, hs, cache.keys)
+        rotation = rotation_at(at, c, cache.keys)
         if furthest is None or furthest > last:
-            slide(cache, B, at - last)
+            slide(cache, c, B, at - last)
     else:
         x = x + t.wpe.weight[at]
     for weights, keys, values in zip(blocks, cache.keys[:, :B], cache.values[:, :B], strict=True):
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
-        qkv = linear(layer_norm(x, *ln_1), *c_attn).view(B, 3, c.n_head, 1, hs)
+        qkv = linear(normalize(x, *ln_1), *c_attn).view(B, -1, 1, hs)
+        qk, v = qkv.split([c.n_head + c.kv_heads, c.kv_heads], dim=1)
         if is_rotary:
-            qkv = rotate(qkv, *rotation)
-        q, k, v = qkv.unbind(1)  # (B, nh, 1, hs)
+            qk = rotate(qk, *rotation)
+        q, k = qk.split([c.n_head, c.kv_heads], dim=1)  # (B, nh, 1, hs), (B, nkv, 1, hs)
         if mask is None:
             keys[:, :, place : place + 1], values[:, :, place : place + 1] = k, v
         else:
@@ -78,7 +80,9 @@ def step(
             values.view(-1, hs).index_copy_(0, lines, v.reshape(-1, hs))
         y = scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
-        x = add_linear(x, gelu_linear(layer_norm(x, *ln_2), *c_fc, c.gelu), *mlp_c_proj)
+        y = normalize(x, *ln_2)
+        y = gelu_linear(y, *c_fc, c.gelu) if c.mlp == "gelu" else swiglu(linear(y, *c_fc))
+        x = add_linear(x, y, *mlp_c_proj)
     return model.lm_head(t.ln_f(x))
 
 
@@ -88,15 +92,14 @@ def first_lines(n_rows: int, n_head: int, width: int, device: torch.device) -> t
     return torch.arange(0, n_rows * n_head * width, width, device=device).view(n_rows, n_head)
 
 
-def slide(cache: KVCache, n_rows: int, beyond: int | torch.Tensor) -> None:
+def slide(cache: KVCache, config: GPTConfig, n_rows: int, beyond: int | torch.Tensor) -> None:
     """Rotate the first token's keys of rows with rotary positions that are `beyond` their window, if above 0.
 
     So the first token stays block_size - 1 before the last one. The other keys keep their angles: only differences
     count.
     """
     beyond = beyond.clamp(min=0) if isinstance(beyond, torch.Tensor) else beyond
-    cos, sin = (part[..., 1, :, :, :] for part in rotation_at(beyond, cache.keys.shape[-1], cache.keys))
-    cache.keys[:, :n_rows, :, :1] = rotate(cache.first[:, :n_rows], cos, sin)
+    cache.keys[:, :n_rows, :, :1] = rotate(cache.first[:, :n_rows], *rotation_at(beyond, config, cache.keys))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -104,27 +107,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def rotation_at(at: int | torch.Tensor, head_size: int, keys: torch.Tensor) -> Rotation:
-    """How q, k and v of such keys are rotated at a position, or at each of (B,) int64 positions."""
+def rotation_at(at: int | torch.Tensor, config: GPTConfig, keys: torch.Tensor) -> Rotation:
+    """How queries and such keys are rotated at a position, or at each of (B,) int64 positions."""
     if isinstance(at, int):
-        return _stretch(head_size, keys.dtype, keys.device, at // STRETCH)[at % STRETCH]
-    return _expand(rotary_table(at, head_size).to(keys.dtype))
+        return _stretch(config, keys.dtype, keys.device, at // STRETCH)[at % STRETCH]
+    return _expand(rotary_table(at, config).to(keys.dtype))
 
 
 @functools.lru_cache(maxsize=16)
-def _stretch(head_size: int, dtype: torch.dtype, device: torch.device, number: int) -> list[Rotation]:
+def _stretch(config: GPTConfig, dtype: torch.dtype, device: torch.device, number: int) -> list[Rotation]:
     """The rotations at STRETCH positions: one by one, each would take a dozen calls."""
     positions = torch.arange(STRETCH, device=device) + number * STRETCH
-    return list(zip(*_expand(rotary_table(positions, head_size).to(dtype)), strict=True))
+    return list(zip(*_expand(rotary_table(positions, config).to(dtype)), strict=True))
 
 
 def _expand(table: torch.Tensor) -> Rotation:
-    """The cosines and sines in a rotary_table(), as they rotate q and k and leave v alone: (T, 3, 1, 1, hs) each."""
-    cos, sin = table  # (T, hs / 2)
-    one, zero = torch.ones_like(cos), torch.zeros_like(cos)
-    factors = [cos, cos, cos, cos, one, one], [-sin, sin, -sin, sin, zero, zero]
-    cosines, sines = (torch.stack(halves, dim=1).view(len(cos), 3, 1, 1, -1) for halves in factors)
-    return cosines, sines
+    """The cosines and sines in a rotary_table() for rotate(): (T, 1, 1, hs) each."""
+    cos, sin = table[:, :, None, None]  # (T, 1, 1, hs / 2)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,10 +132,15 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return torch.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: None = None) -> torch.Tensor:
+    """nn.RMSNorm with this weight; it has no bias."""
+    return torch.rms_norm(x, weight.shape, weight, 1e-5)
+
+
 def block_weights(model: GPT) -> list[BlockWeights]:
     """For each block, weight and bias of ln_1, c_attn, attention's c_proj, ln_2, c_fc and the MLP's c_proj."""
     layers = [(b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj) for b in model.transformer.h]
-    return [tuple((layer.weight, layer.bias) for layer in block) for block in layers]
+    return [tuple((layer.weight, getattr(layer, "bias", None)) for layer in block) for block in layers]
 
 
 def prepack_matrices(model: GPT) -> None:

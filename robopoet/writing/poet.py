@@ -215,7 +215,7 @@ class Poet:
 
     def _check_memory(self, rows: int) -> None:
         c = self.model.config
-        need = rows * 2 * c.n_layer * c.block_size * c.n_embd * self.machine.dtype.itemsize
+        need = rows * 2 * c.n_layer * c.block_size * c.kv_heads * c.head_size * self.machine.dtype.itemsize
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.machine.device.type == "cpu" and need > have:
             raise ConfigError(
