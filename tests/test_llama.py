@@ -194,6 +194,21 @@ def test_an_mlp_has_as_many_weights_as_gpt2s_unless_n_inner_is_given():
     assert GPT(wide).transformer.h[0].mlp.c_fc.weight.shape == (200, 48)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_llama_cpps_layout_keeps_every_bit_and_rotates_neighbours(seed):
+    model = random_model(seed, **random_shape(random.Random(seed)))
+    c, layout = model.config, gguf.LAYOUTS["llama"]
+    theirs = layout.theirs(model)
+    back = layout.ours(theirs, c)
+    kept = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    assert back.keys() == kept.keys() and all(torch.equal(back[name], kept[name]) for name in kept)
+    q, own = theirs["blk.0.attn_q.weight"], kept["transformer.h.0.attn.c_attn.weight"]
+    for head, i in [(0, 0), (c.n_head - 1, c.head_size // 2 - 1)]:
+        pair = q[head * c.head_size + 2 * i], q[head * c.head_size + 2 * i + 1]
+        rows = own[head * c.head_size + i], own[head * c.head_size + i + c.head_size // 2]
+        assert torch.equal(pair[0], rows[0]) and torch.equal(pair[1], rows[1])
+
+
 # --- what is refused
 
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 NAMES = {  # ours -> llama.cpp's
-    ".wte.": "token_embd.",
-    ".wpe.": "position_embd.",
-    ".ln_f.": "output_norm.",
-    ".h.": "blk.",
+    ".wte.": ".token_embd.",
+    ".wpe.": ".position_embd.",
+    ".ln_f.": ".output_norm.",
+    ".h.": ".blk.",
     ".ln_1.": ".attn_norm.",
     ".attn.c_proj.": ".attn_output.",
     ".ln_2.": ".ffn_norm.",

@@ -41,6 +41,7 @@ class Layout:
             their_name = self.prefix + name.removeprefix(OURS)
             for ours, theirs in self.names.items():
                 their_name = their_name.replace(ours, theirs)
+            their_name = their_name.removeprefix(".")  # it has no prefix
             if whole := next((whole for whole in self.apart if whole in name), None):
                 for part, rows in zip(self.apart[whole], w.split(rows_of_parts(whole, c)), strict=True):
                     if part in self.paired:
@@ -54,7 +55,7 @@ class Layout:
         """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
         found, apart = {}, {}
         for name, w in weights.items():
-            name = f"{OURS}." + name.removeprefix(f"{self.prefix}.")
+            name = f"{OURS}." + name.removeprefix(f"{self.prefix}.")  # some files leave it out
             for ours, theirs in self.names.items():
                 name = name.replace(theirs, ours)
             whole, part = next(
