@@ -33,7 +33,7 @@ class SampleConfig(Settings):
     """The keys of sample.py."""
 
     # input and output
-    checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
+    checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, GGUF, a Hugging Face folder or Hub name, or smollm2
     prompt: str = ""  # text to continue; FILE:path reads a file, - reads stdin, \n is a line break
     num_samples: int = 1  # how many passages to write; all are generated in one batch
     interactive: bool = False  # ask for one prompt after another; /help lists the session's commands

@@ -30,7 +30,7 @@ class ServeConfig(Limits):
     """The keys of serve.py."""
 
     # model
-    checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, a Hugging Face folder, or a Hub name such as gpt2
+    checkpoint: str = "out/demo/best.pt"  # ours, nanoGPT's, GGUF, a Hugging Face folder or Hub name, or smollm2
     name: str = ""  # what the API calls the model (default: its folder's name)
     # server
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all of this machine's, and needs an api_key

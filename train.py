@@ -43,7 +43,7 @@ class TrainConfig:
 
     # the run
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
-    init_from: str = "scratch"  # scratch, resume, auto (resume if out_dir has a checkpoint), a checkpoint, or gpt2
+    init_from: str = "scratch"  # scratch, resume, auto (resume if out_dir has a checkpoint), a checkpoint, smollm2
     eval_only: bool = False  # evaluate `split` and stop
     split: Literal["val", "test", "train"] = "val"  # which split eval_only evaluates
     seed: int = 1337  # seed of the initialisation, the order of windows, dropout and the sampled softmax
@@ -335,7 +335,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     state = build_state(cfg, machine, model, split, meta)
 
     # --- resume, or start a new run
-    run.teachers = state.teachers.sha256 if state.teachers else {}
+    run.teachers, run.licences = state.teachers.sha256 if state.teachers else {}, start.licences(meta)
     progress = start.restore(state.optimizers, state.scaler, state.average, run.teachers)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None, progress)

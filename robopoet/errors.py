@@ -38,11 +38,16 @@ class DivergedError(Mistake, ArithmeticError):
 
 
 def warn(message: str) -> None:
-    """Print a warning to stderr, on a machine's first rank alone; does nothing if stderr is closed."""
+    """Print a warning to stderr, as tell() does."""
+    tell(f"warning: {message}")
+
+
+def tell(message: str) -> None:
+    """Print a line to stderr, on a machine's first rank alone; does nothing if stderr is closed."""
     if is_other_rank():
         return
     with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
 
 
 def is_other_rank() -> bool:

@@ -85,6 +85,11 @@ class Start:
         plain = {key: saved[key] for key in EARLIER_AUTO.keys() & saved.keys() if type(saved[key]) in (int, float, str)}
         return saved | {key: None for key, value in plain.items() if value == EARLIER_AUTO[key]}
 
+    def licences(self, meta: Meta) -> list[str]:
+        """Those of the texts that a run reads, and of what the weights that it starts from were trained on."""
+        theirs = read_header(self.content, self.path).licences if self.content else ()
+        return [*dict.fromkeys([*meta.licences, *theirs])]
+
     def build_model(self, block_size: int, dropout: float, vocab_size: int) -> GPT:
         """The checkpoint's model, its context shortened to `block_size`, with new ids up to `vocab_size`."""
         model = checkpoint.build_model(self.content, self.path, dropout, vocab_size)
@@ -228,6 +233,7 @@ class Run:
             raise ConfigError(f"out_dir: found {str(out)!r}, must be a single line")
         self.config, self.meta, self.machine = config, meta, machine
         self.teachers: dict[str, str] = {}  # path -> SHA-256
+        self.licences = list(meta.licences)
         self.best_loss = math.inf  # best.pt's, if it is this run's
         self.folder = Folder(out, machine.is_main)
 
@@ -271,7 +277,7 @@ class Run:
             "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
             "text_sha256": meta.text_sha256,  # tells which text the model has read
             "identity": meta.identity,  # how it was cut: each split's length, and the tags
-            "licences": list(meta.licences),  # those under which the text's sources stand
+            "licences": self.licences,  # the texts', and those of the weights that the run started from
             "teachers": self.teachers,  # path -> SHA-256 of the models that have taught it
             "first_val_loss": progress.first_val_loss,  # nats/token, at the first evaluation
             "best_iter": progress.iter_num,  # the step of best_val_loss

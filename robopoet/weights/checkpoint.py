@@ -24,7 +24,7 @@ from robopoet import files
 from robopoet.errors import CheckpointError, DataError, describe, shorten, warn
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
-from robopoet.weights import huggingface, nanogpt
+from robopoet.weights import gguf_reader, huggingface, nanogpt, pretrained
 from robopoet.weights.header import config_entries, read_header
 
 BASE = Path("out/base/best.pt")  # the model that `make base` trains, for short books to start from
@@ -69,23 +69,28 @@ def weights_sha256(path: Path) -> str:
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-FILE_EXTENSIONS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".zip", ".json", ".yaml", ".md", ".txt"}
+FILE_EXTENSIONS = {*".pt .pth .ckpt .bin .pkl .safetensors .gguf .zip .json .yaml .md .txt".split()}
 
 
 def load(path: Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU; no code in it is run (weights_only).
 
-    path: a file of ours or nanoGPT's, a folder in Hugging Face's format, or a model's name on the Hub. Ours must carry
-    a hash; nanoGPT's have none. Raises CheckpointError when the file is missing, truncated, altered or no checkpoint.
+    path: a file of ours or nanoGPT's, a GGUF file, a folder in Hugging Face's format, a name in PRETRAINED or a model's
+    on the Hub. Ours must carry a hash; nanoGPT's have none. Raises CheckpointError when the file is missing, truncated,
+    altered or no checkpoint.
     """
+    credit: dict[str, Any] = {}
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in FILE_EXTENSIONS:
             raise not_found(path)
-        path = huggingface.fetch(str(path))
+        credit = {"licences": [pretrained.licence(str(path))]}
+        path = pretrained.locate(str(path))
     if os.path.isfile(path / "config.json"):
-        return huggingface.load_folder(path)
+        return huggingface.load_folder(path) | credit
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder; name the file, as {path}/best.pt")
+    if gguf_reader.is_gguf(path):
+        return gguf_reader.load_gguf(path) | credit
     content, is_hashed = _read_file(path)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise CheckpointError(f"{path}: is not a checkpoint: it has no 'model' and 'model_args'")

@@ -25,7 +25,7 @@ from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, ar
 from robopoet.weights.header import ExportDtype, config_entries
 from robopoet.weights.layout import Weights
 
-HEADER_BYTES = 10 * 2**20  # a safetensors file's header may be so long: room for 100,000 tensors
+HEADER_BYTES = 10 * 2**20  # a safetensors or GGUF file's header may be so long: room for 100,000 tensors
 NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind in ARCHITECTURES.values())
 
 
@@ -207,7 +207,12 @@ def describe_model(model: GPT, tok: tokenizer.Tokenizer, content: dict[str, Any]
     if (loss := content.get("best_val_loss")) is not None:
         lines += ["", f"Validation loss: {loss:.4f} nats per token, after {content.get('iter_num', 0):,} steps."]
     if licences := content.get("licences"):
-        lines += ["", "Trained on texts under these licences:", "", *(f"- {licence}" for licence in licences)]
+        lines += [
+            "",
+            "Trained on these texts, or from these weights, with their licences:",
+            "",
+            *(f"- {licence}" for licence in licences),
+        ]
     if styles:
         names = ", ".join(f"`{tokenizer.style_token(style)}`" for style in styles)
         lines += ["", f"A passage is written in the style of the tag that its prompt begins with: {names}."]

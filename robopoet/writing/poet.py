@@ -14,7 +14,7 @@ from robopoet.files import HOME
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles
-from robopoet.weights import checkpoint, huggingface
+from robopoet.weights import checkpoint, pretrained
 from robopoet.writing.batch import Batch
 from robopoet.writing.characters import find_characters
 from robopoet.writing.copies import Copied, Copies
@@ -31,8 +31,8 @@ MAX_PROMPT = 10 * 2**20  # characters, or bytes of a file
 class Poet:
     """A model and its tokenizer.
 
-    checkpoint_path: a .pt file, a Hugging Face folder or the name of a model on its Hub. record: replay each decode
-    step as a CUDA graph. Raises CheckpointError if it can't be read, ConfigError if the device is not available.
+    checkpoint_path: what checkpoint.load takes. record: replay each decode step as a CUDA graph. Raises CheckpointError
+    if it can't be read, ConfigError if the device is not available.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Poet:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 of the checkpoint, or of the weights in its folder, in hexadecimal; raises CheckpointError."""
-        path = self.path if self.path.exists() else huggingface.fetch(str(self.path))  # the Hub's is cached by now
+        path = self.path if self.path.exists() else pretrained.locate(str(self.path))  # it is here by now
         return checkpoint.weights_sha256(path)
 
     @functools.cached_property
