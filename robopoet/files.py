@@ -198,10 +198,11 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(f.fileno())
 
 
-def move(path: Path, place: Path) -> None:
-    """Rename a file or folder to `place`, where a file may be, which it replaces; on the disk as well."""
-    os.replace(path, place)
-    for folder in sorted({place.parent, path.parent}):
+def move(places: dict[Path, Path]) -> None:
+    """Rename each file or folder to its place, where a file may be, which it replaces; on the disk as well."""
+    for path, place in places.items():
+        os.replace(path, place)
+    for folder in sorted({path.parent for path in (*places, *places.values())}):
         portable.sync_folder(folder)
 
 
@@ -219,7 +220,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
                 yield f
             if keep and path.exists():
                 os.replace(path, keep)
-            move(part, path)
+            move({part: path})
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -329,7 +329,7 @@ def _tidy(folder: Path) -> None:
         for name in SPLITS:
             with contextlib.suppress(DataError):
                 Bin(part := _part_of(folder, name), meta.splits[name]).verify()
-                files.move(part, folder / f"{name}.bin")
+                files.move({part: folder / f"{name}.bin"})
     for name in UNFINISHED:
         (folder / name).unlink(missing_ok=True)
 

@@ -116,11 +116,11 @@ def set_aside(out: Path) -> Path | None:
     part.mkdir(exist_ok=True)
     if is_new:
         files.link(best, part / "best.pt")
-    for path in (*checkpoints, *(path for name in OTHERS for path in out.glob(name))):  # ckpt.pt is the last to resume
-        files.move(path, part / path.name)
+    moved = (*checkpoints, *(path for name in OTHERS for path in out.glob(name)))  # ckpt.pt is the last to resume
+    files.move({path: part / path.name for path in moved})
     folder = next_folder(out)
     folder.parent.mkdir(exist_ok=True)
-    files.move(part, folder)
+    files.move({part: folder})
     return folder
 
 

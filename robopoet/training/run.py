@@ -363,7 +363,7 @@ class Run:
             self.best_loss = progress.best_val_loss
         if resumed == self.out / "ckpt.prev.pt":  # or the save would keep the damaged ckpt.pt in its place
             with contextlib.suppress(FileNotFoundError):
-                move(self.out / "ckpt.pt", self.out / "ckpt.damaged.pt")
+                move({self.out / "ckpt.pt": self.out / "ckpt.damaged.pt"})
         if resumed is None and (kept := set_aside(self.out)):
             stays = "; best.pt stays that run's until this one has its own" if (kept / "best.pt").exists() else ""
             return [f"the earlier run is in {kept}: --init_from=auto --out_dir={kept} resumes it{stays}"]
