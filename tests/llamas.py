@@ -1,6 +1,7 @@
 """Small Llamas with random weights, as transformers has them and as GGUF files."""
 
 import functools
+import json
 from pathlib import Path
 
 import gguf as reference
@@ -112,4 +113,21 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def save_folder(path: Path, model: transformers.LlamaForCausalLM, tok: BPETokenizer) -> Path:
+    """A folder such as the Hub has of SmolLM2: bfloat16, specials first, and a tokenizer that cuts off each digit."""
+    n = len(tok.specials)
+    saved = tokenizer_json.to_huggingface(tok)
+    saved["model"]["vocab"] = {name: id + n for name, id in saved["model"]["vocab"].items()} | {
+        name: i for i, name in enumerate(tok.specials)
+    }
+    for i, added in enumerate(saved["added_tokens"]):
+        added["id"] = i
+    digits = {"type": "Digits", "individual_digits": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    saved["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
+    model.to(torch.bfloat16).save_pretrained(path)
+    (path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
     return path

@@ -12,10 +12,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import sha256
-from llamas import make_llama, small_tokenizer, write
+from conftest import TEXT, sha256
+from llamas import SPECIALS, make_llama, save_folder, small_tokenizer, write
+from test_llama import in_float64
 from test_tokenizer_json import check_all
 from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer
 
 import prepare
 from robopoet import files
@@ -116,20 +118,29 @@ def test_with_neither_both_are_named(small, monkeypatch):
 
 def test_the_hubs_model_comes_first(small, tmp_path, monkeypatch, capsys):
     _, pip = small
-    (tmp_path / "hub").mkdir()
-    write(tmp_path / "hub" / "x.gguf", make_llama(small_tokenizer()), small_tokenizer())
-    asked = []
+    tok, asked = small_tokenizer(), []
+    save_folder(tmp_path / "hub", make_llama(tok), tok)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
 
     def fetch(name):
         asked.append(name)
-        return tmp_path / "hub" / "x.gguf"
+        return tmp_path / "hub"
 
     monkeypatch.setattr(huggingface, "fetch", fetch)
     poet = Poet("smollm2", "cpu", "float32")
     assert poet.write("The", max_new_tokens=3, until="tokens") and len(poet.sha256) == 64
     assert asked == ["HuggingFaceTB/SmolLM2-135M"] and pip.asked == []
     line = "smollm2: HuggingFaceTB/SmolLM2-135M from the Hugging Face Hub (Apache 2.0)\n"
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err.endswith(f"\n{line}")
+    assert poet.tokenizer.to_json() == tok.to_json()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hub")(TEXT[:100])["input_ids"]
+    idx = torch.tensor([tok.encode(TEXT[:100])])[:, :48]
+    with torch.no_grad():
+        wanted = in_float64(theirs)(torch.tensor([ids])[:, :48]).logits
+        found = checkpoint.load_model(Path("smollm2"), CPU, torch.float64)[0](idx, idx)[0]
+    torch.testing.assert_close(found, wanted.roll(-len(SPECIALS), -1), rtol=0, atol=1e-9)
+    assert checkpoint.load(Path("smollm2"))["licences"] == ["smollm2: Apache 2.0"]
+
     asked.clear()
     with pytest.raises(CheckpointError, match="not found"):
         checkpoint.load(Path("smollm2/best.pt"))
