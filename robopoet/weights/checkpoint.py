@@ -5,6 +5,7 @@ config) and ours (model_extra, tokenizer, text_sha256, ...). torch.save writes a
 comment, which torch.load, nanoGPT and other zip readers skip.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -175,8 +176,10 @@ def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab
     """
     config = GPTConfig(**read_header(content, path).shape | {"dropout": dropout})
     weights = check_weights(content["model"], config, path)
-    model = GPT(dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size)))
-    if vocab_size > config.vocab_size:
+    size = max(config.vocab_size, vocab_size)
+    with contextlib.nullcontext() if size > config.vocab_size else NoInit():  # only new rows need it
+        model = GPT(dataclasses.replace(config, vocab_size=size))
+    if size > config.vocab_size:
         new = model.lm_head.weight.detach()[config.vocab_size :].clone()
         for key in ("transformer.wte.weight", "lm_head.weight"):
             weights[key] = torch.cat([weights[key], new.to(weights[key].dtype)])
@@ -185,7 +188,7 @@ def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab
 
 
 class NoInit(TorchFunctionMode):
-    """Skips initialisation, which on the meta device would import torch's compiler: two seconds."""
+    """Skips initialisation: on the meta device it would import torch's compiler, two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
