@@ -22,7 +22,7 @@ test-slow: .venv/installed-slow  ## the tests that take minutes
 
 clean:  ## remove what `make` made; your own runs and data stay
 	rm -rf .venv out/demo out/base
-	rm -rf $(foreach d,robopoet base,data/$(d)/raw data/$(d)/*.bin data/$(d)/meta.json)
+	rm -rf $(foreach d,robopoet base smollm2,data/$(d)/raw data/$(d)/*.bin data/$(d)/meta.json)
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1: \2/p' Makefile
