@@ -23,7 +23,7 @@ import train
 from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import SMOLLM_PATTERN, BPETokenizer
-from robopoet.weights import checkpoint, gguf_reader
+from robopoet.weights import checkpoint, gguf, gguf_reader
 from sample import Poet
 from train import TrainConfig
 
@@ -67,6 +67,16 @@ def test_ids_and_log_probabilities_are_llama_cpps(tmp_path, tok):
         wanted = ours(torch.tensor([ids]), torch.tensor([ids]))[0][0].log_softmax(-1)
     found = llama.log_probabilities([in_file[id] for id in ids], tok.vocab_size)[:, in_file]
     torch.testing.assert_close(found[:, :n], wanted[:, :n], rtol=0, atol=0.05)  # its cache is float16
+
+
+def test_what_we_export_is_read_back(tmp_path, tok):
+    first = checkpoint.load_model(write(tmp_path / "a.gguf", make_llama(tok), tok), CPU, torch.float32)
+    gguf.export(*first, "a passage", tmp_path / "b.gguf", "float32")
+    model, back, content = checkpoint.load_model(tmp_path / "b.gguf", CPU, torch.float32)
+    assert back.to_json() == tok.to_json() and model.config == first[0].config
+    assert content["licences"] == ["b: Small: apache-2.0"]
+    for name, weight in first[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
 
 
 QUANTISED = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
