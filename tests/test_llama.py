@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
 import train
 from model import GPT, GPTConfig
@@ -182,6 +183,30 @@ def test_a_llama_is_trained_resumed_sampled_and_fine_tuned(tmp_path, small, shap
     one, other = Poet(str(best), "cpu", "float32"), Poet(str(tmp_path / "poet"), "cpu", "float32")
     sampled = {"max_new_tokens": 3 * small["block_size"], "until": "tokens", "seed": 3}
     assert one.write("The", **sampled) == other.write("The", **sampled)
+
+
+def test_a_run_from_a_llama_keeps_its_kind_and_refuses_another(small, shapeless, tmp_path):
+    keys = small | KIND | {"n_head": 4}
+    for n_kv_head, own in ((2, None), (None, 4)):  # 4: auto
+        train.main(TrainConfig(**keys | {"n_kv_head": n_kv_head}))
+        start = shapeless | {"init_from": f"{small['out_dir']}/best.pt", "out_dir": str(tmp_path / "new")}
+        for given in ({}, {"norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": n_kv_head or own}):
+            train.main(TrainConfig(**start | given | {"n_head": 4}))
+            for config in (
+                checkpoint.load(tmp_path / "new/best.pt")["config"],
+                yaml.safe_load((tmp_path / "new/config.yaml").read_text()),
+            ):
+                assert (config["norm"], config["mlp"]) == ("rmsnorm", "swiglu")
+                assert config.get("n_kv_head") == n_kv_head
+        other = {"norm": "layernorm", "mlp": "gelu", "n_kv_head": 1, "given": frozenset({"norm", "mlp", "n_kv_head"})}
+        with pytest.raises(CheckpointError) as raised:
+            train.main(TrainConfig(**start | other))
+        heads = n_kv_head or "auto"
+        assert sorted(str(raised.value).removeprefix(f"{small['out_dir']}/best.pt: ").split("\n  ")) == [
+            "mlp: the checkpoint has swiglu, the config gelu; leave it out",
+            f"n_kv_head: the checkpoint has {heads}, the config 1; leave it out",
+            "norm: the checkpoint has rmsnorm, the config layernorm; leave it out",
+        ]
 
 
 def test_an_mlp_has_as_many_weights_as_gpt2s_unless_n_inner_is_given():

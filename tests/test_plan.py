@@ -1,5 +1,6 @@
 """train.py --minutes: what it chooses, that the run then fits the minutes, and when it starts from the base model."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -108,6 +109,15 @@ def test_a_busy_machine_trains_a_smaller_model_rather_than_none(imagine):
     assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.LEAST_STEPS
     cfg = imagine(4, 1_000_000, *given, load=busy / 4)[0]
     assert cfg.batch_size < 4 and cfg.max_iters >= plan.LEAST_STEPS
+
+
+@pytest.mark.parametrize(("n_kv_head", "heads"), [(1, {1, 2, 3, 4, 6, 8, 12}), (2, {2, 4, 6, 8, 12}), (8, {8})])
+def test_only_shapes_whose_heads_can_share_keys_are_tried(imagine, n_kv_head, heads):
+    tried: list[train.TrainConfig] = []
+    imagine(1e6, 10**9, f"--n_kv_head={n_kv_head}", tried=tried)
+    with contextlib.suppress(ConfigError):  # eight heads alone may be too many
+        imagine(100, 10**6, f"--n_kv_head={n_kv_head}", load=1e4, tried=tried)
+    assert {each.n_head for each in tried} == heads
 
 
 def test_what_is_timed_is_compiled_by_the_run_alone_and_programs_beside_it_count_little(imagine):

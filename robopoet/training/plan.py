@@ -90,11 +90,14 @@ def complete(cfg: Config, start: Start) -> Config:
     given = cfg.given | _differing(cfg).keys()
     shape = read_header(start.content, start.path).shape
     taken = {key: shape[key] for key in SHAPE}
+    if (cfg.n_kv_head or shape["n_head"]) == (shape["n_kv_head"] or shape["n_head"]):
+        given -= {"n_kv_head"}  # auto and n_head mean the same
     problems = []
     for key in given.intersection(SHAPE):
         may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
         if getattr(cfg, key) != taken[key] and not may_shorten:
-            problems.append(f"{key}: the checkpoint has {taken[key]}, the config {getattr(cfg, key)}; leave it out")
+            theirs, ours = written(taken[key]), written(getattr(cfg, key))
+            problems.append(f"{key}: the checkpoint has {theirs}, the config {ours}; leave it out")
     if problems:
         raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
     if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
@@ -203,7 +206,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     ways: list[dict[str, int]] = []
     if start.content is None and not cfg.given.intersection(SIZES):
         cfg = _climb(cfg, most, clock, seconds)
-        ways = [dict(zip(SIZES, shape, strict=True)) for shape in SMALLER]
+        ways = _shapes(cfg, SMALLER)
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
     while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), ENOUGH_STEPS):
         cfg = _choose(cfg, **ways.pop(0))
@@ -273,6 +276,11 @@ def _seconds(trial: Callable[[Config], Trial], machine: Machine, cfg: Config) ->
     return least
 
 
+def _shapes(cfg: Config, ladder: tuple[tuple[int, ...], ...]) -> list[dict[str, int]]:
+    """The shapes of a ladder whose heads can share n_kv_head heads of keys and values."""
+    return [dict(zip(SIZES, shape, strict=True)) for shape in ladder if shape[1] % (cfg.n_kv_head or 1) == 0]
+
+
 def _climb(cfg: Config, most: float, clock: Clock, seconds: Callable[[Config], list[float]]) -> Config:
     """`cfg` with the largest shape of the LADDER that the text, the time left and the memory can train."""
     chosen, step_s = cfg, 0.0
@@ -281,8 +289,8 @@ def _climb(cfg: Config, most: float, clock: Clock, seconds: Callable[[Config], l
         read = clock.left_s / step_s * cfg.tokens_per_step
         return read >= min(TOKENS_A_WEIGHT * weights, most / 2)
 
-    for shape in LADDER:
-        tried = _change(cfg, **dict(zip(SIZES, shape, strict=True)))
+    for shape in _shapes(cfg, LADDER):
+        tried = _change(cfg, **shape)
         weights = 12 * tried.n_layer * tried.n_embd**2
         if chosen is not cfg and (most < REREAD_A_WEIGHT * weights or not reads_enough(weights)):
             break  # the larger shape is slower still
