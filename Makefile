@@ -8,9 +8,8 @@ poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml,
 	$(BIN)/python train.py config/demo.yaml --init_from=auto
 	$(BIN)/python sample.py --checkpoint=out/demo/best.pt --style=shakespeare --prompt='JULIET\n'
 
-base: .venv/installed  ## ten minutes: train the model that short books start from
-	$(BIN)/python prepare.py data/base
-	$(BIN)/python train.py --dataset=base --minutes=10 --out_dir=out/base --init_from=auto
+base: .venv/installed  ## fetch SmolLM2, a model that knows English, for your own books to start from
+	$(BIN)/python sample.py smollm2 --prompt='Once upon a time' --max_new_tokens=60
 
 test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff check .

@@ -28,11 +28,12 @@ from robopoet.text import corpus, dataset, sources, tokenizer
 from robopoet.text.corpus import Part
 from robopoet.text.dataset import FORMAT, MAX_VOCAB_SIZE, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
-from robopoet.weights import checkpoint
+from robopoet.weights import bases, checkpoint
+from robopoet.weights.pretrained import PRETRAINED
 
 TOKENIZERS = ("auto", "bpe", "char", "gpt2")
-SHORT = 1_000_000  # bytes; a model of a text up to this long is best started from the base model
-SAMPLE = 100_000  # bytes; this much of a text shows whether a tokenizer suits its language
+SHORT, LONG = 1_000_000, 20_000_000  # bytes of texts that start from the base model, and from a pretrained one
+READ, SAMPLE = 100_000, 20_000  # characters that show whether a tokenizer, and a model, suits a text
 BYTES_A_TOKEN = 2.5  # a tokenizer that gets fewer from each token was made for another language
 
 
@@ -83,9 +84,10 @@ def main(cfg: PrepareConfig) -> None:
     cfg = replace(cfg, vocab_size=cfg.vocab_size or manifest.vocab_size)
     may_take_base = cfg.tokenizer == "auto" and not cfg.folder and not cfg.vocab_size
     given = None if cfg.tokenizer in TOKENIZERS else _read_tokenizer(Path(cfg.tokenizer))
-    content = checkpoint.load_base() if may_take_base else None
-    base = checkpoint.tokenizer_of(content, checkpoint.BASE) if content else None
-    fingerprint = _fingerprint(cfg, manifest, given or base)
+    content = bases.load_base() if may_take_base else None
+    base = checkpoint.tokenizer_of(content, bases.BASE) if content else None
+    known = bases.at_hand() if may_take_base else ""
+    fingerprint = _fingerprint(cfg, manifest, given or base, known)
     if dataset.is_prepared(out, fingerprint) and not cfg.force:
         print(f"{out} is prepared already (--force does it again)")
         return
@@ -106,12 +108,16 @@ def main(cfg: PrepareConfig) -> None:
     if isinstance(given, BPETokenizer) and not _reads(given, manifest, survey):
         advice = "leave --tokenizer out for one of its own"
         warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
-    if base and is_short and _reads(base, manifest, survey):
+    start = cfg.tokenizer if cfg.tokenizer in PRETRAINED else ""
+    if known and survey.n_bytes <= LONG:
+        given = bases.suiting(known, _head(manifest, survey, "val", SAMPLE), _head(manifest, survey, "train", SHORT))
+        start = known if given else ""
+    if not start and base and is_short and _reads(base, manifest, survey):
         given = base
-        print(f"tokenizer: of {checkpoint.BASE}, so that train.py --minutes=N starts from its weights")
-    elif may_take_base and not base and is_short:
-        gain = "4 to 24% fewer bits per byte than from nothing"
-        print(f"from a base model, a text this short ends at {gain}: make base, then prepare it again")
+        print(f"tokenizer: of {bases.BASE}, so that train.py --minutes=N starts from its weights")
+    elif may_take_base and not known and not base and survey.n_bytes <= LONG:
+        gain = "20 to 40% fewer bits per byte than from nothing"
+        print(f"from a model that knows English, an English text ends at {gain}: make base, then prepare it again")
     styles = survey.styles if manifest.tags else []
     ends = [END] if survey.n_documents > 1 or styles else []
     specials = ends + [tokenizer.style_token(style) for style in styles]
@@ -143,6 +149,7 @@ def main(cfg: PrepareConfig) -> None:
             licences=tuple(sorted({f"{source.style}: {source.licence}" for source in manifest.sources})),
             splits=_write_bins(bins, parts, tok, survey.n_documents > corpus.MANY_DOCUMENTS),
             tokenizer=tok.saved,
+            start=start,
         )
         with files.replacing(out / "meta.json") as f:
             f.write(dataset.encode_meta(meta))
@@ -171,10 +178,10 @@ def _with_specials(given: Tokenizer, specials: list[str], characters: str) -> To
     return tok
 
 
-def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None) -> str:
-    """A hash of everything the result depends on: options, a given tokenizer, the manifest and the user's files."""
+def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer | None, known: str) -> str:
+    """A hash of everything the result depends on: options, what may be taken, the manifest and the user's files."""
     anywhere = replace(manifest, folder=Path("."), vocab_size=manifest.vocab_size or 0)
-    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size or 0} {anywhere}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {cfg.tokenizer} {cfg.vocab_size or 0} {anywhere}{known}".encode())
     if given:
         digest.update(json.dumps(given.to_json()).encode())
     for source in manifest.sources:
@@ -196,14 +203,20 @@ def _parts(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iter
 
 def _reads(tok: Tokenizer, manifest: corpus.Manifest, survey: corpus.Survey) -> bool:
     """True if `tok` needs few enough ids for the start of the train text: it was made for its language."""
-    n_ids = n_bytes = 0
+    head = _head(manifest, survey, "train", READ)
+    return len(head.encode()) >= BYTES_A_TOKEN * len(tok.encode(head))
+
+
+def _head(manifest: corpus.Manifest, survey: corpus.Survey, split: str, most: int) -> str:
+    """The first `most` characters of a split."""
+    found, size = [], 0
     for part, text in _parts(manifest, survey, "trying"):
-        if part.split == "train":
-            head = text[: SAMPLE - n_bytes]
-            n_ids, n_bytes = n_ids + len(tok.encode(head)), n_bytes + len(head.encode())
-        if n_bytes >= SAMPLE:
-            break
-    return n_bytes >= BYTES_A_TOKEN * n_ids
+        if part.split == split and text:
+            found.append(text[: most - size])
+            size += len(found[-1])
+            if size == most:
+                break
+    return "".join(found)
 
 
 def _write_bins(

@@ -23,7 +23,7 @@ from robopoet.text import corpus
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.training.plan import SHAPE
-from robopoet.weights import checkpoint
+from robopoet.weights import bases, checkpoint
 from sample import Poet
 from train import TrainConfig
 
@@ -108,7 +108,8 @@ def at_step(monkeypatch, step: int, act) -> None:
 def base(tmp_path_factory, monkeypatch) -> Path:
     """Where the base model would be: the one that the developer may have made stays out of the tests."""
     path = tmp_path_factory.mktemp("base") / "best.pt"
-    monkeypatch.setattr(checkpoint, "BASE", path)
+    monkeypatch.setattr(bases, "BASE", path)
+    monkeypatch.setattr(bases, "at_hand", lambda: "")
     return path
 
 

@@ -90,7 +90,11 @@ class SplitMeta:
 
 @dataclass(frozen=True)
 class Meta:
-    """What meta.json says of a folder of bins. styles: name -> id of its tag; empty if the corpus has no tags."""
+    """What meta.json says of a folder of bins.
+
+    styles: name -> id of its tag; empty if the corpus has no tags. start: the pretrained model whose tokenizer this is,
+    from which a run of minutes starts; "": none.
+    """
 
     format: Literal[FORMAT]
     fingerprint: str
@@ -100,6 +104,7 @@ class Meta:
     licences: tuple[str, ...]
     splits: dict[Literal[SPLITS], SplitMeta]
     tokenizer: SavedBPE | SavedChar
+    start: str = ""
 
     def __post_init__(self) -> None:
         tags, n_ids = self.tokenizer.special_ids, self.tokenizer.vocab_size

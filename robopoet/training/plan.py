@@ -21,7 +21,7 @@ from robopoet.text.dataset import Meta, find_dataset, read_meta
 from robopoet.training.log import Log, Meter
 from robopoet.training.run import Progress, Run, Start
 from robopoet.training.schedule import SAVE_S, Clock, evaluation_interval, steps_within
-from robopoet.weights import checkpoint
+from robopoet.weights import bases
 from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 
 Config = TypeVar("Config")  # train.TrainConfig, which a room may not import
@@ -63,17 +63,22 @@ def _differing(cfg: Config) -> dict[str, Any]:
 
 
 def from_base(cfg: Config) -> Config:
-    """`cfg`; a run of minutes starts from the base model if that reads the dataset and was not trained on it."""
+    """`cfg`; a run of minutes starts from the model that the dataset was prepared for, or from the base model.
+
+    The base model must read the dataset, and not have been trained on it.
+    """
     if not cfg.minutes or cfg.eval_only or "init_from" in cfg.given:
         return cfg
     meta = read_meta(find_dataset(cfg.dataset))
-    if content := checkpoint.load_base():
+    if meta.start:
+        return _change(cfg, init_from=meta.start)
+    if content := bases.load_base():
         try:
-            Start(content, checkpoint.BASE, False).check_fit(cfg.dataset, cfg.optimizer, meta)
+            Start(content, bases.BASE, False).check_fit(cfg.dataset, cfg.optimizer, meta)
         except CheckpointError:
             return cfg
         if content.get("text_sha256") != meta.text_sha256:
-            return _change(cfg, init_from=str(checkpoint.BASE))
+            return _change(cfg, init_from=str(bases.BASE))
     return cfg
 
 
@@ -92,6 +97,8 @@ def complete(cfg: Config, start: Start) -> Config:
     taken = {key: shape[key] for key in SHAPE}
     if (cfg.n_kv_head or shape["n_head"]) == (shape["n_kv_head"] or shape["n_head"]):
         given -= {"n_kv_head"}  # auto and n_head mean the same
+    if not _is_ours(start):  # it may have learnt without dropout
+        taken["dropout"] = shape["dropout"]
     problems = []
     for key in given.intersection(SHAPE):
         may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
@@ -100,7 +107,7 @@ def complete(cfg: Config, start: Start) -> Config:
             problems.append(f"{key}: the checkpoint has {theirs}, the config {ours}; leave it out")
     if problems:
         raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
-    if (start.resumes or cfg.eval_only) and {"config", "model_extra"} <= start.content.keys():  # one of our own runs
+    if (start.resumes or cfg.eval_only) and _is_ours(start):
         saved = convert(start.config, type(cfg), start.path, CheckpointError, "its config is damaged")
         taken = values_of(saved) | taken
         if cfg.eval_only:
@@ -193,6 +200,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         cfg, epochs = _choose(cfg, positions="rotary", block_size=CONTEXT), EPOCHS
     else:
         cfg, epochs = _choose(cfg, **_rates(start)), EPOCHS_FROM_WEIGHTS
+        cfg = _choose(cfg, block_size=min(cfg.block_size, CONTEXT))
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
     if start.content is None:
         rows = max(min(4 if on_cpu else 32, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
@@ -236,9 +244,14 @@ def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log
     return cfg
 
 
+def _is_ours(start: Start) -> bool:
+    """Whether a run of ours saved the checkpoint."""
+    return {"config", "model_extra"} <= start.content.keys()
+
+
 def _rates(start: Start) -> dict[str, Any]:
     """Gentle rates for a checkpoint's weights: ours are of Muon, others' of AdamW."""
-    if "model_extra" in start.content:
+    if _is_ours(start):
         return {"learning_rate": 3e-3, "muon_learning_rate": 0.01}
     return {"optimizer": "adamw", "learning_rate": 3e-4}
 

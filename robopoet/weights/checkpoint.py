@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from robopoet import files
-from robopoet.errors import CheckpointError, DataError, describe, shorten, warn
+from robopoet.errors import CheckpointError, DataError, describe, shorten
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import gguf_reader, huggingface, nanogpt, pretrained
 from robopoet.weights.header import config_entries, read_header
 
-BASE = Path("out/base/best.pt")  # the model that `make base` trains, for short books to start from
 LABEL = b"sha256:"
 COMMENT_BYTES = len(LABEL) + 64
 PICKLE_BYTES = 2**25  # limit of the part without tensors; a tokenizer of 2**20 ids takes half of it
@@ -107,26 +105,6 @@ def load(path: Path) -> dict[str, Any]:
 def not_found(path: Path, advice: str = "train first, or name another checkpoint") -> CheckpointError:
     """The error that says that there is no file at `path`, with one that resembles it, or else with `advice`."""
     return CheckpointError(f"{shorten(str(path))}: not found{files.did_you_mean_path(path) or f'; {advice}'}")
-
-
-def load_base() -> dict[str, Any] | None:
-    """The base model's checkpoint, or None if there is none, or if it has learned no more than how frequent tokens are.
-
-    A model that knows only frequencies has the loss of Zipf's law: 6.47 nats/token for 8,000 ids, measured 6.45.
-    """
-    if not BASE.exists():
-        return None
-    content = load(BASE)
-    header = read_header(content, BASE)
-    share = 1 / np.arange(1, header.model_args.vocab_size + 1)
-    share /= share.sum()
-    zipf = -float(share @ np.log(share))
-    if header.best_val_loss is not None and not header.best_val_loss < zipf:
-        loss, folder = header.best_val_loss, BASE.parent
-        known = f"a val loss of {loss:.2f} is no better than {zipf:.2f}, which knowing the tokens' frequencies brings"
-        warn(f"{BASE} is left out: {known}; remove {folder}, then `make base` trains it anew")
-        return None
-    return content
 
 
 def _read_file(path: Path) -> tuple[Any, bool]:

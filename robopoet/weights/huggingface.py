@@ -25,6 +25,7 @@ from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, ar
 from robopoet.weights.header import ExportDtype, config_entries
 from robopoet.weights.layout import Weights
 
+FILES = ["*.safetensors", "*.json"]  # what we read
 HEADER_BYTES = 10 * 2**20  # a safetensors or GGUF file's header may be so long: room for 100,000 tensors
 NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind in ARCHITECTURES.values())
 
@@ -60,11 +61,21 @@ def fetch(name: str) -> Path:
             f"{missing}; if it is a model on the Hugging Face Hub: pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as e:  # many classes, and they change with the network library
         raise CheckpointError(
             f"{missing}; the Hugging Face Hub could not be asked for it ({type(e).__name__})"
         ) from None
+
+
+def is_cached(name: str) -> bool:
+    """Whether a model of the Hub was downloaded."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return bool(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+    except Exception:  # not installed, or one of many classes
+        return False
 
 
 def load_folder(folder: Path) -> dict[str, Any]:

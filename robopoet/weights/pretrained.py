@@ -66,6 +66,12 @@ def locate(name: str) -> Path:
     return path
 
 
+def is_here(name: str) -> bool:
+    """Whether a model in PRETRAINED was fetched."""
+    model = PRETRAINED[name]
+    return (FOLDER / name / "raw" / model.file).exists() or huggingface.is_cached(model.hub)
+
+
 def licence(name: str) -> str:
     """What a checkpoint says of the licence of a model that locate() finds."""
     if name in PRETRAINED:
