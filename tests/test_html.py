@@ -106,7 +106,7 @@ SHAPES = [
     {"positions": "rotary", "block_size": 24},
     {"block_size": 24},
     {"block_size": 7, "gelu": "tanh", "bias": False},
-    {"positions": "rotary", "gelu": "tanh", "bias": False, "n_head": 1, "n_embd": 30},
+    {"positions": "rotary", "gelu": "tanh", "bias": False, "n_head": 1, "n_embd": 30, "rope_theta": 500.0},
 ]
 
 

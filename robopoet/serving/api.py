@@ -231,7 +231,7 @@ class RequestLog:
 
 
 def make_index(poet: Poet) -> bytes:
-    """The model as one HTML file, or nothing if it is too large for a page."""
+    """The model as one HTML file, or nothing if a page can't take it."""
     try:
         html.check(poet.model.config, poet.tokenizer)
         loaded = checkpoint.load_model(poet.path, torch.device("cpu"), torch.float32)

@@ -22,6 +22,7 @@ from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer
 from robopoet.weights import checkpoint
+from robopoet.weights.architectures import architecture_of
 from robopoet.weights.header import ExportDtype
 from robopoet.weights.layout import in_dtype
 
@@ -32,15 +33,21 @@ STYLE = re.compile(r"<style>(.*?)</style>", re.S)
 
 
 def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
-    """Raise CheckpointError for a model that is too large for a page, or not GPT-2's kind; any tokenizer will do."""
-    if config.norm != "layernorm" or config.mlp != "gelu" or config.kv_heads != config.n_head:
-        raise CheckpointError("export: a page computes GPT-2's blocks alone, not Llama's; use --export=poet.gguf")
+    """Raise CheckpointError for a model that is too large for a page, or whose blocks are not GPT-2's.
+
+    Any tokenizer will do.
+    """
+    is_bpe = isinstance(tok, tokenizer.BPETokenizer)
+    instead = "a GGUF for llama.cpp: --export=poet.gguf" if is_bpe else "a folder for transformers: --export=poet"
+    is_plain = config.kv_heads == config.n_head and config.inner == 4 * config.n_embd
+    if config.norm != "layernorm" or config.mlp != "gelu" or not is_plain:
+        kind = architecture_of(config).title
+        raise CheckpointError(f"export: a page computes GPT-2's blocks, not this {kind}'s; write {instead}")
     with torch.device("meta"), checkpoint.NoInit():
         n = GPT(config).num_params()
     if n > MOST_PARAMETERS:
         raise CheckpointError(
-            f"export: the model has {n:,} parameters, a page can take {MOST_PARAMETERS:,}; "
-            "write a GGUF for llama.cpp: --export=poet.gguf"
+            f"export: the model has {n:,} parameters, a page can take {MOST_PARAMETERS:,}; write {instead}"
         )
 
 

@@ -238,7 +238,7 @@ class Model {
         ln_2: at("ln_2", C), c_fc: at("mlp.c_fc", 4 * C), mlp_c_proj: at("mlp.c_proj", C) };
     });
     this.frequencies = Float32Array.from({ length: this.headSize / 2 },
-      (_, i) => 1 / Math.fround(10_000 ** Math.fround((2 * i) / this.headSize)));
+      (_, i) => 1 / Math.fround(config.rope_theta ** Math.fround((2 * i) / this.headSize)));
     this.scores = new Float64Array(block_size);
     this.sums = new Float64Array(this.headSize);
   }
