@@ -178,14 +178,15 @@ def export(
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
     kind = architecture_of(model.config)
-    special = {"bos_token": END, "eos_token": END} if end is not None else {}
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END) if end is not None else {}
     contents = {
         "config": kind.write(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
-        "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends},
+        "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends, "pad_token_id": end},
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.block_size,
             **special,
+            "padding_side": "left",  # a batch's rows are continued at their right
             "clean_up_tokenization_spaces": False,
         },
         "tokenizer": tokenizer_json.to_huggingface(tok),

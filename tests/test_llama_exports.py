@@ -1,0 +1,130 @@
+"""Exported Llamas: in llama.cpp, in transformers, and what is refused."""
+
+import re
+from pathlib import Path
+
+import gguf as reference
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_text, save_random
+from llamas import tensors_of
+from scripts import run_script
+from test_gguf import Llama, export, make_model, poem, train_model
+
+from model import GPTConfig
+from robopoet.errors import CheckpointError
+from robopoet.text.tokenizer import CHAT, END, SMOLLM_PATTERN, BPETokenizer, Tokenizer
+from robopoet.weights import checkpoint, html, huggingface
+from robopoet.weights.exports import EXPORTS
+from sample import Poet
+
+KIND = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+SHAPES = [  # shared heads, bases of the rotation, widths that are no multiple of 32
+    KIND | {"n_head": 4, "n_kv_head": 2, "n_inner": 50, "rope_theta": 100_000.0},
+    KIND | {"n_head": 4, "n_kv_head": 1, "rope_theta": 500.0},
+    KIND | {"n_embd": 30, "n_head": 5, "n_layer": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def tok(bpe) -> BPETokenizer:
+    """Text is cut as SmolLM's; its tokens of a chat, and tags."""
+    return BPETokenizer(bpe.tokens, [*CHAT, END, "<|a|>", "<|b|>"], SMOLLM_PATTERN)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ids_and_log_probabilities_are_ours(tmp_path, tok, shape):
+    model = make_model(tok, **shape)
+    llama, text = Llama(export(model, tok, tmp_path / "poet.gguf")), make_text(30, seed=7)
+    ids = [tok.specials["<|a|>"], *tok.encode(text)]
+    assert llama.ids(f"<|a|>{text}", parse_special=True) == ids
+    ids = ids[:60]
+    with torch.no_grad():
+        ours = model.double()(torch.tensor([ids]), torch.tensor([ids]))[0][0].log_softmax(-1)
+    assert ours.std() > 0.15
+    torch.testing.assert_close(llama.log_probabilities(ids, tok.vocab_size), ours, rtol=0, atol=0.002)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_is_poets_for_each_tag(tmp_path, tok, shape):
+    model = train_model(tok, ["", "<|a|>", "<|b|>"], **shape)
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
+    poet = Poet(str(path), "cpu", "float32")
+    llamas = [Llama(export(model, tok, tmp_path / f"{dtype}.gguf", dtype)) for dtype in ("float32", "float16")]
+    poet.characters = None  # llama.cpp does not know which ids would break a character
+    for style, tag in (("", ""), ("a", "<|a|>"), ("b", "<|b|>")):
+        ids, _ = poem(poet, "The rose", 100, style)
+        assert len(set(ids)) > 90
+        for llama in llamas:
+            assert llama.greedy(f"{tag}The rose", 100)["tokens"] == ids
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_tensor_is_as_llama_cpps_converter_has_it(tmp_path, tok, shape, dtype):
+    model = make_model(tok, **shape)
+    huggingface.export(model, tok, checkpoint.model_entries(model), "a passage", tmp_path / "poet")
+    theirs = tensors_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "poet"))
+    found = reference.GGUFReader(export(model, tok, tmp_path / "poet.gguf", dtype)).tensors
+    assert {tensor.name for tensor in found} == theirs.keys()
+    for tensor in found:
+        wanted = theirs[tensor.name].astype(dtype if theirs[tensor.name].ndim == 2 else "float32")
+        assert tensor.data.dtype == wanted.dtype and np.array_equal(tensor.data, wanted), tensor.name
+
+
+# --- transformers
+
+
+def test_transformers_has_the_same_ids_and_continues_a_batch(tmp_path, tok):
+    """Its AutoTokenizer takes the class that the folder names, not Llama's own, which would cut text otherwise."""
+    model = make_model(tok, **SHAPES[0])
+    huggingface.export(model, tok, checkpoint.model_entries(model), "a passage", tmp_path / "poet")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "poet")
+    for text in (make_text(500, seed=3), "in 1851, 3.14  42\n 7", " 1", "\u0664\u0662 ²½"):
+        assert theirs(text)["input_ids"] == tok.encode(text)
+        assert theirs.decode(tok.encode(text)) == text
+    write = transformers.pipeline("text-generation", model=str(tmp_path / "poet"))
+    assert type(write.model) is transformers.LlamaForCausalLM and theirs.pad_token == END
+    keys = {"max_new_tokens": 20, "do_sample": False, "return_full_text": False}
+    prompts = ["The rose", "<|a|>1599", "T"]
+    one_by_one = [write(prompt, **keys) for prompt in prompts]
+    assert write(prompts, batch_size=3, **keys) == one_by_one
+    assert len({written["generated_text"] for (written,) in one_by_one}) == 3
+
+
+# --- what is refused
+
+
+def refused(folder: Path, tok: Tokenizer, ending: str, message: str, **shape) -> None:
+    """An export exits with 2 and one line, before anything is generated."""
+    path = save_random(folder / "best.pt", tok, **shape)
+    keys = f"--checkpoint={path}", "--device=cpu", "--prompt=a", f"--export={folder}/poet{ending}"
+    done = run_script("sample.py", *keys)
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(f"sample.py: export: {message}\n", done.stderr)
+    assert [path.name for path in folder.iterdir()] == ["best.pt"]
+
+
+@pytest.mark.parametrize(
+    ("title", "shape"), [("Llama", SHAPES[0]), ("Starcoder2", {"positions": "rotary", "n_inner": 50})]
+)
+def test_a_page_refuses_what_it_can_not_compute_and_says_what_can(tmp_path, tok, title, shape):
+    instead = "write a GGUF for llama.cpp: --export=poet.gguf"
+    refused(tmp_path, tok, ".html", f"a page computes GPT-2's blocks, not this {title}'s; {instead}", **shape)
+    for large, message in ((shape, f"this {title}'s; {instead}"), ({}, f"a page can take 30,000,000; {instead}")):
+        with pytest.raises(CheckpointError, match=message):
+            html.check(GPTConfig(**large | {"n_embd": 4096, "n_head": 8}), tok)
+
+
+@pytest.mark.parametrize("ending", EXPORTS)
+def test_a_mix_that_no_program_has_is_refused(tmp_path, tok, ending):
+    message = r"other programs have GPT-2's kind of model and Llama's, but none with .*mlp gelu.*"
+    refused(tmp_path, tok, ending, message, **KIND | {"mlp": "gelu"})
+
+
+def test_a_llama_of_characters_is_sent_from_the_page_to_a_folder(tmp_path, char):
+    refused(tmp_path, char, ".html", ".*not this Llama's; write a folder for transformers: --export=poet", **KIND)
+    config = GPTConfig(vocab_size=char.vocab_size, **KIND)
+    huggingface.check(config, char)
