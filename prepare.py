@@ -110,7 +110,8 @@ def main(cfg: PrepareConfig) -> None:
         warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
     start = cfg.tokenizer if cfg.tokenizer in PRETRAINED else ""
     if known and survey.n_bytes <= LONG:
-        given = bases.suiting(known, _head(manifest, survey, "val", SAMPLE), _head(manifest, survey, "train", SHORT))
+        heads = [("val", SAMPLE), ("train", SHORT)]
+        given = bases.suiting(known, *(corpus.head(_parts(manifest, survey, "trying"), *each) for each in heads))
         start = known if given else ""
     if not start and base and is_short and _reads(base, manifest, survey):
         given = base
@@ -203,20 +204,8 @@ def _parts(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iter
 
 def _reads(tok: Tokenizer, manifest: corpus.Manifest, survey: corpus.Survey) -> bool:
     """True if `tok` needs few enough ids for the start of the train text: it was made for its language."""
-    head = _head(manifest, survey, "train", READ)
+    head = corpus.head(_parts(manifest, survey, "trying"), "train", READ)
     return len(head.encode()) >= BYTES_A_TOKEN * len(tok.encode(head))
-
-
-def _head(manifest: corpus.Manifest, survey: corpus.Survey, split: str, most: int) -> str:
-    """The first `most` characters of a split."""
-    found, size = [], 0
-    for part, text in _parts(manifest, survey, "trying"):
-        if part.split == split and text:
-            found.append(text[: most - size])
-            size += len(found[-1])
-            if size == most:
-                break
-    return "".join(found)
 
 
 def _write_bins(

@@ -239,6 +239,18 @@ def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterat
         raise DataError("the texts changed while they were being read; run prepare.py again")
 
 
+def head(parts: Iterable[tuple[Part, str]], split: str, most: int) -> str:
+    """The first `most` characters of a split."""
+    found, size = [], 0
+    for part, text in parts:
+        if part.split == split and text:
+            found.append(text[: most - size])
+            size += len(found[-1])
+            if size == most:
+                break
+    return "".join(found)
+
+
 def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
     """Split a document: yields (train, val or test; text), none empty. Every character goes to exactly one split.
 
