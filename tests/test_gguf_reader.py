@@ -74,7 +74,7 @@ def test_what_we_export_is_read_back(tmp_path, tok):
     gguf.export(*first, "a passage", tmp_path / "b.gguf", "float32")
     model, back, content = checkpoint.load_model(tmp_path / "b.gguf", CPU, torch.float32)
     assert back.to_json() == tok.to_json() and model.config == first[0].config
-    assert content["licences"] == ["b: Small: apache-2.0"]
+    assert content["licences"] == ["the model Small: apache-2.0"]
     for name, weight in first[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
 
@@ -181,7 +181,7 @@ def test_a_book_is_prepared_and_a_run_starts_from_a_file(tmp_path, tok, shapeles
     train.main(TrainConfig(**shapeless | {"init_from": str(path), "dataset": out}))
     trained = checkpoint.load(Path(shapeless["out_dir"]) / "best.pt")
     assert trained["model_args"]["vocab_size"] == tok.vocab_size + 2
-    assert trained["licences"] == ["alpha: unknown", "beta: unknown", "Small: apache-2.0"]
+    assert trained["licences"] == ["alpha: unknown", "beta: unknown", "the model Small: apache-2.0"]
     assert trained["model_extra"]["mlp"] == "swiglu" and trained["model_extra"]["n_kv_head"] == 2
     for place in (Path(shapeless["out_dir"]) / "best.pt", path):
         assert Poet(str(place), "cpu", "float32").write("The", max_new_tokens=5, until="tokens")

@@ -1,4 +1,4 @@
-"""Exported Llamas: in llama.cpp, in transformers, and what is refused."""
+"""Exported Llamas: in llama.cpp, in transformers, read back as written, what they name, and what is refused."""
 
 import re
 from pathlib import Path
@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_text, save_random
-from llamas import tensors_of
+from conftest import make_book, make_text, save_random
+from llamas import make_llama, save_folder, small_tokenizer, tensors_of
 from scripts import run_script
-from test_gguf import Llama, export, make_model, poem, train_model
+from test_gguf import CPU, Llama, export, make_model, poem, train_model
 
+import prepare
+import sample
+import train
 from model import GPTConfig
+from prepare import PrepareConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import CHAT, END, SMOLLM_PATTERN, BPETokenizer, Tokenizer
-from robopoet.weights import checkpoint, html, huggingface
+from robopoet.weights import checkpoint, gguf, html, huggingface
 from robopoet.weights.exports import EXPORTS
-from sample import Poet
+from sample import Poet, SampleConfig
+from train import TrainConfig
 
 KIND = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 SHAPES = [  # shared heads, bases of the rotation, widths that are no multiple of 32
@@ -26,6 +31,7 @@ SHAPES = [  # shared heads, bases of the rotation, widths that are no multiple o
     KIND | {"n_head": 4, "n_kv_head": 1, "rope_theta": 500.0},
     KIND | {"n_embd": 30, "n_head": 5, "n_layer": 3},
 ]
+LICENCES = ["a: public domain", "the model Small: apache-2.0"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,25 @@ def test_each_tensor_is_as_llama_cpps_converter_has_it(tmp_path, tok, shape, dty
         assert tensor.data.dtype == wanted.dtype and np.array_equal(tensor.data, wanted), tensor.name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_file_that_is_read_is_exported_as_it_was(tmp_path, tok, shape, dtype):
+    model = make_model(tok, **shape)
+    content = checkpoint.model_entries(model) | {"licences": LICENCES}
+    paths = [tmp_path / name / "poet.gguf" for name in ("first", "second")]
+    for path in paths:
+        path.parent.mkdir()
+    gguf.export(model, tok, content, "a passage", paths[0], dtype)
+    back, back_tok, content = checkpoint.load_model(paths[0], CPU, torch.float32)
+    assert back_tok.to_json() == tok.to_json() and content["licences"] == LICENCES
+    assert {key: getattr(back.config, key) for key in shape} == shape and back.config.inner == model.config.inner
+    if dtype == "float32":
+        for name, weight in model.state_dict().items():
+            assert torch.equal(back.state_dict()[name], weight), name
+    gguf.export(back, back_tok, content, "a passage", paths[1], dtype)
+    assert paths[1].read_bytes() == paths[0].read_bytes()
+
+
 # --- transformers
 
 
@@ -93,6 +118,31 @@ def test_transformers_has_the_same_ids_and_continues_a_batch(tmp_path, tok):
     one_by_one = [write(prompt, **keys) for prompt in prompts]
     assert write(prompts, batch_size=3, **keys) == one_by_one
     assert len({written["generated_text"] for (written,) in one_by_one}) == 3
+
+
+# --- what an export names
+
+
+def card(folder: Path) -> list[str]:
+    """The licences that a model card lists."""
+    return [line[2:] for line in (folder / "README.md").read_text().splitlines() if line.startswith("- ")]
+
+
+def test_the_model_and_each_text_that_a_run_came_from_are_named_once_however_it_went_on(tmp_path, shapeless):
+    keys = {"num_samples": 1, "max_new_tokens": 3, "device": "cpu", "dtype": "float32"}
+    start, named = save_folder(tmp_path / "Small", make_llama(small_tokenizer()), small_tokenizer()), []
+    for i, (book, ending) in enumerate([("alpha", ""), ("beta", ".gguf"), ("alpha", "")]):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        (folder / f"{book}.txt").write_text(make_book(5, 80))
+        prepare.main(PrepareConfig(input=(f"{folder}/*.txt",), out=f"{folder}/bins", tokenizer=str(start)))
+        run = {"init_from": str(start), "dataset": f"{folder}/bins", "out_dir": f"{folder}/out", "max_iters": 3}
+        train.main(TrainConfig(**shapeless | run))
+        start = folder / f"poet{ending}"
+        sample.main(SampleConfig(checkpoint=f"{folder}/out/best.pt", export=str(start), **keys))
+        named.append(card(start) if ending == "" else checkpoint.load(start)["licences"])
+    model, alpha, beta = "the model Small: see its model card", "alpha: unknown", "beta: unknown"
+    assert named == [[alpha, model], [beta, alpha, model], [alpha, beta, model]]
 
 
 # --- what is refused

