@@ -33,7 +33,8 @@ STRING, ARRAY = 8, 9  # types of a value; the others are numbers: type -> numpy'
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 TENSOR_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split()
 NORMAL = 1  # the type of a token that stands for text
-PRES = {name: pattern for pattern, name in PATTERNS.items()}  # llama.cpp's name for how text is cut -> a pattern
+# llama.cpp's name for how text is cut -> a pattern: of several that it stands for, the first, as in our tokenizers
+PRES = {name: pattern for pattern, name in reversed(PATTERNS.items())}
 FITTING = "it must be a Llama like SmolLM2"
 
 
