@@ -151,7 +151,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache.fill(self.layer, k, v)
         p = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (B, nh, T, hs)
+        y = scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 

@@ -133,13 +133,14 @@ def scaled_dot_product_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """softmax(query key' / sqrt(hs) + attn_mask) value: query (B, nh, T, hs), key and value (B, nkv, S, hs).
 
-    Each of the nkv heads of keys and values serves nh / nkv heads of queries, one after another.
+    enable_gqa: each of the nkv heads of keys and values serves nh / nkv heads of queries, one after another.
     """
     B, nh, T, _ = query.shape
-    grouped = nh != key.shape[1]
+    grouped = enable_gqa and nh != key.shape[1]
     if is_causal and attn_mask is None and query.device.type == "cpu" and T <= 256:  # flash has a slower backward
         return causal_attention(query, key, value, dropout_p)
     # generating a batch: twice as fast as fused on a CPU, which would copy keys that queries share

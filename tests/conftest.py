@@ -161,6 +161,10 @@ def small_config(small: dict) -> TrainConfig:
 LETTERS = CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz", [END, "<|alice|>", "<|bard|>", "<|unk|>"])
 
 
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1}
+KINDS = {"learned": {}, "rotary": {"positions": "rotary"}, "llama": LLAMA}  # what a GPTConfig has of each
+
+
 def save_random(path: Path, tok: Tokenizer = LETTERS, seed: int = 3, scale: float = 5, **shape) -> Path:
     """A checkpoint of random weights, `scale` times as large as a new model's, so that its text varies."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import within
+from conftest import KINDS, within
 
 import train
 from robopoet.errors import CheckpointError
@@ -77,9 +77,9 @@ def mutate_bytes(body: bytes, rng: random.Random) -> bytes:
     return bytes(damaged) + checkpoint.LABEL + hashlib.sha256(damaged).hexdigest().encode()
 
 
-def load_mutations(small: dict, path: Path, monkeypatch, times: int, positions: str) -> None:
+def load_mutations(small: dict, path: Path, monkeypatch, times: int, kind: str) -> None:
     """Load mutations of a checkpoint: most reach build_model, many are refused, and the rest hold finite numbers."""
-    train.main(TrainConfig(**small | {"n_layer": 1, "n_embd": 8, "max_iters": 3, "positions": positions}))
+    train.main(TrainConfig(**small | {"n_layer": 1, "n_embd": 8, "max_iters": 3} | KINDS[kind]))
     whole = Path(small["out_dir"]) / "best.pt"
     content, body = checkpoint.load(whole), whole.read_bytes()[: -checkpoint.COMMENT_BYTES]
     rng, build_model, reached, refused = random.Random(times), checkpoint.build_model, [], []
@@ -105,12 +105,12 @@ def load_mutations(small: dict, path: Path, monkeypatch, times: int, positions: 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_a_hundred_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path, monkeypatch, positions):
-    load_mutations(small, tmp_path / "m.pt", monkeypatch, 100, positions)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path, monkeypatch, kind):
+    load_mutations(small, tmp_path / "m.pt", monkeypatch, 100, kind)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_a_thousand_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path, monkeypatch, positions):
-    load_mutations(small, tmp_path / "m.pt", monkeypatch, 1000, positions)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_mutations_of_a_checkpoint_end_in_one_line(small, tmp_path, monkeypatch, kind):
+    load_mutations(small, tmp_path / "m.pt", monkeypatch, 1000, kind)

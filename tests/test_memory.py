@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import KINDS, LLAMA
 from test_train import losses, run
 
 import configurator
@@ -32,9 +33,9 @@ def saved_for_backward(model: GPT) -> int:
     return sum(storage.nbytes() // 4 for storage in kept.values())
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_only_the_blocks_inputs_are_kept(positions):
-    shape = {"n_layer": 6, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 7, "positions": positions}
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_blocks_inputs_are_kept(kind):
+    shape = {"n_layer": 6, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 7} | KINDS[kind]
     models = [GPT(GPTConfig(**shape)) for _ in range(2)]
     recompute_blocks(models[1])
     plain, recomputed = map(saved_for_backward, models)
@@ -42,9 +43,9 @@ def test_only_the_blocks_inputs_are_kept(positions):
     assert inputs <= recomputed < 2 * inputs and plain > 8 * recomputed
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_losses_are_the_same_bits(small, tmp_path, optimizer):
-    keys = small | {"dropout": 0.1, "optimizer": optimizer, "batch_size": 4, "gradient_accumulation_steps": 2}
+@pytest.mark.parametrize(("optimizer", "kind"), [("muon", {}), ("adamw", {}), ("muon", LLAMA)], ids=str)
+def test_the_losses_are_the_same_bits(small, tmp_path, optimizer, kind):
+    keys = small | kind | {"dropout": 0.1, "optimizer": optimizer, "batch_size": 4, "gradient_accumulation_steps": 2}
     recomputed = run(keys, recompute=True, out_dir=str(tmp_path / "recomputed"))
     assert losses(recomputed) == losses(run(keys))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -212,11 +213,10 @@ def test_initialisation_is_gpt2s():
             assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel())
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_flops_per_token_agrees_with_counting_the_matrix_products(positions):
-    model = GPT(
-        GPTConfig(vocab_size=1000, positions=positions)
-    ).double()  # the counter doesn't know oneDNN's products in float32
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_per_token_agrees_with_counting_the_matrix_products(kind):
+    model = GPT(GPTConfig(vocab_size=1000, **KINDS[kind]))
+    model.double()  # the counter doesn't know oneDNN's products in float32
     idx = ids(2, 128, vocab_size=1000)
     with FlopCounterMode(display=False) as counter:
         model(idx, targets=idx)[1].backward()
@@ -232,13 +232,13 @@ TORCHS_OWN = {
 }
 
 
-@pytest.mark.parametrize("T, positions", [(16, "learned"), (300, "learned"), (16, "rotary"), (300, "rotary")])
+@pytest.mark.parametrize("T", [16, 300])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-12), (torch.float32, 4e-6), (torch.bfloat16, 3e-2)])
-def test_torchs_own_functions_in_place_of_ops_give_the_same_loss_and_gradients(
-    monkeypatch, dtype, precision, T, positions
-):
+def test_torchs_own_functions_in_place_of_ops_give_the_same_loss_and_gradients(monkeypatch, dtype, precision, T, kind):
     """precision: of a loss, and of the largest number of each gradient."""
-    config = dataclasses.replace(SMALL, block_size=T, positions=positions)
+    config = dataclasses.replace(SMALL, block_size=T, **KINDS[kind])
+    config = dataclasses.replace(config, n_kv_head=config.n_kv_head and 2)
     imports = [node for node in ast.parse(Path(model.__file__).read_text()).body if isinstance(node, ast.ImportFrom)]
     assert {a.name for node in imports if node.module == "robopoet.ops" for a in node.names} == TORCHS_OWN.keys()
     stored = torch.float64 if dtype is torch.float64 else torch.float32

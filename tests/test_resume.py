@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import at_step, records
+from conftest import KINDS, at_step, records
 from scripts import run_script
 
 import configurator
@@ -183,15 +183,15 @@ def test_a_new_run_may_shorten_the_context_and_change_nothing_else_of_the_shape(
             run(keys, **change)
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config, positions):
-    model = train.make_model(dataclasses.replace(small_config, positions=positions), 64).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cropped_model_predicts_as_the_whole_one_within_its_context(small_config, kind):
+    model = train.make_model(dataclasses.replace(small_config, **KINDS[kind]), 64).eval()
     idx = torch.randint(64, (2, 16))
     before = model(idx, idx)[0]
     model.crop_block_size(16)
     assert torch.equal(model(idx, idx)[0], before)
     assert model.config.block_size == 16
-    if positions == "learned":
+    if kind == "learned":
         assert model.transformer.wpe.num_embeddings == 16
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from conftest import records
+from conftest import KINDS, LLAMA, records
 from scripts import Script, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import losses, run, windows_of
@@ -53,11 +53,16 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
 
 
 @pytest.mark.parametrize(
-    "optimizer, positions, dtype",
-    [("adamw", "learned", "float32"), ("muon", "learned", "bfloat16"), ("muon", "rotary", "float32")],
+    "optimizer, kind, dtype",
+    [
+        ("adamw", "learned", "float32"),
+        ("muon", "learned", "bfloat16"),
+        ("muon", "rotary", "float32"),
+        ("muon", "llama", "float32"),
+    ],
 )
-def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, positions, dtype):
-    keys = small | {"optimizer": optimizer, "positions": positions, "dtype": dtype, "dropout": 0.2}
+def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, kind, dtype):
+    keys = small | KINDS[kind] | {"optimizer": optimizer, "dtype": dtype, "dropout": 0.2}
     keys |= {"gradient_accumulation_steps": 2, "ema": 0.9}
     keys |= {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 10, "eval_iters": 2}  # 16 rows x 40: over an epoch
     assert windows_of(keys).per_epoch < 40 * 16
@@ -85,7 +90,9 @@ def test_the_same_command_gives_the_same_bits_however_often_it_evaluates(small, 
     assert losses(once) != losses(run(small, out_dir=str(tmp_path / "c"), dropout=0.1, seed=2))
 
 
-def test_float16_trains_with_its_scaler_and_resumes_it(small):
+@pytest.mark.parametrize("kind", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_float16_trains_with_its_scaler_and_resumes_it(small, kind):
+    small |= kind
     run(small, dtype="float16")
     saved = checkpoint.load(Path(small["out_dir"]) / "ckpt.pt")
     assert saved["scaler"]["_growth_tracker"] == 6

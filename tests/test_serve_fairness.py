@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import save_random
+from conftest import KINDS, save_random
 
 from robopoet.serving.engine import TURN, Choice, Engine
 from robopoet.writing.decode import Rows
@@ -17,9 +17,9 @@ from robopoet.writing.poet import Poet
 ROWS = 8
 
 
-def endless(folder, dtype, positions):
+def endless(folder, dtype, kind):
     """A poet whose texts don't end by themselves."""
-    poet = Poet(str(save_random(folder / "best.pt", positions=positions)), "cpu", dtype)
+    poet = Poet(str(save_random(folder / "best.pt", **KINDS[kind])), "cpu", dtype)
     poet.forbidden = torch.tensor(list(poet.tokenizer.specials.values()))
     return poet
 
@@ -113,10 +113,10 @@ def test_all_requests_end_whatever_their_sizes(poet, styles):
     assert not stepped.engine.waiting and not stepped.engine.running and not stepped.engine.rows.rows
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_paused_text_has_the_same_bits(tmp_path, monkeypatch, positions, dtype):
-    poet, paused, pause = endless(tmp_path, dtype, positions), [], Rows.pause
+def test_a_paused_text_has_the_same_bits(tmp_path, monkeypatch, kind, dtype):
+    poet, paused, pause = endless(tmp_path, dtype, kind), [], Rows.pause
     monkeypatch.setattr(Rows, "pause", lambda self, row: (paused.append(row.n), pause(self, row)))
 
     def tokens(crowd: int) -> list[list[tuple]]:

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 import torch
-from conftest import REPO, TEXT, save_random
+from conftest import KINDS, REPO, TEXT, save_random
 
 from robopoet.text.tokenizer import BPETokenizer
 from robopoet.weights import checkpoint, huggingface
@@ -20,10 +20,10 @@ from robopoet.writing.poet import Poet
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["learned", "rotary"])
+@pytest.fixture(scope="module", params=KINDS)
 def model_pt(request, tmp_path_factory, bpe: BPETokenizer):
     path = tmp_path_factory.mktemp("peers") / "best.pt"
-    return save_random(path, bpe, seed=2, scale=4, block_size=64, positions=request.param)
+    return save_random(path, bpe, seed=2, scale=4, block_size=64, **KINDS[request.param])
 
 
 class Process:

@@ -78,7 +78,7 @@ def step(
         else:
             keys.view(-1, hs).index_copy_(0, lines, k.reshape(-1, hs))
             values.view(-1, hs).index_copy_(0, lines, v.reshape(-1, hs))
-        y = scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
+        y = scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask, enable_gqa=True)
         x = add_linear(x, y.reshape(B, -1), *attn_c_proj)
         y = normalize(x, *ln_2)
         y = gelu_linear(y, *c_fc, c.gelu) if c.mlp == "gelu" else swiglu(linear(y, *c_fc))
