@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 
+from model import GPTConfig
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine
 from train import TrainConfig
@@ -131,6 +132,13 @@ def resident_mb(pid: int | str, line: str) -> float:
     status = Path(f"/proc/{pid}/status")
     found = re.search(rf"^{line}:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
     return int(found[1]) / 1024 if found else 0.0
+
+
+def check_is_gpt2(config: GPTConfig) -> None:
+    """Raise ConfigError unless nanoGPT has such a model."""
+    kind = {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "kv_heads": config.n_head}
+    if other := [f"{key} {getattr(config, key)}" for key, plain in kind.items() if getattr(config, key) != plain]:
+        raise ConfigError(f"peer: nanoGPT has no model with {', '.join(other)}; leave the key out")
 
 
 def load_model_module(folder: Path) -> ModuleType:

@@ -19,17 +19,17 @@ import torch
 
 import configurator
 from bench.common import evaluate_checkpoint, last_line, origin, progress, show, side_by_side, spread, write_result
-from bench.peer import load_model_module, resident_mb
+from bench.peer import check_is_gpt2, load_model_module, resident_mb
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, warn
 from robopoet.machine import Machine, find_machine
-from robopoet.weights import checkpoint, header
+from robopoet.weights import architectures, checkpoint, header
 from robopoet.writing.decode import generate, prepack_matrices
 from sample import Poet
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 UNLIKE_OURS = (
-    "the peers have no rotary positions: they, and the greedy passages, use a new model of this shape with learned ones"
+    "the peers have no such model: they, and the greedy passages, use a new GPT-2 of this shape, with learned positions"
 )
 SAMPLING = {"temperature": 0.8, "top_k": 200}  # nanoGPT's defaults, used by all
 Write = Callable[[int, int], tuple[float, float]]  # (passages, tokens) -> seconds in all, and to the first token
@@ -100,16 +100,27 @@ def ours(poet: Poet, prompt: str) -> Write:
     return write
 
 
+def architecture_among_peers(config: GPTConfig) -> architectures.Architecture | None:
+    """The peers' architecture that a model is: GPT-2 or Llama; None for others."""
+    try:
+        found = architectures.architecture_of(config)
+    except CheckpointError:
+        return None
+    return found if found in (architectures.GPT2, architectures.LLAMA) else None
+
+
 def comparable(model: GPT) -> GPT:
-    """The model whose weights the peers take: `model`, or a new one of its shape if it has rotary positions."""
-    if model.config.positions == "learned":
+    """The model whose weights the peers take: `model`, or a new GPT-2 of its shape if they have no such model."""
+    if architecture_among_peers(model.config):
         return model
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(model.config, positions="learned")).eval()
+    c = model.config
+    return GPT(GPTConfig(**{key: getattr(c, key) for key in header.NANOGPT_ARGS}, gelu=c.gelu)).eval()
 
 
 def nanogpt(folder: Path, model: GPT, machine: Machine) -> torch.nn.Module:
-    """nanoGPT's model, with our weights."""
+    """nanoGPT's model, with our weights; raises ConfigError if they are a Llama's."""
+    check_is_gpt2(model.config)
     module = load_model_module(folder)
     keys = dataclasses.asdict(model.config)
     theirs = module.GPT(module.GPTConfig(**{key: keys[key] for key in header.NANOGPT_ARGS}))
@@ -135,6 +146,19 @@ def transformers_gpt2(model: GPT, machine: Machine) -> torch.nn.Module:
         if name in weights:  # without biases of ours, theirs stay 0
             in_block = ".attn." in name or ".mlp." in name  # Conv1D: transposed
             p.copy_(weights[name].T if in_block and p.ndim == 2 else weights[name])
+    return theirs.to(machine.device, peer_dtype(machine)).eval()
+
+
+@torch.no_grad()
+def transformers_llama(model: GPT, machine: Machine) -> torch.nn.Module:
+    """transformers' Llama, with our weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    llama = architectures.LLAMA
+    theirs = LlamaForCausalLM(LlamaConfig(**llama.write(model.config, 0.0), bos_token_id=None, eos_token_id=None))
+    theirs.load_state_dict(llama.layout.theirs(model), strict=False)  # its output is tied to the embeddings
     return theirs.to(machine.device, peer_dtype(machine)).eval()
 
 
@@ -207,7 +231,8 @@ def main(cfg: SampleSpeedConfig) -> None:
         nano = models["nanoGPT"] = nanogpt(Path(cfg.peer), shared, machine)
         writers["nanoGPT"] = theirs(lambda idx, n: nano.generate(idx, n, **SAMPLING), ids, machine)
     if importlib.util.find_spec("transformers"):
-        hugging = models["transformers"] = transformers_gpt2(shared, machine)
+        is_llama = architecture_among_peers(shared.config) is architectures.LLAMA
+        hugging = models["transformers"] = (transformers_llama if is_llama else transformers_gpt2)(shared, machine)
         writers["transformers"] = theirs(
             lambda idx, n: hugging.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=True, **SAMPLING),
             ids,
@@ -279,7 +304,8 @@ def compare(
         {name: writers[name](passages, tokens) for name in names}
         for _ in progress(range(cfg.repeats), f"rounds of {passages} x {tokens} tokens")
     ]
-    keys_and_values = 2 * config.n_layer * config.n_embd * min(tokens / 2, config.block_size * 0.75)
+    seen = min(tokens / 2, config.block_size * 0.75)
+    keys_and_values = 2 * config.n_layer * config.kv_heads * config.head_size * seen
     return {
         "passages": passages,
         "tokens": tokens,

@@ -37,7 +37,7 @@ from bench.common import (
     train_command,
     write_result,
 )
-from bench.peer import PADDED_VOCAB, Peer, load_model_module, peer_vocab
+from bench.peer import PADDED_VOCAB, Peer, check_is_gpt2, load_model_module, peer_vocab
 from model import GPT
 from robopoet import files
 from robopoet.errors import ConfigError, DataError, bounds, warn
@@ -181,6 +181,7 @@ def check_same_loss(cfg: SpeedConfig, machine: Machine, model: GPT, windows: Tra
 
     Raises ConfigError if it has not.
     """
+    check_is_gpt2(model.config)
     theirs = load_model_module(Path(cfg.peer))
     args = {key: getattr(model.config, key) for key in header.NANOGPT_ARGS} | {"dropout": 0.0}
     peer = theirs.GPT(theirs.GPTConfig(**args)).to(machine.device)

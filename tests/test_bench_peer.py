@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, ordered, start
+from conftest import LLAMA, TINY, ordered, start
 
 import configurator
 from bench import (
@@ -188,19 +188,45 @@ def test_sample_speed(run, results, peer, monkeypatch):
     assert "nanoGPT" in sample_speed.table([result]) and "the same for all" in sample_speed.remarks(result)[0]
 
 
-def test_peers_without_rotary_positions_get_a_model_of_the_shape_with_learned_ones(
-    run, results, peer, tmp_path, monkeypatch, capsys
-):
+def save_kind(run, path, **kind) -> int:
+    """The run's checkpoint with a new model of another kind in it; returns how many parameters that has."""
     content, shape = torch.load(run / "out" / "best.pt", weights_only=True), {"n_layer": 1, "n_head": 2, "n_embd": 16}
-    rotary = GPTConfig(**shape, block_size=16, vocab_size=read_meta(run / "data").vocab_size, positions="rotary")
-    save(tmp_path / "best.pt", content | model_entries(GPT(rotary)))
-    args = [f"{tmp_path}/best.pt", "--batch_size=2", "--max_new_tokens=4", "--long_tokens=4", "--check_tokens=4"]
-    args += ["--repeats=1", "--starts=0", "--device=cpu", "--dtype=float32", "--prompt=to be", f"--peer={peer}"]
+    model = GPT(GPTConfig(**shape, block_size=16, vocab_size=read_meta(run / "data").vocab_size, **kind))
+    save(path, content | model_entries(model))
+    return model.num_params()
+
+
+NOT_NANOGPTS = "^peer: nanoGPT has no model with positions rotary, norm rmsnorm, mlp swiglu, kv_heads 1; leave the key "
+QUICK = ["--batch_size=2", "--max_new_tokens=4", "--long_tokens=4", "--check_tokens=4", "--repeats=1", "--starts=0"]
+QUICK += ["--device=cpu", "--dtype=float32", "--prompt=to be"]
+
+
+@pytest.mark.parametrize("kind", [{"positions": "rotary"}, {"n_kv_head": 1}, {**LLAMA, "mlp": "gelu"}], ids=str)
+def test_peers_that_have_no_such_model_get_a_gpt2_of_its_shape(run, results, peer, tmp_path, monkeypatch, capsys, kind):
+    n = save_kind(run, tmp_path / "best.pt", **kind)
+    args = [f"{tmp_path}/best.pt", *QUICK, f"--peer={peer}"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result, _ = start(monkeypatch, sample_speed, sample_speed.SampleSpeedConfig, *args, positional="checkpoint")
     assert result["same_text"] and all(set(case["ratio"]) == {"nanoGPT"} for case in result["cases"])
-    assert result["parameters"] == GPT(rotary).num_params() and "learned ones" in result["note"]
+    assert result["parameters"] == n and "learned positions" in result["note"]
     assert result["note"] in sample_speed.remarks(result)[0] and capsys.readouterr().out.count(result["note"]) == 1
+
+
+def test_a_llama_is_compared_with_transformers_own_and_not_with_nanogpt(run, results, peer, tmp_path, monkeypatch):
+    n = save_kind(run, tmp_path / "best.pt", **LLAMA)
+    args = [f"{tmp_path}/best.pt", *QUICK]
+    result, _ = start(monkeypatch, sample_speed, sample_speed.SampleSpeedConfig, *args, positional="checkpoint")
+    assert result["same_text"] and all(set(case["ratio"]) == {"transformers"} for case in result["cases"])
+    assert result["parameters"] == n and "note" not in result
+    with pytest.raises(ConfigError, match=NOT_NANOGPTS):
+        sample_speed.main(configurator.parse(sample_speed.SampleSpeedConfig, [*args, f"--peer={peer}"], "checkpoint"))
+
+
+def test_steps_of_a_llama_are_not_compared_with_nanogpt(run, peer):
+    keys = [f"--{key}={value}" for key, value in LLAMA.items()]
+    args = [f"{run}/tiny.yaml", *TINY, *keys, f"--peer={peer}", "--start=false"]
+    with pytest.raises(ConfigError, match=NOT_NANOGPTS):
+        train_speed.main(configurator.parse(train_speed.SpeedConfig, args))
 
 
 def test_writers_are_compared_round_by_round():
@@ -208,7 +234,7 @@ def test_writers_are_compared_round_by_round():
     cfg = sample_speed.SampleSpeedConfig(repeats=2)
     times = {"RoboPoet": iter([9.0, 2.0, 4.0]), "nanoGPT": iter([9.0, 8.0, 8.0])}
     writers = {name: lambda passages, tokens, of=of: (next(of), 0.5) for name, of in times.items()}
-    shape = GPTConfig(n_layer=3, n_head=2, n_embd=10, block_size=20)
+    shape = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=20, block_size=20)
     machine = Machine(torch.device("cpu"), torch.bfloat16)
     found = sample_speed.compare(sample_speed.Case(4, 30), writers | {"transformers": None}, cfg, machine, shape)
     assert found["speed"] == {"RoboPoet": common.spread([60, 30]), "nanoGPT": common.spread([15, 15])}

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 from test_memory import last_words
 
 import train
@@ -41,10 +42,12 @@ def losses_and_norms(cfg: TrainConfig, steps: int) -> tuple[np.ndarray, train.St
     return np.array([[float(t) for t in pair] for pair in found]), state
 
 
-@pytest.mark.parametrize("optimizer, positions", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")])
+@pytest.mark.parametrize(
+    "optimizer, kind", [("adamw", "learned"), ("muon", "learned"), ("muon", "rotary"), ("muon", "llama")]
+)
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_recorded_compiled_and_plain_steps_learn_alike(small, optimizer, positions, dtype):
-    keys = small | {"optimizer": optimizer, "positions": positions, "device": "cuda", "dtype": dtype}
+def test_recorded_compiled_and_plain_steps_learn_alike(small, optimizer, kind, dtype):
+    keys = small | KINDS[kind] | {"optimizer": optimizer, "device": "cuda", "dtype": dtype}
     keys |= {"gradient_accumulation_steps": 2}
     plain, compiled, recorded, recorded_plain = (
         losses_and_norms(TrainConfig(**keys | {"compile": how, "record": record}), 14)[0]
@@ -105,9 +108,9 @@ def test_a_run_evaluates_saves_and_resumes_between_replays(small, tmp_path, reco
 
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, dtype, rows, positions):
-    run(small, device="cpu", max_iters=3, positions=positions)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_writing_equals_unrecorded_beyond_the_window(small, tmp_path, dtype, rows, kind):
+    run(small, device="cpu", max_iters=3, **KINDS[kind])
     best = Path(small["out_dir"]) / "best.pt"
     model, _, _ = load_model(best, torch.device("cuda"), getattr(torch, dtype))
     prompt = torch.arange(rows * 4, device="cuda").view(rows, 4) % 50

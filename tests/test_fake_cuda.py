@@ -26,8 +26,8 @@ def test_a_step_and_a_token_never_read_the_device_and_find_every_tensor_on_it(tm
     done = run_with_hooks("fake_cuda.cpp", tmp_path, (HERE / "trace_cuda.py").read_text(encoding="utf-8"))
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("step") for line in lines) == 18 and sum("token" in line for line in lines) == 4
-    assert sum(line.startswith("compiled") for line in lines) == 2
+    assert sum(line.startswith("step") for line in lines) == 24 and sum("token" in line for line in lines) == 6
+    assert sum(line.startswith("compiled") for line in lines) == 3
 
 
 def test_a_gpu_too_old_for_triton_trains_uncompiled(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KINDS
 
 import train
 from robopoet.machine import Machine, why_no_compile
@@ -140,10 +141,15 @@ configurator.launch(train.main, train.TrainConfig)
 """
 
 
-@pytest.mark.parametrize("ranks, n_layer", [(2, 3), (3, 2)])  # three matrices of a shape for two ranks, two for three
-def test_ranks_that_share_muons_matrices_learn_as_one_and_keep_equal_weights(small, tmp_path, ranks, n_layer):
+# three matrices of a shape for two ranks, two for three
+@pytest.mark.parametrize("ranks, n_layer, kind", [(2, 3, "learned"), (3, 2, "learned"), (2, 3, "llama")])
+def test_ranks_that_share_muons_matrices_learn_as_one_and_keep_equal_weights(small, tmp_path, ranks, n_layer, kind):
     (tmp_path / "equal.py").write_text(EQUAL)
-    keys = small | {"learning_rate": 1e-3, "batch_size": 6, "n_layer": n_layer, "lr_decay_iters": 20, "max_iters": 20}
+    keys = (
+        small
+        | KINDS[kind]
+        | {"learning_rate": 1e-3, "batch_size": 6, "n_layer": n_layer, "lr_decay_iters": 20, "max_iters": 20}
+    )
     train.main(TrainConfig(**keys | {"out_dir": str(tmp_path / "one")}))
     # all ranks, then one, then all again
     for max_iters, alone in ((8, False), (12, True), (20, False)):
@@ -280,13 +286,15 @@ def tensors(path: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "optimizer, positions, sampled", [("adamw", "learned", 0), ("muon", "learned", 0), ("muon", "rotary", 50)]
+    "optimizer, kind, sampled",
+    [("adamw", "learned", 0), ("muon", "learned", 0), ("muon", "rotary", 50), ("muon", "llama", 50)],
 )
 def test_sharded_ranks_learn_as_ranks_with_copies_and_hold_half_each(
-    uneven, faulty, tmp_path, optimizer, positions, sampled
+    uneven, faulty, tmp_path, optimizer, kind, sampled
 ):
-    keys = uneven | {"optimizer": optimizer, "positions": positions, "sampled_softmax": sampled}
-    keys |= {"dropout": 0.1, "n_head": 1}
+    keys = uneven | {"n_head": 1} | KINDS[kind] | {"optimizer": optimizer, "sampled_softmax": sampled, "dropout": 0.1}
+    if kind == "llama":
+        keys |= {"n_head": 3, "n_embd": 42}  # c_attn has 70 rows
     copies = train_on_two(keys | {"out_dir": tmp_path / "copies"})
     halves = train_on_two(keys | {"out_dir": tmp_path / "halves", "shard": True}, *faulty("count", 4))
     assert losses(halves) == pytest.approx(losses(copies), abs=1e-5) and len(losses(halves)) == 30

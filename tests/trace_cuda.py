@@ -15,28 +15,30 @@ from robopoet.writing.decode import EvenRows
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 2}
+KINDS = {"learned": {}, "rotary": {"positions": "rotary"}}
+KINDS["llama"] = KINDS["rotary"] | {"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1}
 
 torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 torch.cuda.is_bf16_supported = lambda *args, **keys: True
 torch.library.impl("aten::_fused_adamw_.tensor_lr", "Meta")(lambda *args, **keys: None)  # torch has none
 
 
-def make_model(positions: str) -> GPT:
+def make_model(kind: str) -> GPT:
     """A model made on the device: fake parameters can't be moved."""
     with CUDA:
-        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1, positions=positions))
+        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1, **KINDS[kind]))
     model.to = lambda device: model
     return model
 
 
-def trace_step(optimizer: str, positions: str, dtype: torch.dtype, is_recorded: bool, how: str) -> None:
+def trace_step(optimizer: str, kind: str, dtype: torch.dtype, is_recorded: bool, how: str) -> None:
     """One whole optimizer step: forward, backward, clipping, optimizers, scaler."""
     machine = Machine(CUDA, dtype)
     cfg = train.TrainConfig(**SHAPE, optimizer=optimizer, dropout=0.1, compile="false")
     scaler, made = torch.amp.GradScaler, []
     torch.amp.GradScaler = lambda device, enabled: made.append(scaler("cpu", enabled=enabled)) or made[0]
     try:
-        state = train.build_state(cfg, machine, make_model(positions))
+        state = train.build_state(cfg, machine, make_model(kind))
     finally:
         torch.amp.GradScaler = scaler
     made[0]._device = "cuda"
@@ -49,9 +51,9 @@ def trace_step(optimizer: str, positions: str, dtype: torch.dtype, is_recorded: 
     assert loss.device == norm.device == CUDA and all(p.device == CUDA for p in state.model.parameters())
 
 
-def trace_token(rows: int, positions: str) -> None:
+def trace_token(rows: int, kind: str) -> None:
     """A window, then a token, as generate has it on CUDA, where places are tensors."""
-    model = make_model(positions).eval()
+    model = make_model(kind).eval()
     with torch.no_grad():
         even = EvenRows(model, rows)
         even.read(torch.zeros(rows, 5, dtype=torch.long, device=CUDA))
@@ -61,14 +63,14 @@ def trace_token(rows: int, positions: str) -> None:
 
 with FakeTensorMode(allow_non_fake_inputs=True):
     dtypes = torch.float32, torch.bfloat16, torch.float16
-    kinds = ("adamw", "learned"), ("muon", "learned"), ("muon", "rotary")
-    for (optimizer, positions), dtype, is_recorded in itertools.product(kinds, dtypes, (False, True)):
-        trace_step(optimizer, positions, dtype, is_recorded, "eager")
-        print("step", optimizer, positions, dtype, is_recorded)
-    for rows, positions in itertools.product((1, 32), ("learned", "rotary")):
-        trace_token(rows, positions)
-        print("token", rows, positions)
-for positions, dtype in (("learned", torch.float32), ("rotary", torch.bfloat16)):
+    kinds = ("adamw", "learned"), ("muon", "learned"), ("muon", "rotary"), ("muon", "llama")
+    for (optimizer, kind), dtype, is_recorded in itertools.product(kinds, dtypes, (False, True)):
+        trace_step(optimizer, kind, dtype, is_recorded, "eager")
+        print("step", optimizer, kind, dtype, is_recorded)
+    for rows, kind in itertools.product((1, 32), KINDS):
+        trace_token(rows, kind)
+        print("token", rows, kind)
+for kind, dtype in (("learned", torch.float32), ("rotary", torch.bfloat16), ("llama", torch.bfloat16)):
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trace_step("adamw", positions, dtype, False, "compiled")
-    print("compiled", positions, dtype)
+        trace_step("adamw", kind, dtype, False, "compiled")
+    print("compiled", kind, dtype)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import records, save_random
+from conftest import KINDS, LLAMA, records, save_random
 from pretended_mps import modes, pretended_mps
 
 import train
@@ -38,6 +38,7 @@ def run(keys: dict, **changes) -> list[tuple[str, float]]:
         {"positions": "rotary", "sampled_softmax": 30, "gradient_accumulation_steps": 2, "optimizer": "adamw"},
         {"dtype": "float16", "recompute": True, "dropout": 0.1, "optimizer": "adamw"},
         {"dtype": "bfloat16", "positions": "rotary", "sampled_softmax": 30},
+        {**LLAMA, "recompute": True},
     ],
     ids=str,
 )
@@ -65,9 +66,9 @@ def copying(monkeypatch):
     monkeypatch.setattr(Poet, "originality", SimpleNamespace(followers=lambda words, count: letters))
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_passages_and_served_texts_are_those_of_the_cpu(copying, monkeypatch, tmp_path, positions):
-    path = save_random(tmp_path / "best.pt", positions=positions, n_layer=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_passages_and_served_texts_are_those_of_the_cpu(copying, monkeypatch, tmp_path, kind):
+    path = save_random(tmp_path / "best.pt", **KINDS[kind], n_layer=1)
     expected = [Poet(str(path), "cpu", "float32").write("to be or ", 2, **FREE | given) for given in SETTINGS]
     threads_run = Engine.run
 
