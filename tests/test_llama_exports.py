@@ -82,7 +82,7 @@ def test_each_tensor_is_as_llama_cpps_converter_has_it(tmp_path, tok, shape, dty
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("shape", "kind"), zip(SHAPES, ["tok", "bpe", "tok"], strict=True))
+@pytest.mark.parametrize(("shape", "kind"), [*zip(SHAPES, ["tok", "bpe", "tok"], strict=True)])
 def test_a_file_that_is_read_is_exported_as_it_was(tmp_path, request, shape, kind, dtype):
     tok = request.getfixturevalue(kind)
     model = make_model(tok, **shape)
