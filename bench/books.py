@@ -1,7 +1,7 @@
 """Train on books that nothing was tuned on, as a user would: prepare.py, then train.py --minutes, and nothing else.
 
 python -m bench.books data/unseen --minutes=2
-python -m bench.books data/unseen --minutes=2 --tokenizer=bpe   # without the base model
+python -m bench.books data/unseen --minutes=2 --tokenizer=bpe   # from nothing
 python -m bench.books bench/by_hand.yaml                        # beside ten settings by hand
 """
 
@@ -41,7 +41,7 @@ class BooksConfig:
     only: tuple[str, ...] = ()  # the styles of the texts to take (default: all)
     bytes: int = 0  # how much of each text, from its start (0: all)
     minutes: float = 2.0  # how long each run trains
-    tokenizer: str = "auto"  # prepare.py's; bpe: without the base model
+    tokenizer: str = "auto"  # prepare.py's; bpe: from nothing
     settings: tuple[str, ...] = ("",)  # train each book with each of these too: keys such as "--epochs=2 --dropout=0.3"
     out: str = ""  # name of the result (books_DEVICE unless given)
 
@@ -113,11 +113,12 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for r in results:
         for book in r["books"]:
-            base = "" if book["init_from"] == "scratch" else "base"
+            start = Path(book["init_from"])  # out/base/best.pt, scratch or smollm2
+            start = start.parent.name or start.name.replace("scratch", "")
             shape = f"{book['n_layer']}x{book['n_embd']}"
             figures = [f"{book['best']}/{book['max_iters']}", f"{book['seconds']:.0f}", f"{book['bpb']:.3f}"]
             figures += [f"{bpb:.3f}" if (bpb := book.get("test", {}).get(coder)) else "" for coder in CODERS]
-            rows.append([book["book"], f"{book['bytes'] / 1000:.0f}", f"{r['minutes']:g}", base, shape, *figures])
+            rows.append([book["book"], f"{book['bytes'] / 1000:.0f}", f"{r['minutes']:g}", start, shape, *figures])
     header = ["book", "KB", "min", "from", "shape", "best step", "s", "val", "test", "PPMd", "KN"]
     return markdown(header, rows)
 

@@ -154,7 +154,7 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.EPOCHS_FROM_WEIGHTS + 1) * 20_000
     cfg = imagine(5, 20_000, start=theirs)[0]
-    assert (cfg.optimizer, cfg.learning_rate) == ("adamw", 3e-4)
+    assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", 1e-4, 2)
 
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):

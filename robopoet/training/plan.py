@@ -205,7 +205,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     if start.content is None:
         rows = max(min(4 if on_cpu else 32, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
     else:
-        rows = 8 if on_cpu else 32
+        rows = (8 if _is_ours(start) else 2) if on_cpu else 32  # others' are large: a step of 8 may take a minute
     cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     epochs = cfg.epochs or epochs
@@ -250,10 +250,10 @@ def _is_ours(start: Start) -> bool:
 
 
 def _rates(start: Start) -> dict[str, Any]:
-    """Gentle rates for a checkpoint's weights: ours are of Muon, others' of AdamW."""
+    """Gentle rates for a checkpoint's weights: Muon's for ours, AdamW's for others'."""
     if _is_ours(start):
         return {"learning_rate": 3e-3, "muon_learning_rate": 0.01}
-    return {"optimizer": "adamw", "learning_rate": 3e-4}
+    return {"optimizer": "adamw", "learning_rate": 1e-4}
 
 
 def _decay(cfg: Config, tokens: int) -> float:
