@@ -1,8 +1,10 @@
 """Generation with a cache beside a naive one that reads the window again for every token."""
 
 import copy
+import dataclasses
 import math
 
+import conftest
 import pytest
 import torch
 from test_model import ROTARY, SMALL, ids, make
@@ -10,6 +12,8 @@ from test_model import ROTARY, SMALL, ids, make
 from robopoet.ops import HAS_AVX512, Linear
 from robopoet.writing import decode as module
 from robopoet.writing.decode import generate, prepack_matrices, window_start
+
+LLAMA = dataclasses.replace(SMALL, **conftest.LLAMA | {"n_kv_head": 2}, n_inner=45, rope_theta=500.0)
 
 
 def greedy(logits):
@@ -46,7 +50,7 @@ def read_with_a_sliding_window(model, idx):
     """
     c, t = model.config, model.transformer
     size = c.n_embd // c.n_head
-    frequencies = 10_000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    frequencies = c.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
 
     def score(q, k, distance):
         pairs = (torch.complex(*x.view(2, -1)) for x in (q, k))
@@ -55,7 +59,9 @@ def read_with_a_sliding_window(model, idx):
 
     x = t.wte.weight[idx]
     for block in t.h:
-        q, k, v = block.attn.c_attn(block.ln_1(x)).view(len(idx), 3, c.n_head, size).unbind(1)
+        qkv = block.attn.c_attn(block.ln_1(x)).view(len(idx), -1, size)
+        q, k, v = qkv.split([c.n_head, c.kv_heads, c.kv_heads], dim=1)
+        k, v = (part.repeat_interleave(c.n_head // c.kv_heads, dim=1) for part in (k, v))
         out = torch.zeros_like(q)
         for i in range(len(idx)):
             seen = [0, *range(max(i - c.block_size + 2, 1), i + 1)]
@@ -90,8 +96,9 @@ def test_cached_writing_equals_naive_below_and_beyond_the_block(monkeypatch, row
 @pytest.mark.parametrize("as_on_cuda", [False, True])
 @pytest.mark.parametrize("tag", [None, 60])
 @pytest.mark.parametrize("n_prompt", [1, 16, 40])
-def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypatch, n_prompt, tag, as_on_cuda):
-    model, prompt, seen = make(ROTARY), ids(2, n_prompt), []
+@pytest.mark.parametrize("config", [ROTARY, LLAMA], ids=["rotary", "llama"])
+def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypatch, config, n_prompt, tag, as_on_cuda):
+    model, prompt, seen = make(config, scale=5.0), ids(2, n_prompt), []
     if as_on_cuda:
         count_as_on_cuda(monkeypatch)
 
@@ -106,7 +113,7 @@ def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypat
         window[0] = window[0] if tag is None else tag
         text = torch.cat([window, written[row]])
         expected = read_with_a_sliding_window(model, text)[len(window) - 1 : -1]
-        torch.testing.assert_close(torch.stack(seen)[:, row], expected, atol=2e-5, rtol=0)  # angles are float32
+        torch.testing.assert_close(torch.stack(seen)[:, row], expected, atol=1e-4, rtol=0)  # angles are float32
         assert torch.equal(expected.argmax(-1), written[row])
         assert len(set(written[row].tolist())) > 3
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import decode, make_book, within
+from conftest import KINDS, decode, make_book, within
 
 import prepare
 import train
@@ -182,12 +182,16 @@ def test_nanogpts_padding_is_never_written(tmp_path, bpe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("positions", "message"),
-    [("learned", None), ("rotary", r'Missing key\(s\) in state_dict: "transformer.wpe.weight"')],
+    ("kind", "message"),
+    [
+        ("learned", None),
+        ("rotary", r'Missing key\(s\) in state_dict: "transformer.wpe.weight"'),
+        ("llama", r'wpe.weight"[^$]*size mismatch for transformer.h.0.attn.c_attn.weight[^$]*mlp.c_fc.weight'),
+    ],
 )
-def test_nanogpts_model_takes_learned_positions_and_says_what_it_misses_in_rotary_ones(small, positions, message):
+def test_nanogpts_model_takes_learned_positions_and_says_what_it_misses_in_others(small, kind, message):
     """As its sample.py and train.py do: a model from model_args, then load_state_dict."""
-    train.main(TrainConfig(**small | {"positions": positions}))
+    train.main(TrainConfig(**small | KINDS[kind]))
     saved = torch.load(Path(small["out_dir"]) / "best.pt", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"]))  # has the names and shapes of nanoGPT's
     with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
