@@ -9,13 +9,17 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import LLAMA, save_random, within
 
+import configurator
+import sample
 import train
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import END, CharTokenizer
 from robopoet.weights import checkpoint, gguf, html, huggingface
 from robopoet.writing.decode import Rows, generate
+from robopoet.writing.replay import replay
 from sample import Poet
 from train import TrainConfig
 
@@ -209,6 +213,29 @@ def test_a_run_from_a_llama_keeps_its_kind_and_refuses_another(small, shapeless,
         ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_passages_are_replayed_to_the_byte(tmp_path, capsys, dtype):
+    path, file = save_random(tmp_path / "best.pt", **LLAMA), tmp_path / "passages.jsonl"
+    for keys in (["--style=bard:0.6,alice:0.4", "--num_samples=3"], ["--prompt=o romeo, romeo, romeo", "--seed=5"]):
+        argv = [f"--checkpoint={path}", f"--save={file}", f"--dtype={dtype}", "--device=cpu", "--until=tokens", *keys]
+        sample.main(configurator.parse(sample.SampleConfig, [*argv, "--max_new_tokens=50"]))
+    replay(file)
+    assert "4 passages, all reproduced exactly" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_without_a_llamas_keys_is_a_gpt2_and_resumes(small, tmp_path):
+    train.main(TrainConfig(**small | {"out_dir": str(tmp_path / "whole")}))
+    train.main(TrainConfig(**small | {"max_iters": 3, "lr_decay_iters": 6}))
+    path, new = Path(small["out_dir"]) / "ckpt.pt", ("norm", "mlp", "n_kv_head", "n_inner", "rope_theta")
+    content = checkpoint.load(path)
+    for part in ("model_extra", "config"):
+        content[part] = {key: value for key, value in content[part].items() if key not in new}
+    checkpoint.save(path, content)
+    train.main(TrainConfig(**small | {"init_from": "resume", "lr_decay_iters": 6}))
+    whole, resumed = (checkpoint.load(folder / "ckpt.pt")["model"] for folder in (tmp_path / "whole", path.parent))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_an_mlp_has_as_many_weights_as_gpt2s_unless_n_inner_is_given():
     for width in (48, 256, 576, 768):
         gelu, swiglu = (
@@ -265,6 +292,45 @@ def test_what_no_other_program_has_is_not_exported(changes):
     for module in (huggingface, gguf, html):
         with pytest.raises(CheckpointError, match="export: "):
             module.check(config, CHARS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("n_kv_head", 0, "n_kv_head: found 0, must be at least 1"),
+        ("n_kv_head", -1, "n_kv_head: found -1, must be at least 1"),
+        ("n_kv_head", 3, "n_head: found 2, must be divisible by n_kv_head, 3"),
+        ("n_kv_head", 2**40, "n_kv_head: found 1099511627776, must be at least 1 and at most 1,048,576"),
+        ("n_kv_head", True, "Expected `int | null`, got `bool`"),
+        ("n_kv_head", 2, "c_attn.weight is (64, 32), must be (96, 32)"),
+        ("n_kv_head", None, "c_attn.weight is (64, 32), must be (96, 32)"),
+        ("n_inner", -64, "n_inner: found -64, must be at least 1"),
+        ("n_inner", 2**20, "c_fc.weight is (256, 32), must be (2097152, 32)"),
+        ("n_inner", 2**40, "n_inner: found 1099511627776, must be at least 1 and at most 1,048,576"),
+        ("n_inner", 3.5, "Expected `int | null`, got `float`"),
+        ("n_inner", "64", "Expected `int | null`, got `str`"),
+        ("n_inner", False, "Expected `int | null`, got `bool`"),
+        ("rope_theta", float("nan"), "rope_theta: found nan, must be above 1 and at most 1e12"),
+        ("rope_theta", float("inf"), "rope_theta: found inf, must be above 1 and at most 1e12"),
+        ("rope_theta", 1e300, "rope_theta: found 1e+300, must be above 1 and at most 1e12"),
+        ("rope_theta", -10_000.0, "rope_theta: found -10000.0, must be above 1"),
+        ("rope_theta", 10**400, "Number out of range - at `$.model_extra.rope_theta`"),
+        ("rope_theta", None, "Expected `float`, got `null`"),
+        ("norm", "batchnorm", "norm: found 'batchnorm', must be layernorm or rmsnorm"),
+        ("norm", "a\nb", r"norm: found 'a\nb', must be layernorm or rmsnorm"),
+        ("norm", ["rmsnorm"], "Expected `str`, got `array`"),
+        ("mlp", "gelu", "c_fc.weight is (256, 32), must be (128, 32)"),
+        ("mlp", 1, "Expected `str`, got `int`"),
+        ("mlp", None, "Expected `str`, got `null`"),
+    ],
+)
+def test_a_resealed_checkpoint_that_claims_another_shape_ends_in_one_line(tmp_path, key, value, message):
+    content = checkpoint.load(save_random(tmp_path / "best.pt", **LLAMA, n_layer=1, n_inner=128))
+    checkpoint.save(tmp_path / "best.pt", content | {"model_extra": content["model_extra"] | {key: value}})
+    with within(5), pytest.raises(CheckpointError) as raised:
+        checkpoint.load_model(tmp_path / "best.pt", CPU, torch.float32)
+    told = str(raised.value)
+    assert message in told and len(told.splitlines()) == 1 and len(told) < 500
 
 
 def test_a_shape_that_can_not_be_is_refused_in_one_message():

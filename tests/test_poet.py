@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LLAMA, save_random
 
 import sample
 from robopoet.errors import CheckpointError, ConfigError
@@ -154,10 +155,17 @@ def naive_ids(poet, prompt, number, settings):
     return ids
 
 
+@pytest.fixture(scope="module", params=[{}, {"block_size": 128, **LLAMA}], ids=["gpt2", "llama"])
+def either(request, tmp_path_factory) -> Poet:
+    """A poet whose passages outgrow its window, and one of a Llama, whose window slides otherwise: they fit into it."""
+    return Poet(str(save_random(tmp_path_factory.mktemp("either") / "best.pt", **request.param)), "cpu", "float64")
+
+
 @pytest.mark.parametrize("style", ["", "bard", "bard:0.3,alice"])
 @pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.4, "no_repeat_ngram": 2, "top_k": 9}])
 @pytest.mark.parametrize("prompt", ["o romeo", "the quick brown fox jumps over the lazy dog"])
-def test_passages_equal_those_of_a_naive_sampler(poet, style, given, prompt):
+def test_passages_equal_those_of_a_naive_sampler(either, style, given, prompt):
+    poet = either
     passages = poet.begin(prompt, 3, style=style, max_new_tokens=50, until="tokens", top_p=0.99, stop=("q",), **given)
     for _ in poet.stream(passages):
         pass

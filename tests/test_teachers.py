@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_book
+from conftest import LLAMA, make_book
 from peak import PeakMemory
 
 import prepare
@@ -31,14 +31,15 @@ def run(keys: dict, **changes) -> Path:
 
 @pytest.fixture
 def teachers(small, tmp_path) -> str:
-    """Two runs of different seeds, as the key `teacher` names them."""
-    outs = [run(small, out_dir=str(tmp_path / f"teacher{seed}"), max_iters=20, seed=seed) for seed in (1, 2)]
+    """A GPT-2 and a Llama, as the key `teacher` names them."""
+    keys = small | {"max_iters": 20}
+    outs = [run(keys | kind, out_dir=str(tmp_path / name)) for name, kind in (("gpt2", {}), ("llama", LLAMA))]
     return ",".join(str(out / "best.pt") for out in outs)
 
 
-@pytest.mark.parametrize("sampled", [0, 30])
-def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(small, teachers, sampled):
-    cfg = TrainConfig(**small | {"teacher": teachers, "teacher_share": 0.3, "sampled_softmax": sampled})
+@pytest.mark.parametrize("sampled, kind", [(0, {}), (30, {}), (0, LLAMA)], ids=str)
+def test_the_loss_is_the_mean_of_the_texts_and_the_teachers_cross_entropies(small, teachers, sampled, kind):
+    cfg = TrainConfig(**small | kind | {"teacher": teachers, "teacher_share": 0.3, "sampled_softmax": sampled})
     folder = Path(cfg.dataset)
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, CPU.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import records
+from conftest import LLAMA, records
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
@@ -97,8 +97,9 @@ def test_the_rows_of_a_step_are_shared_equally_or_refused():
         StepRows(12, 4, 5)
 
 
-def test_accumulating_micro_batches_equals_one_batch(small):
-    results = []
+@pytest.mark.parametrize("kind", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_accumulating_micro_batches_equals_one_batch(small, kind):
+    small, results = small | kind, []
     for batch_size, accumulated in ((16, 1), (4, 4), (2, 8)):
         keys = small | {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "grad_clip": 0.0}
         state = sgd_state(keys)
