@@ -119,7 +119,7 @@ def main(cfg: PrepareConfig) -> None:
     elif may_take_base and not known and not base and survey.n_bytes <= LONG:
         gain = "20 to 40% fewer bits per byte than from nothing"
         print(f"from a model that knows English, an English text ends at {gain}: make base, then prepare it again")
-    styles = survey.styles if manifest.tags else []
+    styles = corpus.tags(manifest, survey)
     ends = [END] if survey.n_documents > 1 or styles else []
     specials = ends + [tokenizer.style_token(style) for style in styles]
     tok: Tokenizer

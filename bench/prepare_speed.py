@@ -52,8 +52,8 @@ def documents(cfg: PrepareSpeedConfig, megabytes: float) -> Iterator[str]:
     """The corpus's train text, repeated, as documents of equal length, up to `megabytes`."""
     manifest = corpus.read_manifest(Path(cfg.corpus))
     works = list(corpus.documents(manifest))
-    parts = [part for work in works for part in corpus.split(work, len(works), manifest.splits, exact=False)]
-    text = "".join(part for split, part in parts if split == "train")
+    parts = corpus.parts(works, manifest, corpus.survey(works))
+    text = "".join(text for part, text in parts if part.split == "train")
     size, n = 0.0, cfg.document_chars
     for start in cycle(range(0, len(text), n)):
         if size >= 1e6 * megabytes:

