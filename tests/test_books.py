@@ -148,6 +148,46 @@ def test_html_is_laid_out_as_a_browser_does():
     )
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<form method=post action=p.aspx><p>{}</p></form><p>Footer.</p>",
+        "<p><button>{}</button></p><p>Footer.</p>",
+        "<object data=x.swf><p>{}</p></object><p>Footer.</p>",
+        "<body class=toc><p>{}</p><p>Footer.</p>",
+        "<html class='cover'><body class='cover toc'><p>{}</p><p>Footer.</p>",
+        "<div class=toc><p>{}</p></div><p>Footer.</p>",
+        "<h2 class=toc><a href='#toc'>{}</a></h2><p>Footer.</p>",
+        "<h1 class='cover'>{}</h1><p>Footer.</p>",
+        "<p class=head>{}</p><p class=nav>Footer.</p>",
+        "<noframes><body><p>Old</p></body></noframes><noembed><p>Old</p></noembed><p>{}</p><p>Footer.</p>",
+    ],
+)
+def test_what_a_reader_of_a_page_sees_is_read(page):
+    assert books.html_text(page.format("It was a dark night.")) == "It was a dark night.\n\nFooter."
+
+
+@pytest.mark.parametrize("element", ["<div class=toc>{}</div>", "<ul epub:type=toc>{}</ul>", "<nav>{}</nav>"])
+def test_lists_of_links_are_left_out(element):
+    links = "Contents: " + "<li><a href='#c'>The first chapter</a>" * 3
+    losses = {}
+    page = f"<p>It was{element.format(links)}<p>a dark night.".encode()
+    assert books.read("a.html", page, losses=losses) == ("It was\n\na dark night.", "")
+    assert losses == {"a.html": (8, 8 + 15)}
+
+
+def test_text_in_cdata_is_read():
+    page = "<p><![CDATA[It was <late> & ]]>dark.<![CDATA[ So]]></p><script>//<![CDATA[\nlet a;\n//]]></script>"
+    assert books.html_text(page + "<p>So<![CDATA[it ended</p>") == "It was <late> & dark. So\n\nSoit ended"
+    with within(5):
+        books.html_text("<![CDATA[" * 200_000)
+
+
+def test_a_prefixed_page_is_laid_out_like_any_other():
+    page = "<h:html xmlns:h='x'><h:head><h:title>T</h:title></h:head><h:h1>One</h:h1><h:p>It was.</h:p></h:html>"
+    assert books.html_text(page) == "One\n\nIt was."
+
+
 def test_marks_of_notes_and_pages_are_left_out_and_numbers_kept():
     page = """<p>The sea<a href="#n1"><sup>1</sup></a> is<sup><a href="#n2">[12]</a></sup> wide<a href="#n3">*</a>,
     <span class="pagenum">[Pg 7]</span>in <a href="#y">1843</a>5 <a epub:type="noteref" href="#n">see note</a>the
@@ -225,10 +265,10 @@ ENCRYPTION = (
             {"META-INF/encryption.xml": ENCRYPTION % '<EncryptionMethod Algorithm="x#aes128-cbc"/>'},
             r"is encrypted \(DRM",
         ),
-        ({"META-INF/container.xml": None}, "lacks 'META-INF/container.xml', which it names"),
+        ({"META-INF/container.xml": None, "OEBPS/book.opf": None}, r"is damaged or no EPUB \(no .opf file lists"),
         ({"OEBPS/text/one.xhtml": None}, "lacks 'OEBPS/text/one.xhtml', which it names"),
         ({"OEBPS/book.opf": OPF.replace("text/one.xhtml", "../../../etc/passwd")}, "lacks '../../etc/passwd'"),
-        ({"OEBPS/book.opf": OPF.replace('idref="a"', 'idref="zz"')}, "is damaged or no EPUB"),
+        ({"OEBPS/book.opf": OPF.replace("itemref", "item")}, r"is damaged or no EPUB \(its package lists no chapters"),
         ({"OEBPS/book.opf": OPF[:300]}, "is damaged or no EPUB"),
         ({"OEBPS/book.opf": ""}, "is damaged or no EPUB"),
         ({"OEBPS/text/one.xhtml": b"caf\xe9"}, "text/one.xhtml: byte 3 is not UTF-8"),

@@ -18,7 +18,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from robopoet import files
 from robopoet.errors import DataError, did_you_mean, shorten
 from robopoet.files import Sha256
 from robopoet.text import cleaning, sources
+from robopoet.text.books import Loss
 from robopoet.text.dataset import SPLITS, VocabSize
 from robopoet.text.sources import Source
 
@@ -39,6 +40,7 @@ RESERVED = "endoftext", "unk", "im_start", "im_end"  # names of other special to
 MANY_DOCUMENTS = 200  # above this, each document goes to one split; up to it, long ones are cut in three
 WINDOW_CHARS = 1000  # about what a model with a context of 256 tokens reads at a time
 MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
+TOLD = 0.01  # the share of a file's letters from which on it is told that they were not read
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
@@ -50,7 +52,8 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
-    guessed: the encoding that it was read in, if that had to be guessed.
+    guessed: the encoding that it was read in, if that had to be guessed. losses: by file, the letters that it has and
+    raw has not.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Document:
     raw: str
     place: str = ""
     guessed: str = ""
+    losses: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,11 @@ def style_name(path: str) -> str:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
-        for place, name, raw, guessed in sources.raw_documents(source, manifest.folder):
+        for place, name, raw, guessed, losses in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
             if not text:
                 raise DataError(f"{place}: holds no text")
-            yield Document(name, source.style, text, raw, place, guessed)
+            yield Document(name, source.style, text, raw, place, guessed, losses)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ def survey(docs: Iterable[Document]) -> Survey:
         for codes in cleaning.code_points(doc.text):
             found[codes] = True
             kept += int(np.count_nonzero(cleaning.is_letter()[codes]))
-        letters, raw_letters = letters + kept, raw_letters + raw
+        letters, raw_letters = letters + kept, raw_letters + raw + sum(loss.lost for loss in doc.losses.values())
+        if told := _tell(doc.losses):
+            losses.add(f"{doc.place}: is read without {told}")
         if warning := cleaning.loss_warning(doc.raw, doc.text, raw, kept):
             losses.add(f"{doc.place}: {warning}")
         encoded = doc.text.encode()
@@ -210,6 +216,19 @@ def survey(docs: Iterable[Document]) -> Survey:
         tuple(works) if n_documents <= MANY_DOCUMENTS else (),
         warnings,
     )
+
+
+def _tell(losses: Mapping[str, Loss]) -> str:
+    """The files of which a book lacks much, those that lose most first; "" if there are none."""
+    much = {path: loss for path, loss in losses.items() if loss.lost >= TOLD * loss.held}
+    lines = [
+        f"{loss.lost:,} of the {loss.held:,} letters in {path}"
+        if loss.held
+        else f"{path} (not in the file, or no text)"
+        for path, loss in sorted(much.items(), key=lambda item: -item[1].lost)
+    ]
+    more = [f"what {len(lines) - SHOWN_WARNINGS:,} more files hold"] if len(lines) > SHOWN_WARNINGS else []
+    return ", ".join(lines[:SHOWN_WARNINGS] + more)
 
 
 class _Warnings:

@@ -16,9 +16,10 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -27,7 +28,7 @@ from robopoet import files
 from robopoet.errors import DataError, describe
 from robopoet.files import JSON_BYTES, Positive, Sha256, did_you_mean_path, replacing
 from robopoet.text import books
-from robopoet.text.books import UNPACKED, UNPACKED_FLOOR
+from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
@@ -61,6 +62,7 @@ class RawDocument(NamedTuple):
     name: str
     text: str
     guessed: str = ""  # its encoding, if it had to be guessed
+    losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
 
 
 def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
@@ -68,7 +70,7 @@ def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
     if not source.file:
         for path, content in raw_texts(source, folder):
             _check_name(path)
-            yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
+            yield _book(path, content, source)
         return
     for path in source_files(source, folder):
         if _ends(path, JSON_LINES):
@@ -77,7 +79,13 @@ def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
             yield from _parquet_rows(path)
         else:
             content = files.read_bytes(Path(path), DataError, source.max_bytes)
-            yield RawDocument(path, stem(path), *books.read(path, content, source.encoding))
+            yield _book(path, content, source)
+
+
+def _book(path: str, content: bytes, source: Source) -> RawDocument:
+    losses: dict[str, books.Loss] = {}
+    text, guessed = books.read(path, content, source.encoding, losses)
+    return RawDocument(path, stem(path), text, guessed, losses)
 
 
 def _ends(path: str, suffixes: str | tuple[str, ...]) -> bool:
