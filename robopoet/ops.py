@@ -146,6 +146,10 @@ def scaled_dot_product_attention(
     # generating a batch: twice as fast as fused on a CPU, which would copy keys that queries share
     if T == 1 and (B > 1 or grouped) and not is_causal and not dropout_p:
         return single_query_attention(query, key, value, attn_mask)
+    if grouped and query.is_cuda and query.dtype is not torch.bfloat16:
+        # only flash attention takes shared heads, and not in float32, nor on the GPUs whose dtype is float16
+        key, value = (x.repeat_interleave(nh // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=grouped)
 
 

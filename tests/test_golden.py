@@ -24,6 +24,7 @@ RUNS = {
     "adamw": ["--optimizer=adamw"],
     "muon": ["--optimizer=muon"],
     "rotary": ["--positions=rotary"],
+    "llama": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=false", "--n_kv_head=1"],
 }
 
 

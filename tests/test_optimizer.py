@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from threading import Barrier, get_ident
 import pytest
 import torch
 import torch.nn as nn
+from conftest import LLAMA
 from peak import PeakMemory
 
 from model import GPT, GPTConfig
@@ -40,9 +42,10 @@ def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
         p.grad = grad.to(p.dtype)
 
 
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, **LLAMA)], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind):
-    model = GPT(SMALL)
+def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind, config):
+    model = GPT(config)
     optimizers = configure_optimizers(model, Machine(CPU, torch.float32), kind, **RATES)
     groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(p) for _, group in groups for p in group["params"]]

@@ -21,6 +21,16 @@ KINDS["llama"] = KINDS["rotary"] | {"norm": "rmsnorm", "mlp": "swiglu", "bias": 
 torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 torch.cuda.is_bf16_supported = lambda *args, **keys: True
 torch.library.impl("aten::_fused_adamw_.tensor_lr", "Meta")(lambda *args, **keys: None)  # torch has none
+fused = torch.nn.functional.scaled_dot_product_attention
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, *args, **keys) -> torch.Tensor:
+    """torch's; shared heads are given to it only where a fused kernel takes them."""
+    assert q.shape[1] == k.shape[1] or q.dtype is torch.bfloat16
+    return fused(q, k, *args, **keys)
+
+
+torch.nn.functional.scaled_dot_product_attention = attention
 
 
 def make_model(kind: str) -> GPT:
