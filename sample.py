@@ -106,7 +106,7 @@ def main(cfg: SampleConfig) -> None:
     # --- export
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        note = exporter.export(*loaded, prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
+        note = exporter.export(*loaded, passages[0].prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
         print(f"{cfg.export}: {note}")
     return None
 

@@ -50,6 +50,18 @@ def test_texts_are_poets(served, prompt, given):
     assert [choice["index"] for choice in found] == [0, 1, 2]
 
 
+def test_a_prompts_line_ends_and_byte_order_mark_change_no_text(served):
+    prompt, keys = "o romeo\nthe queen\n", {"max_new_tokens": 40, "seed": 1}
+    (expected,) = served.poet.write(prompt, **keys)
+    (answer,) = served.choices(prompt, echo=True, max_tokens=40, seed=1)
+    for ends in ("\r\n", "\r"):
+        typed = "\ufeff" + prompt.replace("\n", ends)
+        assert served.poet.write(typed, **keys) == [expected]
+        assert served.choices(typed, echo=True, max_tokens=40, seed=1) == [answer]
+        passages = served.poet.begin(typed, 1)
+        assert [passage.prompt for passage in passages] == [prompt]
+
+
 def test_max_copy_is_poets_too(served, monkeypatch):
     """By a training text in which each single letter follows any two words; the rest is Copies' own."""
     letters = frozenset(bytes([letter]) for letter in range(ord("a"), ord("z") + 1))

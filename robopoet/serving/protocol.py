@@ -194,7 +194,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 def _read_prompt(prompt: str | list[int], poet: Poet) -> tuple[str, list[int]]:
     """A prompt's text and ids; raises ConfigError or RequestError if it is none."""
     if isinstance(prompt, str):
-        return prompt, poet.ids_of(prompt)
+        return poet.read(prompt)
     size = poet.model.config.vocab_size
     if not prompt or not all(0 <= id < size for id in prompt):
         raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one")

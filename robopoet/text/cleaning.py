@@ -50,9 +50,14 @@ def _books(text: str) -> list[tuple[int, int]]:
     return books
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """`text` with LF line ends, without a byte order mark and DOS's mark of a file's end."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
+
+
+def _without_trailing_space(text: str) -> str:
     """`text` with LF line ends and without white space at the ends of lines."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
+    text = plain(text)
     if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
         text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     return text
@@ -60,7 +65,7 @@ def _plain(text: str) -> str:
 
 def clean_text(text: str) -> str:
     """Clean any text: LF line ends, no trailing white space, one blank line at a time, no Project Gutenberg licence."""
-    text = _plain(text)
+    text = _without_trailing_space(text)
     text = "\n\n".join(text[start:stop] for start, stop in _books(text))
     if "\n\n\n" in text:
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -155,7 +160,7 @@ def loss_warning(raw: str, text: str, before: int, kept: int) -> str:
     """
     if kept >= KEPT * before:
         return ""
-    raw = _plain(raw)
+    raw = _without_trailing_space(raw)
     books = _books(raw)
     edges = [0, *(edge for book in books for edge in book), len(raw)]
     gaps = [raw[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]

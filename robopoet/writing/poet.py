@@ -12,6 +12,7 @@ from model import GPT
 from robopoet.errors import ConfigError, DataError, did_you_mean
 from robopoet.files import HOME
 from robopoet.machine import Machine, find_machine
+from robopoet.text.cleaning import plain
 from robopoet.text.dataset import find_dataset
 from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles
 from robopoet.weights import checkpoint, pretrained
@@ -112,7 +113,7 @@ class Poet:
         passages = self.begin(prompt, n, **settings)
         for _ in self.stream(passages):
             pass
-        return [prompt + passage.text for passage in passages]
+        return [passage.prompt + passage.text for passage in passages]
 
     def begin(self, prompt: str = "", n: int = 1, first: int = 0, **settings: Any) -> list[Passage]:
         """`n` empty passages (at most 10,000) for stream() to continue `prompt` with.
@@ -127,11 +128,11 @@ class Poet:
                 raise ConfigError(f"{name}: found {value!r}, must be a whole number from {low} to {high}")
         checked = make_settings(settings)
         rows = n * max(len(self.blend_of(checked.style)), 1)
-        self.ids_of(prompt)
+        text, _ = self.read(prompt)
         self._check_memory(rows)
         if checked.max_copy:
             _ = self.originality
-        return [Passage(self.tokenizer, checked, prompt, first + i) for i in range(n)]
+        return [Passage(self.tokenizer, checked, text, first + i) for i in range(n)]
 
     def stream(self, passages: list[Passage], logprobs: bool = False) -> Iterator[list[str]]:
         """Generate the passages that one begin() returned; yields the text that each one gains, token by token.
@@ -142,7 +143,7 @@ class Poet:
             raise ConfigError(f"passages: found {len(passages)}, must all come from one begin()")
         settings, device = passages[0].settings, self.machine.device
         blend = self.blend_of(settings.style)
-        ids = self.ids_of(passages[0].prompt)
+        _, ids = self.read(passages[0].prompt)
         prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
         start = window_start(len(prompts[0]), self.model.config)  # the model reads only a long prompt's end
         windows = [row[start:] for row in prompts]
@@ -195,10 +196,11 @@ class Poet:
         fate = f"taken as {UNKNOWN}" if UNKNOWN in self.tokenizer.specials else "left out"
         return f"prompt: the model does not know {', '.join(map(repr, unknown))}: {fate}"
 
-    def ids_of(self, prompt: str) -> list[int]:
-        """A prompt's ids, at least one: without a prompt those of a line's end, or id 0 if the vocabulary has none.
+    def read(self, prompt: str) -> tuple[str, list[int]]:
+        """A prompt as the model reads it, with LF line ends, and its ids, at least one.
 
-        Raises ConfigError if it is not text, is too long or has no character that the model knows.
+        Without a prompt they are those of a line's end, or id 0 if the vocabulary has none. Raises ConfigError if it is
+        not text, is too long or has no character that the model knows.
         """
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
             found = f"{len(prompt):,} characters" if isinstance(prompt, str) else repr(prompt)[:100]
@@ -207,10 +209,11 @@ class Poet:
             prompt.encode()
         except UnicodeEncodeError as e:
             raise ConfigError(f"prompt: character {e.start} is a lone surrogate, which UTF-8 can't encode") from None
-        if ids := self.tokenizer.encode(prompt or "\n"):
-            return ids
-        if not prompt:
-            return [0]
+        text = plain(prompt)
+        if ids := self.tokenizer.encode(text or "\n"):
+            return text, ids
+        if not text:
+            return text, [0]
         raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
 
     def _check_memory(self, rows: int) -> None:

@@ -1,6 +1,5 @@
 """What sample.py, a session and a replay share: prompts as typed, passages as printed, files checked beforehand."""
 
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ def unescape(text: str) -> str:
 
 
 def read_prompt(prompt: str) -> str:
-    """The text that the key `prompt` stands for, with every line ending (\\r\\n too) as \\n.
+    """The text that the key `prompt` stands for.
 
     Raises ConfigError if a file or stdin is not UTF-8 or has over 10 MB.
     """
@@ -31,7 +30,7 @@ def read_prompt(prompt: str) -> str:
     else:
         return unescape(prompt)
     try:
-        return io.StringIO(raw.decode(), newline=None).read()
+        return raw.decode()
     except UnicodeDecodeError as e:
         raise ConfigError(f"prompt: {where}: byte {e.start} is not UTF-8") from None
 
