@@ -1,5 +1,6 @@
 """Text files: those of a manifest, a user's own, and JSON lines."""
 
+import codecs
 import contextlib
 import glob
 import gzip
@@ -227,7 +228,6 @@ def test_a_gzip_file_in_several_parts_is_read_to_its_end(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        b"",
         b"plain text",
         b'{"text": "cut',
         b'{"text": "a"} {"text": "b"}',
@@ -235,12 +235,8 @@ def test_a_gzip_file_in_several_parts_is_read_to_its_end(tmp_path):
         b'["text"]',
         b"null",
         b'{"txt": "a"}',
-        b'{"text": null}',
         b'{"text": 5}',
-        b'{"text": ""}',
-        b'{"text": " \\n"}',
-        b'{"text": "\xff"}',
-        b'{"text": "\\ud800"}',
+        b'{"\xfftext": "a"}',
         b"[" * 100_000,
         b'{"text": "a", "n": 1',
     ],
@@ -251,6 +247,44 @@ def test_a_bad_line_is_named_in_one_line(tmp_path, name, line):
     with pytest.raises(DataError, match=rf"{name}: line 2: ") as caught:
         read_all(corpus.manifest_of_files((str(tmp_path),)))
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+FLAWED = {
+    b"": "",
+    b"  \r": "",
+    b'{"text": null}': "",
+    b'{"text": ""}': "",
+    b'{"text": " \\n"}': "",
+    b'{"text": "caf\xe9, \xff"}': "caf\ufffd, \ufffd\n",
+    b'{"text": "a \\ud83d, \\uDE00 b \\\\ud83d \\ud83d\\ude42\\ud83d"}': "a \ufffd, \ufffd b \\ud83d 🙂\ufffd\n",
+}
+
+
+@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz"])
+@pytest.mark.parametrize("line, text", FLAWED.items(), ids=lambda part: str(part)[:30])
+def test_a_line_without_text_is_left_out_and_damage_in_one_replaced_and_both_are_told(tmp_path, name, line, text):
+    path = write_lines(tmp_path / name, codecs.BOM_UTF8 + LINES[0] + line + b"\n" + LINES[2])
+    manifest = corpus.manifest_of_files((str(path),))
+    found = corpus.survey(corpus.documents(manifest))
+    what = "is not all text: what is damaged is replaced with U+FFFD" if text else "holds no text; left out"
+    assert found.warnings[0] == f"{path}: line 2: {what}" and found.n_documents == 2 + bool(text)
+    again = dict.fromkeys(("some:1", "some:2", "some:3"), "")
+    for part, piece in corpus.parts(corpus.documents(manifest), manifest, found):
+        again[part.name] += piece
+    assert again == {"some:1": TALES[0][1], "some:2": text, "some:3": TALES[2][1]}
+
+
+def test_a_file_without_text_or_with_damage_in_more_than_a_hundredth_of_its_lines_is_refused(tmp_path):
+    def survey(*lines: bytes) -> corpus.Survey:
+        path = write_lines(tmp_path / "many.jsonl", b"".join(line + b"\n" for line in lines))
+        return corpus.survey(corpus.documents(corpus.manifest_of_files((str(path),))))
+
+    good, bad = [b'{"text": "%d"}' % i for i in range(198)], [b'{"text": "\xff"}'] * 3
+    assert survey(*good, *bad[:2]).n_documents == 200
+    with pytest.raises(DataError, match=r"many\.jsonl: line 198: .*; so are 3 of 200 documents"):
+        survey(*good[1:], *bad)
+    with pytest.raises(DataError, match=r"many\.jsonl: line 1: holds no text"):
+        survey(b"", b'{"text": ""}')
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):

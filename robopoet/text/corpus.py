@@ -42,6 +42,8 @@ WINDOW_CHARS = 1000  # about what a model with a context of 256 tokens reads at 
 MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part of the smallest share
 TOLD = 0.01  # the share of a file's letters from which on it is told that they were not read
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
+NO_TEXT = "holds no text; left out"
+DAMAGED = 0.01  # the share of documents above which damage in them stops
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
 
@@ -53,7 +55,7 @@ class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
     guessed: the encoding that it was read in, if that had to be guessed. losses: by file, the letters that it has and
-    raw has not.
+    raw has not. flaw: what was replaced in it, or that it is a line without text, which goes to no split.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Document:
     place: str = ""
     guessed: str = ""
     losses: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
+    flaw: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,11 @@ def style_name(path: str) -> str:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
-        for place, name, raw, guessed, losses in sources.raw_documents(source, manifest.folder):
+        for place, name, raw, guessed, losses, flaw, is_line in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
-            if not text:
+            if not text and not is_line:
                 raise DataError(f"{place}: holds no text")
-            yield Document(name, source.style, text, raw, place, guessed, losses)
+            yield Document(name, source.style, text, raw, place, guessed, losses, flaw if text else NO_TEXT)
 
 
 @dataclass(frozen=True)
@@ -172,14 +175,22 @@ class Survey:
 
 
 def survey(docs: Iterable[Document]) -> Survey:
-    """Survey the documents in one pass, holding one at a time."""
+    """Survey the documents in one pass, holding one at a time.
+
+    Raises DataError if none of them has text, or if more than DAMAGED of them are damaged.
+    """
     digest, found = hashlib.sha256(), np.zeros(0x110000, dtype=bool)
     styles: dict[str, bool] = {}  # used as an ordered set
     places: dict[bytes, str] = {}  # hash of a text -> its place
     guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
+    empty, damaged = _Warnings("hold no text"), _Warnings("are damaged")
     works: list[tuple[float, int]] = []
     n_documents = n_bytes = letters = raw_letters = 0
     for doc in docs:
+        if doc.flaw:
+            (empty if doc.flaw == NO_TEXT else damaged).add(f"{doc.place}: {doc.flaw}")
+        if doc.flaw == NO_TEXT:
+            continue
         _hash(digest, doc)
         n_documents += 1
         styles[doc.style] = True
@@ -203,8 +214,14 @@ def survey(docs: Iterable[Document]) -> Survey:
             copies.add(f"{doc.place}: is the same text as {places[text]}; leave one out, or it counts twice")
         elif len(places) < COMPARED:
             places[text] = doc.place
+    if empty.count and not n_documents:
+        raise DataError(f"{empty.first[0].removesuffix(NO_TEXT)}holds no text, nor does any other")
+    if damaged.count > max(1, DAMAGED * n_documents):
+        raise DataError(
+            f"{damaged.first[0]}; so are {damaged.count:,} of {n_documents:,} documents; write the file as UTF-8 again"
+        )
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
-    warnings = (*guesses.lines(), *losses.lines(), *copies.lines())
+    warnings = (*empty.lines(), *damaged.lines(), *guesses.lines(), *losses.lines(), *copies.lines())
     return Survey(
         n_documents,
         n_bytes,
@@ -235,16 +252,16 @@ class _Warnings:
     """The first few warnings of a kind, and the number of the others."""
 
     def __init__(self, kind: str):
-        self.kind, self.first, self.more = kind, [], 0
+        self.kind, self.first, self.count = kind, [], 0
 
     def add(self, line: str) -> None:
-        if len(self.first) < SHOWN_WARNINGS:
+        self.count += 1
+        if self.count <= SHOWN_WARNINGS:
             self.first.append(line)
-        else:
-            self.more += 1
 
     def lines(self) -> list[str]:
-        return self.first + ([f"{self.more:,} more {self.kind}"] if self.more else [])
+        more = self.count - len(self.first)
+        return self.first + ([f"{more:,} more {self.kind}"] if more else [])
 
 
 def _hash(digest: Any, doc: Document) -> None:
@@ -275,7 +292,7 @@ def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterat
     shares, whole = manifest.splits, short_works(found, manifest.splits)
     exact = all(source.clean == "none" for source in manifest.sources)  # cut at the very character
     digest = hashlib.sha256()
-    for i, doc in enumerate(docs):
+    for i, doc in enumerate(doc for doc in docs if doc.flaw != NO_TEXT):
         _hash(digest, doc)
         draw = _draw(doc)
         if found.n_documents > MANY_DOCUMENTS:

@@ -1,5 +1,6 @@
 """Where a corpus's texts come from: files, JSON lines, downloads and archives, all bounded in size."""
 
+import codecs
 import contextlib
 import fnmatch
 import glob
@@ -63,6 +64,8 @@ class RawDocument(NamedTuple):
     text: str
     guessed: str = ""  # its encoding, if it had to be guessed
     losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
+    flaw: str = ""  # what was replaced in it
+    is_line: bool = False  # whether its file holds several, so that it may be skipped
 
 
 def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
@@ -319,15 +322,25 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
 # many documents in a file
 
 
+# in JSON, half of a character beyond U+FFFF; or another escape, or both halves, which stay
+HALF = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
+
+
 @dataclass(frozen=True)
 class _Line:
     """A line of JSON; other keys are ignored."""
 
-    text: str
+    text: str | None
+
+
+def _repaired(line: bytes) -> bytes:
+    """A line of JSON with U+FFFD for each byte that is not UTF-8 and each half of a character."""
+    utf8 = line.decode("utf-8", "replace").encode()
+    return HALF.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], utf8)
 
 
 def _json_lines(path: str) -> Iterator[RawDocument]:
-    """Each line of a .jsonl or .jsonl.gz file as a document; the name is STEM:LINE."""
+    """Each line of a .jsonl or .jsonl.gz file as a document, "" for none; the name is STEM:LINE."""
     name, number = stem(path), 0
     advice = 'a line must be {"text": "..."} in UTF-8'
     left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # a plain file never gets there
@@ -340,8 +353,14 @@ def _json_lines(path: str) -> Iterator[RawDocument]:
                     raise DataError(f"{where}: unpacks to over {UNPACKED} times the file's size; unpack it yourself")
                 if len(line) > JSON_BYTES:
                     raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
-                text = files.decode_json(line, _Line, where, DataError, advice).text
-                yield RawDocument(where, f"{name}:{number}", text)
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                flaw = ""
+                try:
+                    text = files.decode_json(line, _Line, where, DataError, advice).text if line.strip() else ""
+                except DataError:
+                    text = files.decode_json(_repaired(line), _Line, where, DataError, advice).text
+                    flaw = "is not all text: what is damaged is replaced with U+FFFD"
+                yield RawDocument(where, f"{name}:{number}", text or "", flaw=flaw, is_line=True)
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
     except OSError as e:
@@ -366,7 +385,7 @@ def _parquet_rows(path: str) -> Iterator[RawDocument]:
                 batch.validate(full=True)  # raises ArrowException on what is not UTF-8
                 for text in batch["text"].to_pylist():
                     number += 1
-                    yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "")
+                    yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "", is_line=True)
     except (ArrowException, OSError) as e:
         raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({describe(e)})") from None
     if not number:
