@@ -106,9 +106,9 @@ def test_a_busy_machine_trains_a_smaller_model_rather_than_none(imagine):
     given = ["--n_layer=3", "--n_head=3", "--n_embd=192"]
     busy = 4 * 60 / 8 / cost(train.TrainConfig(n_layer=2, n_embd=192, batch_size=4, block_size=256))
     cfg = imagine(4, 1_000_000, load=busy)[0]
-    assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.LEAST_STEPS
+    assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.FEWEST_STEPS[0]
     cfg = imagine(4, 1_000_000, *given, load=busy / 4)[0]
-    assert cfg.batch_size < 4 and cfg.max_iters >= plan.LEAST_STEPS
+    assert cfg.batch_size < 4 and cfg.max_iters >= plan.FEWEST_STEPS[0]
 
 
 @pytest.mark.parametrize(("n_kv_head", "heads"), [(1, {1, 2, 3, 4, 6, 8, 12}), (2, {2, 4, 6, 8, 12}), (8, {8})])
@@ -155,6 +155,9 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.EPOCHS_FROM_WEIGHTS + 1) * 20_000
     cfg = imagine(5, 20_000, start=theirs)[0]
     assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", 1e-4, 2)
+    busy = 5 * 60 / 5 / cost(train.TrainConfig(batch_size=2, block_size=256))
+    cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
+    assert plan.FEWEST_FROM_OTHERS[0] <= cfg.max_iters < plan.FEWEST_STEPS[0]
 
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):

@@ -31,7 +31,7 @@ SHAPE += ("norm", "mlp", "n_kv_head")
 OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
 SIZES = ("n_layer", "n_head", "n_embd")
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
-SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets fewer than ENOUGH_STEPS, as on a busy machine
+SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets too few steps, as on a busy machine
 CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.5  # for each of the blocks: read in the time; of a text, in all its passes
 EPOCHS, EPOCHS_FROM_WEIGHTS = 24, 3  # passes after which a text teaches nothing more
@@ -40,7 +40,8 @@ DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many pass
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
 EVALUATING = 0.05  # share of training's seconds, at most; beside busy programs the last takes 15 times as long
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
-LEAST_STEPS, ENOUGH_STEPS = 10, 40  # a run has at least the first; below the second a smaller model learns more
+FEWEST_STEPS = 10, 40  # a run has at least the first; below the second a smaller model learns more
+FEWEST_FROM_OTHERS = 3, 10  # the same from weights of others, which gain by the first step
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
 CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
 CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
@@ -190,7 +191,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
 
     It takes less time if the text teaches nothing more. trial: makes what is timed on this machine. epochs becomes the
     most that the run may read when it plans again, or 0 if max_iters was given. Raises ConfigError if time or memory is
-    too small for LEAST_STEPS steps of the smallest choice.
+    too small for the fewest steps of the smallest choice.
     """
     if not cfg.minutes or start.resumes:
         return cfg
@@ -210,16 +211,17 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
     epochs = cfg.epochs or epochs
     most = epochs * tokens
+    least, enough = FEWEST_STEPS if start.content is None or _is_ours(start) else FEWEST_FROM_OTHERS
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
     ways: list[dict[str, int]] = []
     if start.content is None and not cfg.given.intersection(SIZES):
         cfg = _climb(cfg, most, clock, seconds)
         ways = _shapes(cfg, SMALLER)
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
-    while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), ENOUGH_STEPS):
+    while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), enough):
         cfg = _choose(cfg, **ways.pop(0))
     step_s, batch_s = seconds(cfg)
-    cfg = _fill(cfg, meta, step_s, batch_s, most, clock)
+    cfg = _fill(cfg, meta, step_s, batch_s, most, least, clock)
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
@@ -319,13 +321,13 @@ def _last(cfg: Config, most: float) -> int:
     return cfg.max_iters if "max_iters" in cfg.given else math.ceil(most / cfg.tokens_per_step)
 
 
-def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, clock: Clock) -> Config:
-    """`cfg` with the steps, and the batches of an evaluation, that fit into the time left."""
+def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, least: int, clock: Clock) -> Config:
+    """`cfg` with the steps, at least so many, and the batches of an evaluation, that fit into the time left."""
     last, per_epoch = _last(cfg, most), meta.splits["train"].tokens / cfg.tokens_per_step
     steps = last if "max_iters" in cfg.given else min(last, int(clock.left_s / step_s))
     if math.isinf(step_s):
         raise ConfigError(less_memory(cfg))
-    if steps < min(last, LEAST_STEPS):
+    if steps < min(last, least):
         raise ConfigError(f"minutes: {cfg.minutes:g} are too few, a step takes {step_s:.1f} s here; give more")
 
     def interval(steps: int) -> int:
