@@ -190,9 +190,9 @@ def test_a_prefixed_page_is_laid_out_like_any_other():
 
 def test_marks_of_notes_and_pages_are_left_out_and_numbers_kept():
     page = """<p>The sea<a href="#n1"><sup>1</sup></a> is<sup><a href="#n2">[12]</a></sup> wide<a href="#n3">*</a>,
-    <span class="pagenum">[Pg 7]</span>in <a href="#y">1843</a>5 <a epub:type="noteref" href="#n">see note</a>the
+    <span class="pagenum">[Pg 7]</span>in <a href="#y">1843</a>, 5 <a epub:type="noteref" href="#n">see note</a>the
     2<sup>nd</sup> <a href="x">ship</a> had 12 guns.</p>"""
-    assert " ".join(books.html_text(page).split()) == "The sea is wide, in 5 the 2nd ship had 12 guns."
+    assert " ".join(books.html_text(page).split()) == "The sea is wide, in 1843, 5 the 2nd ship had 12 guns."
 
 
 @settings(max_examples=200, deadline=None)

@@ -161,3 +161,11 @@ def test_every_file_that_loses_letters_is_told(tmp_path):
         "OEBPS/extra.html, 6 of the 6 letters in OEBPS/cover.xhtml, 5 of the 5 letters in OEBPS/notes.xhtml, "
         "4 of the 16 letters in OEBPS/text/one.xhtml, what 2 more files hold"
     )
+
+
+def test_a_number_that_leads_to_a_note_in_another_file_is_its_mark():
+    page = "<p>It was<a href='../notes.xhtml#x1'>1</a> late in <a href='../text/two%20b.xhtml#x2'>2</a>.</p>"
+    changed = {"OEBPS/text/one.xhtml": page.replace("notes", "end"), "OEBPS/notes.xhtml": None}
+    changed["OEBPS/end.xhtml"] = "<section role='doc-endnotes'><p id='x1'>A note</p></section>"
+    changed |= opf("notes.xhtml", "end.xhtml")
+    assert books.read("a.epub", epub(changed))[0].startswith("It was late in 2.\n\nTwo\n\n")
