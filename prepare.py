@@ -117,8 +117,7 @@ def main(cfg: PrepareConfig) -> None:
         given = base
         print(f"tokenizer: of {bases.BASE}, so that train.py --minutes=N starts from its weights")
     elif may_take_base and not known and not base and survey.n_bytes <= LONG:
-        gain = "20 to 40% fewer bits per byte than from nothing"
-        print(f"from a model that knows English, an English text ends at {gain}: make base, then prepare it again")
+        print("an English text learns far more from a model that knows English: make base, then prepare it again")
     styles = corpus.tags(manifest, survey)
     ends = [END] if survey.n_documents > 1 or styles else []
     specials = ends + [tokenizer.style_token(style) for style in styles]

@@ -20,8 +20,8 @@ READ_TOKENS = 256  # tokens that a model reads at a time
 def suiting(name: str, sample: str, text: str) -> Tokenizer | None:
     """A pretrained model's tokenizer, if it predicts `sample`, of `text`, better than bzip2 packs all of it, or None.
 
-    A model that is trained from nothing on one book ends at about nine tenths of bzip2's size; a pretrained one starts
-    at what is measured here, and gains by training. Prints both figures.
+    A model that is trained from nothing on one book ends somewhat below bzip2's size; a pretrained one starts at
+    what is measured here, and gains by training. Prints both figures.
     """
     content = checkpoint.load(Path(name))
     tok = checkpoint.tokenizer_of(content, Path(name))
