@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopoet.errors import DataError
-from robopoet.text import corpus, sources
+from robopoet.text import corpus, many, sources
 
 
 @contextlib.contextmanager
@@ -210,7 +210,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path):
 
 @pytest.mark.parametrize("name", ["long.jsonl", "long.jsonl.gz"])
 def test_a_line_has_a_largest_size(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "JSON_BYTES", 100)
+    monkeypatch.setattr(many, "JSON_BYTES", 100)
     line = b'{"text": "' + b"x" * 87 + b'"}\n'
     path = write_lines(tmp_path / name, line * 2)
     assert len(line) == 100 and len(read_all(corpus.manifest_of_files((str(path),)))) == 2
@@ -285,6 +285,39 @@ def test_a_file_without_text_or_with_damage_in_more_than_a_hundredth_of_its_line
         survey(*good[1:], *bad)
     with pytest.raises(DataError, match=r"many\.jsonl: line 1: holds no text"):
         survey(b"", b'{"text": ""}')
+
+
+def test_marks_of_gpt_2_simple_part_a_text_into_documents(tmp_path):
+    marked = "<|startoftext|>One.<|endoftext|>\n<|startoftext|>Two\nlines.<|endoftext|>\n\n<|endoftext|>Three."
+    (tmp_path / "jokes.txt").write_text(marked)
+    texts = [("jokes:1", "jokes", "One.\n"), ("jokes:2", "jokes", "Two\nlines.\n"), ("jokes:3", "jokes", "Three.\n")]
+    assert read_all(corpus.manifest_of_files((str(tmp_path),))) == texts
+    (tmp_path / "corpus.yaml").write_text("sources: [{style: s, file: jokes.txt, clean: none}]")
+    assert read_all(corpus.read_manifest(tmp_path)) == [("jokes", "s", marked)]
+
+
+@pytest.mark.parametrize("name, tool", [("a.csv", "pandas"), ("a.TSV", r"sep='\\t'"), ("a.json", "jq")])
+def test_a_table_is_refused_with_what_writes_its_texts(tmp_path, name, tool):
+    (tmp_path / name).write_text("id,tweet\n1,hello\n")
+    with pytest.raises(
+        DataError, match=rf"{name}: begins 'id,tweet', so it holds more than its texts; prepare its .*NAME.*{tool}"
+    ):
+        read_all(corpus.manifest_of_files((str(tmp_path / name),)))
+
+
+def test_a_folders_files_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ("a.txt", "b.rst", "c/README", "d.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert len(read_all(corpus.manifest_of_files((str(tmp_path),)))) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {tmp_path}: passed over ") and told.count("\n") == 1
+    assert all(name in told for name in ("b.rst", "c/README", "d.csv"))
+    for i in range(9):
+        (tmp_path / f"{i}.log").write_text("x")
+    corpus.manifest_of_files((str(tmp_path),))
+    assert "and 7 more; to read" in capsys.readouterr().err
+    assert read_all(corpus.manifest_of_files((str(tmp_path / "b.rst"),)))[0][2] == "b.rst\n"
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):

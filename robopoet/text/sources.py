@@ -1,6 +1,5 @@
 """Where a corpus's texts come from: files, JSON lines, downloads and archives, all bounded in size."""
 
-import codecs
 import contextlib
 import fnmatch
 import glob
@@ -16,23 +15,27 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from pathlib import Path, PurePath
+from typing import Annotated, Literal
 
 import msgspec
 
 from robopoet import files
-from robopoet.errors import DataError, describe
-from robopoet.files import JSON_BYTES, Positive, Sha256, did_you_mean_path, replacing
+from robopoet.errors import DataError, describe, warn
+from robopoet.files import Positive, Sha256, did_you_mean_path, replacing
 from robopoet.text import books
 from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR
+from robopoet.text.many import JSON_LINES, PARQUET, RawDocument, has_ending, json_lines, marked, parquet_rows, stem
 
-JSON_LINES = (".jsonl", ".jsonl.gz")
-PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
+SHOWN = 5  # files that were passed over are named
+TABLES = {  # what holds texts among other things -> how to write them alone
+    ".csv": "its column NAME, with pandas: read_csv(FILE)[['NAME']].set_axis(['text'], axis=1)"
+    ".to_json('texts.jsonl', orient='records', lines=True)",
+    ".json": "its key NAME, as jq -c '.. | .NAME? | strings | {text: .}' FILE > texts.jsonl writes it",
+}
+TABLES[".tsv"] = TABLES[".csv"].replace("FILE", "FILE, sep='\\t'")
 TEXTS = (".txt", ".md", *books.HTML, ".epub", *JSON_LINES, PARQUET)  # the files that are read from a folder
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=1000)]
@@ -56,43 +59,36 @@ class Source:
     max_bytes: Positive = 2**30
 
 
-class RawDocument(NamedTuple):
-    """A document before cleaning. place: its file, and its line or row if that holds several."""
-
-    place: str
-    name: str
-    text: str
-    guessed: str = ""  # its encoding, if it had to be guessed
-    losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
-    flaw: str = ""  # what was replaced in it
-    is_line: bool = False  # whether its file holds several, so that it may be skipped
-
-
 def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
     """Each document of `source`."""
     if not source.file:
         for path, content in raw_texts(source, folder):
             _check_name(path)
-            yield _book(path, content, source)
+            yield from _texts(path, content, source)
         return
     for path in source_files(source, folder):
-        if _ends(path, JSON_LINES):
-            yield from _json_lines(path)
-        elif _ends(path, PARQUET):
-            yield from _parquet_rows(path)
+        if has_ending(path, JSON_LINES):
+            yield from json_lines(path)
+        elif has_ending(path, PARQUET):
+            yield from parquet_rows(path)
         else:
             content = files.read_bytes(Path(path), DataError, source.max_bytes)
-            yield _book(path, content, source)
+            yield from _texts(path, content, source)
+
+
+def _texts(path: str, content: bytes, source: Source) -> Iterator[RawDocument]:
+    if has_ending(path, tuple(TABLES)) and not source.remove:
+        first = content.partition(b"\n")[0][:100].decode("utf-8", "replace").strip()
+        advice = TABLES[PurePath(path).suffix.lower()]
+        raise DataError(f"{path}: begins {first!r}, so it holds more than its texts; prepare {advice}")
+    book = _book(path, content, source)
+    yield from [book] if source.clean == "none" else marked(book)
 
 
 def _book(path: str, content: bytes, source: Source) -> RawDocument:
     losses: dict[str, books.Loss] = {}
     text, guessed = books.read(path, content, source.encoding, losses)
     return RawDocument(path, stem(path), text, guessed, losses)
-
-
-def _ends(path: str, suffixes: str | tuple[str, ...]) -> bool:
-    return path.lower().endswith(suffixes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ def source_files(source: Source, folder: Path) -> list[str]:
     for path in paths:
         _check_name(path)
         size = files.check_regular(Path(path), DataError)
-        if size > source.max_bytes and not _ends(path, (*JSON_LINES, PARQUET)):
+        if size > source.max_bytes and not has_ending(path, (*JSON_LINES, PARQUET)):
             raise DataError(
                 f"{path}: has {size:,} bytes, must have at most {source.max_bytes:,}; split it, or use a .jsonl with "
                 "one document per line, or set max_bytes in a corpus.yaml"
@@ -143,9 +139,13 @@ def own_files(patterns: tuple[str, ...]) -> list[str]:
 
 def _texts_below(folder: str) -> list[str]:
     found = _glob(os.path.join(glob.escape(folder), "**", "*"))
-    texts = [path for path in found if _ends(path, (*TEXTS, *books.CONVERTED)) and not os.path.isdir(path)]
+    found = [path for path in found if not os.path.isdir(path)]
+    texts = [path for path in found if has_ending(path, (*TEXTS, *books.CONVERTED))]
     if not texts:
         raise DataError(f"--input: {folder}: holds no {', '.join(TEXTS)} and no corpus.yaml; name one that does")
+    if passed := [os.path.relpath(path, folder) for path in found if path not in texts]:
+        names = ", ".join(passed[:SHOWN]) + (f" and {len(passed) - SHOWN:,} more" if len(passed) > SHOWN else "")
+        warn(f"{folder}: passed over {names}; to read a text whatever its ending, name it")
     return texts
 
 
@@ -179,11 +179,6 @@ def _each_once(paths: Iterable[str]) -> list[str]:
     for path in sorted(paths):
         of_file.setdefault(os.path.realpath(path), path)
     return list(of_file.values())
-
-
-def stem(path: str) -> str:
-    """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
-    return Path(path[: -len(".gz")] if _ends(path, ".jsonl.gz") else path).stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,77 +311,3 @@ def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
                 limit -= max(member.size, 0)
                 _check_unpacked(limit, source.package)  # a sparse file's holes count too: reading it fills them
                 yield member.name, sdist.extractfile(member).read()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# many documents in a file
-
-
-# in JSON, half of a character beyond U+FFFF; or another escape, or both halves, which stay
-HALF = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of JSON; other keys are ignored."""
-
-    text: str | None
-
-
-def _repaired(line: bytes) -> bytes:
-    """A line of JSON with U+FFFD for each byte that is not UTF-8 and each half of a character."""
-    utf8 = line.decode("utf-8", "replace").encode()
-    return HALF.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], utf8)
-
-
-def _json_lines(path: str) -> Iterator[RawDocument]:
-    """Each line of a .jsonl or .jsonl.gz file as a document, "" for none; the name is STEM:LINE."""
-    name, number = stem(path), 0
-    advice = 'a line must be {"text": "..."} in UTF-8'
-    left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # a plain file never gets there
-    try:
-        with io.BufferedReader(gzip.open(path) if _ends(path, ".gz") else open(path, "rb", 0), 2**20) as lines:
-            while line := lines.readline(min(JSON_BYTES, left) + 1):
-                number, left = number + 1, left - len(line)
-                where = f"{path}: line {number}"
-                if left < 0:
-                    raise DataError(f"{where}: unpacks to over {UNPACKED} times the file's size; unpack it yourself")
-                if len(line) > JSON_BYTES:
-                    raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                flaw = ""
-                try:
-                    text = files.decode_json(line, _Line, where, DataError, advice).text if line.strip() else ""
-                except DataError:
-                    text = files.decode_json(_repaired(line), _Line, where, DataError, advice).text
-                    flaw = "is not all text: what is damaged is replaced with U+FFFD"
-                yield RawDocument(where, f"{name}:{number}", text or "", flaw=flaw, is_line=True)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
-        raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-    if not number:
-        raise DataError(f"{path}: holds no text")
-
-
-def _parquet_rows(path: str) -> Iterator[RawDocument]:
-    """Each row of a Parquet file's column `text` as a document; the name is STEM:ROW."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DataError(f"{path}: pip install pyarrow reads Parquet files") from None
-    name, number = stem(path), 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow
-            if "text" not in columns.names or str(columns.field("text").type) not in ("string", "large_string"):
-                raise DataError(f"{path}: must have a column of strings named text, found {', '.join(columns.names)}")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
-                batch.validate(full=True)  # raises ArrowException on what is not UTF-8
-                for text in batch["text"].to_pylist():
-                    number += 1
-                    yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "", is_line=True)
-    except (ArrowException, OSError) as e:
-        raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({describe(e)})") from None
-    if not number:
-        raise DataError(f"{path}: holds no text")

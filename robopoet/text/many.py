@@ -1,0 +1,125 @@
+"""Files that hold many documents: lines of JSON, rows of Parquet, and texts between marks."""
+
+import codecs
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from robopoet import files
+from robopoet.errors import DataError, describe
+from robopoet.files import JSON_BYTES
+from robopoet.text import books
+from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR
+
+JSON_LINES = (".jsonl", ".jsonl.gz")
+PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
+MARK = re.compile(r"<\|(?:start|end)oftext\|>")  # between documents, as gpt-2-simple writes and reads them
+
+
+class RawDocument(NamedTuple):
+    """A document before cleaning. place: its file, and its line or row if that holds several."""
+
+    place: str
+    name: str
+    text: str
+    guessed: str = ""  # its encoding, if it had to be guessed
+    losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
+    flaw: str = ""  # what was replaced in it
+    is_line: bool = False  # whether its file holds several, so that it may be skipped
+
+
+def has_ending(path: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether the file at `path` has one of these extensions, in any case."""
+    return path.lower().endswith(suffixes)
+
+
+def stem(path: str) -> str:
+    """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
+    return Path(path[: -len(".gz")] if has_ending(path, ".jsonl.gz") else path).stem
+
+
+def marked(doc: RawDocument) -> Iterator[RawDocument]:
+    """The documents between a text's marks, or itself if it has none; the name is STEM:NUMBER."""
+    if not MARK.search(doc.text):
+        yield doc
+        return
+    texts = (text for text in MARK.split(doc.text) if text.strip())
+    for number, text in enumerate(texts, 1):
+        yield doc._replace(place=f"{doc.place}: text {number}", name=f"{doc.name}:{number}", text=text, is_line=True)
+
+
+# in JSON, half of a character beyond U+FFFF; or another escape, or both halves, which stay
+HALF = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of JSON; other keys are ignored."""
+
+    text: str | None
+
+
+def _repaired(line: bytes) -> bytes:
+    """A line of JSON with U+FFFD for each byte that is not UTF-8 and each half of a character."""
+    utf8 = line.decode("utf-8", "replace").encode()
+    return HALF.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], utf8)
+
+
+def json_lines(path: str) -> Iterator[RawDocument]:
+    """Each line of a .jsonl or .jsonl.gz file as a document, "" for none; the name is STEM:LINE."""
+    name, number = stem(path), 0
+    advice = 'a line must be {"text": "..."} in UTF-8'
+    left = UNPACKED * os.path.getsize(path) + UNPACKED_FLOOR  # a plain file never gets there
+    try:
+        with io.BufferedReader(gzip.open(path) if has_ending(path, ".gz") else open(path, "rb", 0), 2**20) as lines:
+            while line := lines.readline(min(JSON_BYTES, left) + 1):
+                number, left = number + 1, left - len(line)
+                where = f"{path}: line {number}"
+                if left < 0:
+                    raise DataError(f"{where}: unpacks to over {UNPACKED} times the file's size; unpack it yourself")
+                if len(line) > JSON_BYTES:
+                    raise DataError(f"{where}: is longer than {JSON_BYTES:,} bytes; split the document")
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                flaw = ""
+                try:
+                    text = files.decode_json(line, _Line, where, DataError, advice).text if line.strip() else ""
+                except DataError:
+                    text = files.decode_json(_repaired(line), _Line, where, DataError, advice).text
+                    flaw = "is not all text: what is damaged is replaced with U+FFFD"
+                yield RawDocument(where, f"{name}:{number}", text or "", flaw=flaw, is_line=True)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+    if not number:
+        raise DataError(f"{path}: holds no text")
+
+
+def parquet_rows(path: str) -> Iterator[RawDocument]:
+    """Each row of a Parquet file's column `text` as a document; the name is STEM:ROW."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{path}: pip install pyarrow reads Parquet files") from None
+    name, number = stem(path), 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow
+            if "text" not in columns.names or str(columns.field("text").type) not in ("string", "large_string"):
+                raise DataError(f"{path}: must have a column of strings named text, found {', '.join(columns.names)}")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                batch.validate(full=True)  # raises ArrowException on what is not UTF-8
+                for text in batch["text"].to_pylist():
+                    number += 1
+                    yield RawDocument(f"{path}: row {number}", f"{name}:{number}", text or "", is_line=True)
+    except (ArrowException, OSError) as e:
+        raise DataError(f"{path}: after row {number}: damaged, or no Parquet file ({describe(e)})") from None
+    if not number:
+        raise DataError(f"{path}: holds no text")
