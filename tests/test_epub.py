@@ -3,6 +3,7 @@
 import pytest
 from test_books import CONTAINER, FILES, OPF, epub
 
+from robopoet.errors import DataError
 from robopoet.text import books, corpus
 
 WHOLE = "One\n\nIt was late.\n\nTwo\n\nIt was later still."
@@ -42,6 +43,20 @@ def moved(place: str) -> dict[str, str | None]:
         ('href="text/one.xhtml" media-type="application/xhtml+xml"', 'href="text/one.xhtml"', {}),
         ('<itemref idref="cover"/>', '<itemref idref="none"/><itemref/><itemref idref="cover"/>', {}),
         ("item", "opf:item", {}),
+        ("item ", "ITEM ", {}),
+        ('idref="a"', 'idref="A"', {}),
+        ("one.xhtml", "%E9.xhtml", moved("OEBPS/text/\xe9.xhtml")),
+        ("", "", {"OEBPS/book.opf": OPF.replace("?>", " encoding='utf-16'?>", 1).encode("utf-16")}),
+        ("", "", {"OEBPS/book.opf": OPF.replace("?>", " encoding='utf-16'?>", 1)}),
+        ("", "", {"OEBPS/book.opf": OPF.replace("<metadata/>", "<metadata>\xe9</metadata>").encode("latin-1")}),
+        (
+            "",
+            "",
+            {
+                "META-INF/container.xml": CONTAINER.replace("<rootfile ", '<rootfile full-path="a.pdf"/><rootfile ', 1),
+                "a.pdf": b"%PDF",
+            },
+        ),
         ("", "", {"META-INF/container.xml": None}),
         ("", "", {"META-INF/container.xml": "<container/>"}),
         ("", "", {"META-INF/container.xml": CONTAINER.replace("OEBPS/", "/OEBPS/")}),
@@ -169,3 +184,15 @@ def test_a_number_that_leads_to_a_note_in_another_file_is_its_mark():
     changed["OEBPS/end.xhtml"] = "<section role='doc-endnotes'><p id='x1'>A note</p></section>"
     changed |= opf("notes.xhtml", "end.xhtml")
     assert books.read("a.epub", epub(changed))[0].startswith("It was late in 2.\n\nTwo\n\n")
+
+
+def test_text_in_pictures_is_told():
+    changed = opf(ITEM, 'href="one.svg" media-type="image/svg+xml"')
+    changed |= {"OEBPS/text/one.xhtml": None, "OEBPS/one.svg": "<svg><text>It was late.</text></svg>"}
+    assert read_with_losses(changed)[1] == USUAL | {"OEBPS/one.svg": (9, 9)}
+
+
+def test_a_file_of_which_nothing_is_read_is_refused_with_what_it_holds(tmp_path):
+    (tmp_path / "a.html").write_text("<noscript>It was late.</noscript>")
+    with pytest.raises(DataError, match=r"a.html: holds no text, read without 9 of the 9 letters in .*a.html$"):
+        list(corpus.documents(corpus.manifest_of_files((str(tmp_path),))))

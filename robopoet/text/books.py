@@ -32,7 +32,9 @@ ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
 FED, COMPARISONS, COMPARISONS_A_BYTE = 2**12, 10**8, 200
 
 # newlines before and after an element, as in the HTML standard's style sheet for browsers
-LINES = dict.fromkeys("address center dd dir div dt figcaption legend li table tr".split(), 1) | dict.fromkeys(
+LINES = dict.fromkeys(
+    "address center dd details dialog dir div dt fieldset figcaption form legend li summary table tr".split(), 1
+) | dict.fromkeys(
     "article aside blockquote dl figure footer h1 h2 h3 h4 h5 h6 header hr main ol p pre section ul".split(), 2
 )
 # DAISY's DTBook, which EPUB 2 allows

@@ -149,7 +149,8 @@ def documents(manifest: Manifest) -> Iterator[Document]:
         for place, name, raw, guessed, losses, flaw, is_line in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
             if not text and not is_line:
-                raise DataError(f"{place}: holds no text")
+                told = _tell(losses)
+                raise DataError(f"{place}: holds no text{f', read without {told}' if told else ''}")
             yield Document(name, source.style, text, raw, place, guessed, losses, flaw if text else NO_TEXT)
 
 

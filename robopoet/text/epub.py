@@ -88,11 +88,25 @@ class _Members:
         """The elements of an XML file that may be flawed, each with its name and attributes, without namespaces."""
         from lxml import etree  # a tenth of a second, for those who need it
 
-        content = self.read(member).removeprefix(codecs.BOM_UTF8).lstrip()
+        content = self.read(member)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            content = content.decode("utf-16", "replace").encode()
+        content = content.removeprefix(codecs.BOM_UTF8).lstrip()
         content = re.sub(rb"<(?![\w/!?])|&(?:(\w{1,32});|(?!#))", _reference, content)
-        parser = etree.XMLParser(target=_Elements(), resolve_entities=False, no_network=True, recover=True)
+        encoding = "utf-8" if _is_utf8(content) else None  # None: what the file declares
+        parser = etree.XMLParser(
+            target=_Elements(), encoding=encoding, resolve_entities=False, no_network=True, recover=True
+        )
         parser.feed(content)
         return parser.close()
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _as_utf8(path: str) -> str:
@@ -149,7 +163,7 @@ def _pages(name: str, members: _Members) -> list[Page]:
     for key in ("id", "href"):
         for a in manifest:
             if key in a:
-                items.setdefault(a[key], a)
+                items.setdefault(a[key].casefold(), a)
     guide: dict[str, str] = {}
     for tag, a in package:
         if tag == "reference" and (role := GUIDE.get(a.get("type", "").lower())):
@@ -167,7 +181,8 @@ def _pages(name: str, members: _Members) -> list[Page]:
             found[href] = Page(href[:MOST_PATH], "unread", is_markup=False)
             continue
         path, media = _find(members, root, href), item.get("media-type", "").lower()
-        if path in found or (media.startswith(NOT_TEXT) and not path.lower().endswith(PAGE_NAMES)):
+        is_text = path.lower().endswith(PAGE_NAMES) or (path and "svg" in media) or not media.startswith(NOT_TEXT)
+        if path in found or not is_text:
             continue
         if not path:
             place = posixpath.normpath(posixpath.join(posixpath.dirname(root), urllib.parse.unquote(href)))
@@ -199,6 +214,7 @@ def _package(name: str, members: _Members) -> tuple[str, list[tuple[str, dict[st
     if folders:
         listed = [a.get("full-path", "") for tag, a in members.elements(folders[0]) if tag == "rootfile"]
         roots = [root for path in listed if (root := members.find(folder + path, path))]
+        roots.sort(key=lambda root: not root.lower().endswith(".opf"))  # a book may be there as a PDF, too
     roots += sorted((path for path in members.paths if path.lower().endswith(".opf")), key=len)
     if not roots:
         raise DataError(f"{name}: is damaged or no EPUB (no .opf file lists its chapters); get the file again")
@@ -209,7 +225,8 @@ def _find(members: _Members, root: str, href: str) -> str:
     """The member that the package at `root` means by `href`; "" if there is none."""
     folder, href = posixpath.dirname(root.replace("\\", "/")), href.replace("\\", "/")
     for path in (href, re.split("[?#]", href, maxsplit=1)[0]):
-        places = [posixpath.normpath(posixpath.join(folder, urllib.parse.unquote(path[:MOST_PATH])))]
+        names = [urllib.parse.unquote(path[:MOST_PATH], encoding) for encoding in ("utf-8", "latin-1")]
+        places = [posixpath.normpath(posixpath.join(folder, name)) for name in names]
         if path and (found := members.find(*places, path.lstrip("/"), posixpath.join(folder, path.lstrip("/")))):
             return found
     return ""
@@ -217,11 +234,11 @@ def _find(members: _Members, root: str, href: str) -> str:
 
 def _shown(items: dict[str, dict[str, str]], idref: str) -> dict[str, str] | None:
     """The item that is shown for `idref`: itself, or a page that the book has in its stead, as for an image."""
-    item = first = items.get(idref)
+    item = first = items.get(idref.casefold())
     seen = set()
     while item and not _is_text(item) and item.get("fallback") and item["fallback"] not in seen:
         seen.add(item["fallback"])
-        item = items.get(item["fallback"])
+        item = items.get(item["fallback"].casefold())
     return item if item and _is_text(item) else first
 
 
