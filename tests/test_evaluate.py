@@ -16,7 +16,7 @@ from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.dataset import read_meta
 from robopoet.text.windows import EvalPlan, open_split
-from robopoet.training.evaluate import evaluate
+from robopoet.training.evaluate import evaluate, result_line
 
 
 def test_evaluation_equals_a_naive_loop(small, small_config, books):
@@ -55,6 +55,13 @@ def test_a_style_without_a_token_to_predict_has_no_loss(tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=meta.vocab_size, n_layer=1, n_head=1, n_embd=4))
     result = evaluate(model, split, meta.load_tokenizer(), EvalPlan(8, 2), CPU)
     assert result["loss_by_style"] == {"alice": pytest.approx(result["loss"])}
+
+
+@pytest.mark.parametrize("n, shown, more", [(1, 1, ""), (8, 8, ""), (9, 8, ", 1 more; "), (40, 8, ", 32 more; ")])
+def test_a_line_shows_the_losses_of_eight_styles_and_counts_the_others(n, shown, more):
+    result = {"loss": 1.0, "loss_se": 0.1, "ppl": 2.7, "bpb": 1.4, "tokens": 9, "seconds": 0.1}
+    line = result_line(result | {"loss_by_style": {f"poem{i}": 2.0 for i in range(n)}})
+    assert line.count("poem") == shown and ("more" in line) == bool(more) and more in line
 
 
 @pytest.mark.parametrize("even", [False, True])

@@ -11,6 +11,8 @@ from robopoet.machine import Machine
 from robopoet.text.tokenizer import Tokenizer, token_bytes
 from robopoet.text.windows import EvalPlan, Split, eval_batches
 
+SHOWN_STYLES = 8  # in a line; a run's metrics.jsonl has the losses of all
+
 
 @torch.no_grad()
 def evaluate(model: GPT, split: Split, tok: Tokenizer, plan: EvalPlan, machine: Machine) -> dict[str, Any]:
@@ -49,8 +51,10 @@ def evaluate(model: GPT, split: Split, tok: Tokenizer, plan: EvalPlan, machine: 
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """An evaluation in one line."""
-    styles = ", ".join(f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items())
+    """An evaluation in one line, with the losses of its first SHOWN_STYLES styles."""
+    losses = [f"{style} {loss:.4f}" for style, loss in result["loss_by_style"].items()]
+    more = [f"{len(losses) - SHOWN_STYLES} more"] if len(losses) > SHOWN_STYLES else []
+    styles = ", ".join(losses[:SHOWN_STYLES] + more)
     return (
         f"loss {result['loss']:.4f} ± {result['loss_se']:.4f}  ppl {result['ppl']:.1f}  bits/byte {result['bpb']:.4f}  "
         f"({styles}; {result['tokens']:,} tokens in {result['seconds']:.1f} s)"
