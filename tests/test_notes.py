@@ -14,6 +14,8 @@ from robopoet.text import books
         ("<p><a href='https://a.org/#n2'>2</a>, [<a href='#c'>1865</a>], (<a href='#c'>7</a>)", "2, [1865], (7)"),
         ("<p>So<a epub:type=noteref href='#x'>[1]</a> he [<a href='#n2'>2</a>] at once.<sup>3</sup>", "So he at once."),
         ("<p>So [<a href='#n2'>2</a>] <i>it</i> is", "So it is"),
+        ("<p>So [<a href='#n2'>2</a>, <a href='#x'>3</a>]. [<a href='#n2'>2</a>;<a href='#n3'>3</a>] so", "So. so"),
+        ("<p>Only<a href='c.html#filepos12'>1</a> so<a href='#c01-note-0002'>2</a>", "Only so"),
         ("<div><span>[</span><a role=doc-backlink href='#r'>1</a><span>]</span> <p>A note.</div>", "A note."),
         ("<p><a href='#r2'>2</a>. Another.<p>[<a href='#fnref3'>3</a>] And <a href='#r3'>↩</a>", "Another.\n\nAnd"),
         ("<p>So (<a href='notes.html#x'>12</a>), he said<a href='#x7'><sup>7</sup></a>, late", "So, he said, late"),

@@ -235,7 +235,8 @@ class _Layout:
         self.raised += tag == "sup"
         self.has_raised = tag == "sup" or (tag != "a" and self.has_raised)
         if tag in ("a", "sup"):
-            before = self.pieces[-1] if self.pieces and not (self.lines or self.is_spaced) else ""
+            before = self.pieces[-1] if self.pieces and not self.lines else ""
+            before = "" if self.is_spaced and not before.endswith("[") else before
             state = len(self.pieces), self.chars, self.lines, self.is_spaced, before[-4:]
             self.marks.append(notes.Mark(tag, *state, attributes.get("href", "").strip(), self.note_depth > 0))
 
@@ -280,10 +281,13 @@ class _Layout:
         self.was_mark = False
         if self.started_line and text[0] in ".:)]}":
             return text[1:].lstrip(" ")
+        if self.pieces and not self.lines and self.pieces[-1].endswith("[") and text in (",", ";"):  # [2, 3]
+            self.was_mark = True
+            return ""
         if self.pieces and not self.lines and self.pieces[-1][-1:] + text[0] in ("[]", "()", "{}"):
             before = self.pieces[-1][:-1].rstrip(" ")
             self.chars -= len(self.pieces[-1]) - len(before)
-            self.is_spaced |= text[1:2] == " "
+            self.is_spaced = text[1:2] == " "
             self.pieces[-1], text = before, text[1:].lstrip(" ")
             if not before:
                 separator = "".join(self.pieces[-2:-1])

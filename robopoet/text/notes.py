@@ -60,10 +60,12 @@ def leads_to_note(mark: Mark, number: str | None, is_opened: bool, is_raised: bo
     to = target(mark.href)
     if number is None or to in known or (mark.is_in_note and mark.starts_line):
         return True
-    if NOTE_ID.search(to) and number in re.findall(r"\d+", to):
+    if NOTE_ID.search(to) and number.lstrip("0") in re.findall(r"[1-9]\d*", to):
         return True
     if len(number) > 3:  # a year
         return False
     page = posixpath.basename(urllib.parse.unquote(mark.href).partition("#")[0])
+    if to and len(mark.before) == 4 and mark.before.isalpha():  # a number is not written on to a word
+        return True
     is_marked = is_opened or mark.before.endswith("[") or (is_raised and mark.before != "")
     return is_marked or (to != "" and NOTES_PAGE.search(page) is not None)
