@@ -24,7 +24,7 @@ def make_folder(folder, seed):
     """Bins of two works over a vocabulary of a few words, so that runs of every length recur."""
     rng = random.Random(seed)
     for name in ("one", "two"):
-        lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(60)]
+        lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(180)]  # long enough to be cut
         (folder / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
     files = (str(folder / "*.txt"),)
     prepare.main(prepare.PrepareConfig(input=files, out=str(folder / "bins"), tokenizer="char"))
