@@ -229,3 +229,7 @@ def test_a_text_may_hold_the_replacement_mark_itself(tmp_path):
     assert BROKEN.encode() in tok.tokens
     table = transitions(tok, tok.vocab_size)
     assert table[START, tok.tokens.index(BROKEN.encode())] == START
+
+
+def test_a_tokenizer_of_special_tokens_alone_breaks_no_character():
+    assert find_characters(CharTokenizer("", SPECIALS), len(SPECIALS), torch.device("cpu")) is None

@@ -35,7 +35,7 @@ def transitions(tok: Tokenizer, vocab_size: int) -> np.ndarray:
     step = np.full((9, 256), ERROR, np.uint8)
     for state, first, last, after in STEPS:
         step[state, first : last + 1] = after
-    lengths = np.array([len(token) for token in tok.tokens])
+    lengths = np.array([len(token) for token in tok.tokens], np.int64)
     starts, raw = lengths.cumsum() - lengths, np.frombuffer(b"".join(tok.tokens), np.uint8)
     table = np.arange(9, dtype=np.uint8)[:, None].repeat(vocab_size, axis=1)
     for i in range(lengths.max(initial=0)):
