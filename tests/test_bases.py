@@ -82,6 +82,11 @@ def test_bits_per_byte_are_those_of_each_token_in_its_window(smollm2):
     assert bases._bits_per_byte(model, tok, text) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-9)
 
 
+@pytest.mark.parametrize("text", ["a", "ab", "Hi.", "Hi.\n\nO!"])
+def test_a_text_of_a_few_letters_suits_no_model_or_some(smollm2, tmp_path, text):
+    assert prepared(tmp_path, "tiny", text).splits["train"].characters > 0
+
+
 def test_a_run_of_minutes_goes_on_from_it_and_another_start_may_be_given(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "_bits_per_byte", lambda model, tok, text: 0.01)
     prepared(tmp_path, "book", BOOK)

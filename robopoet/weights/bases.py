@@ -23,11 +23,10 @@ def suiting(name: str, sample: str, text: str) -> Tokenizer | None:
     A model that is trained from nothing on one book ends somewhat below bzip2's size; a pretrained one starts at
     what is measured here, and gains by training. Prints both figures.
     """
-    content = checkpoint.load(Path(name))
-    tok = checkpoint.tokenizer_of(content, Path(name))
-    bits = _bits_per_byte(checkpoint.build_model(content, Path(name)).eval(), tok, sample)
+    model, tok, _ = checkpoint.load_model(Path(name), torch.device("cpu"), torch.float32)
+    bits = _bits_per_byte(model, tok, sample)
     raw = text.encode()
-    packed = 8 * len(bz2.compress(raw)) / len(raw)
+    packed = 8 * len(bz2.compress(raw)) / max(len(raw), 1)
     chosen = f"its tokenizer is taken, and train.py --minutes=N starts from {name}" if bits < packed else "left out"
     print(f"{name} needs {bits:.2f} bits a byte of this text, bzip2 {packed:.2f}: {chosen}")
     return tok if bits < packed else None
@@ -37,6 +36,8 @@ def suiting(name: str, sample: str, text: str) -> Tokenizer | None:
 def _bits_per_byte(model: torch.nn.Module, tok: Tokenizer, text: str) -> float:
     """What `model` needs for a byte of `text` after the first token."""
     ids = torch.tensor(tok.encode(text))
+    if len(ids) < 2:  # nothing to predict
+        return math.inf
     windows = zip(ids[:-1].split(READ_TOKENS), ids[1:].split(READ_TOKENS), strict=True)
     nats = sum(model(x[None], y[None])[1].item() * len(x) for x, y in windows)
     return nats / math.log(2) / max(len(tok.decode_bytes(ids[1:].tolist())), 1)
