@@ -212,11 +212,16 @@ LLAMA = Architecture(
 ARCHITECTURES = {kind.model_type: kind for kind in (GPT2, STARCODER2, LLAMA)}
 
 
+def is_as_wide_as_gpt2(config: GPTConfig) -> bool:
+    """Whether queries share no keys, and the MLP is 4 C wide."""
+    return config.kv_heads == config.n_head and config.inner == 4 * config.n_embd
+
+
 def architecture_of(config: GPTConfig) -> Architecture:
     """The architecture that a model of ours is exported as; raises CheckpointError if there is none."""
-    is_plain = config.kv_heads == config.n_head and config.inner == 4 * config.n_embd
     for found in ARCHITECTURES.values():
-        if all(getattr(config, key) == value for key, value in found.kind.items()) and (found.widths or is_plain):
+        is_kind = all(getattr(config, key) == value for key, value in found.kind.items())
+        if is_kind and (found.widths or is_as_wide_as_gpt2(config)):
             return found
     kind = ", ".join(f"{key} {getattr(config, key)}" for key in (*LLAMA.kind, "n_kv_head"))
     raise CheckpointError(f"export: other programs have GPT-2's kind of model and Llama's, but none with {kind}")

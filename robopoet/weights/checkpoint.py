@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
-from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from robopoet import files
@@ -26,6 +25,7 @@ from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import gguf_reader, huggingface, nanogpt, pretrained
 from robopoet.weights.header import config_entries, read_header
+from robopoet.weights.layout import NoInit, without_memory
 
 LABEL = b"sha256:"
 COMMENT_BYTES = len(LABEL) + 64
@@ -165,14 +165,6 @@ def build_model(content: dict[str, Any], path: Path, dropout: float = 0.0, vocab
     return model
 
 
-class NoInit(TorchFunctionMode):
-    """Skips initialisation: on the meta device it would import torch's compiler, two seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
-
-
 def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torch.Tensor]:
     """`weights` without torch.compile's prefix; raises CheckpointError unless they fit `config` and are finite.
 
@@ -180,8 +172,7 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
     """
     try:
         weights = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
-        with torch.device("meta"), NoInit():
-            shapes = {name: p.shape for name, p in GPT(dataclasses.replace(config, n_layer=1)).state_dict().items()}
+        shapes = {name: p.shape for name, p in without_memory(config, 1).state_dict().items()}
         of_block = [name for name in shapes if ".h.0." in name]
         n_tensors = len(shapes) + (config.n_layer - 1) * len(of_block)
         if len(weights) != n_tensors:

@@ -18,17 +18,17 @@ from model import GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError, DataError, describe, shorten
 from robopoet.text import tokenizer_json
+from robopoet.text.dataset import MAX_VOCAB_SIZE
 from robopoet.text.tokenizer import PATTERNS
 from robopoet.weights.gguf import LAYOUTS
 from robopoet.weights.header import config_entries, credit, printable
 from robopoet.weights.huggingface import HEADER_BYTES, give_tokenizer
-from robopoet.weights.layout import Weights
+from robopoet.weights.layout import Weights, without_memory
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_VALUES = 2**17  # in an array; SmolLM2's has 48,900 merges
 MOST_TENSORS = 2**14
-MOST_TOKENS = 2**16  # bins hold ids as uint16
 STRING, ARRAY = 8, 9  # types of a value; the others are numbers: type -> numpy's
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 TENSOR_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split()
@@ -212,8 +212,8 @@ def read_metadata(metadata: dict[str, Any]) -> Metadata:
     ]
     if not math.isclose(found.norm_eps, 1e-5, rel_tol=1e-6):  # a float32
         problems.append(f"{_KEYS['norm_eps']}: found {found.norm_eps:g}, must be 1e-05")
-    if n_tokens > MOST_TOKENS:
-        problems.append(f"{_KEYS['tokens']}: found {n_tokens:,}, must be at most {MOST_TOKENS:,}: ids are uint16")
+    if n_tokens > MAX_VOCAB_SIZE:
+        problems.append(f"{_KEYS['tokens']}: found {n_tokens:,}, must be at most {MAX_VOCAB_SIZE:,}: ids are uint16")
     if len(found.types) != n_tokens:
         problems.append(f"{_KEYS['types']}: found {len(found.types):,}, must be one for each of {n_tokens:,} tokens")
     for key in metadata:
@@ -234,23 +234,14 @@ def read_config(found: Metadata) -> GPTConfig:
         raise ValueError(re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), str(e))) from None
 
 
-def _shapes(c: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a Llama."""
-    kv, hidden = c.kv_heads * c.head_size, c.inner
-    block = {
-        "attn_norm": (c.n_embd,),
-        "attn_q": (c.n_embd, c.n_embd),
-        "attn_k": (kv, c.n_embd),
-        "attn_v": (kv, c.n_embd),
-        "attn_output": (c.n_embd, c.n_embd),
-        "ffn_norm": (c.n_embd,),
-        "ffn_gate": (hidden, c.n_embd),
-        "ffn_up": (hidden, c.n_embd),
-        "ffn_down": (c.n_embd, hidden),
+    first, layers = LAYOUTS["llama"].theirs(without_memory(config, 1)), min(config.n_layer, MOST_TENSORS)
+    return {
+        name.replace("blk.0.", f"blk.{i}."): tuple(weight.shape)
+        for name, weight in first.items()
+        for i in range(layers if name.startswith("blk.0.") else 1)  # a file may claim any number
     }
-    layers = min(c.n_layer, MOST_TENSORS)  # a file may claim any number
-    shapes = {f"blk.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
-    return shapes | {"token_embd.weight": (c.vocab_size, c.n_embd), "output_norm.weight": (c.n_embd,)}
 
 
 def _read_tensors(f: BinaryIO, size: int, header: GGUFHeader, shapes: dict[str, tuple[int, ...]]) -> Weights:

@@ -15,16 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model import GPT, GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer
-from robopoet.weights import checkpoint
-from robopoet.weights.architectures import architecture_of
+from robopoet.weights.architectures import architecture_of, is_as_wide_as_gpt2
 from robopoet.weights.header import ExportDtype
-from robopoet.weights.layout import in_dtype
+from robopoet.weights.layout import in_dtype, without_memory
 
 HERE = Path(__file__).parent
 MOST_PARAMETERS = 30_000_000  # a page with so many makes some ten tokens a second
@@ -39,12 +36,10 @@ def check(config: GPTConfig, tok: tokenizer.Tokenizer) -> None:
     """
     is_bpe = isinstance(tok, tokenizer.BPETokenizer)
     instead = "a GGUF for llama.cpp: --export=poet.gguf" if is_bpe else "a folder for transformers: --export=poet"
-    is_plain = config.kv_heads == config.n_head and config.inner == 4 * config.n_embd
-    if config.norm != "layernorm" or config.mlp != "gelu" or not is_plain:
+    if config.norm != "layernorm" or config.mlp != "gelu" or not is_as_wide_as_gpt2(config):
         kind = architecture_of(config).title
         raise CheckpointError(f"export: a page computes GPT-2's blocks, not this {kind}'s; write {instead}")
-    with torch.device("meta"), checkpoint.NoInit():
-        n = GPT(config).num_params()
+    n = without_memory(config, config.n_layer).num_params()
     if n > MOST_PARAMETERS:
         raise CheckpointError(
             f"export: the model has {n:,} parameters, a page can take {MOST_PARAMETERS:,}; write {instead}"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
@@ -112,3 +113,17 @@ def _with_biases(model: GPT) -> Weights:
         if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight")):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(p)))
     return weights
+
+
+class NoInit(TorchFunctionMode):
+    """Skips initialisation: on the meta device it would import torch's compiler, two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+
+
+def without_memory(config: GPTConfig, n_layer: int) -> GPT:
+    """The model's first `n_layer` blocks and what is around them, on the meta device: a file may claim any size."""
+    with torch.device("meta"), NoInit():
+        return GPT(GPTConfig(**vars(config) | {"n_layer": n_layer}))
