@@ -110,8 +110,8 @@ def main(cfg: PrepareConfig) -> None:
         warn(f"tokenizer: {cfg.tokenizer}'s was made for another language than this text's; {advice}")
     start = cfg.tokenizer if cfg.tokenizer in PRETRAINED else ""
     if known and survey.n_bytes <= LONG:
-        heads = [("val", SAMPLE), ("train", SHORT)]
-        given = bases.suiting(known, *(corpus.head(_parts(manifest, survey, "trying"), *each) for each in heads))
+        heads = corpus.heads(_parts(manifest, survey, "trying"), {"val": SAMPLE, "train": SHORT})
+        given = bases.suiting(known, heads["val"], heads["train"])
         start = known if given else ""
     if not start and base and is_short and _reads(base, manifest, survey):
         given = base
@@ -203,7 +203,7 @@ def _parts(manifest: corpus.Manifest, survey: corpus.Survey, doing: str) -> Iter
 
 def _reads(tok: Tokenizer, manifest: corpus.Manifest, survey: corpus.Survey) -> bool:
     """True if `tok` needs few enough ids for the start of the train text: it was made for its language."""
-    head = corpus.head(_parts(manifest, survey, "trying"), "train", READ)
+    head = corpus.heads(_parts(manifest, survey, "trying"), {"train": READ})["train"]
     return len(head.encode()) >= BYTES_A_TOKEN * len(tok.encode(head))
 
 

@@ -339,16 +339,15 @@ def tags(manifest: Manifest, found: Survey) -> list[str]:
     return found.styles if manifest.tags and not n_short == len(found.styles) == found.n_documents else []
 
 
-def head(parts: Iterable[tuple[Part, str]], split: str, most: int) -> str:
-    """The first `most` characters of a split."""
-    found, size = [], 0
+def heads(parts: Iterable[tuple[Part, str]], most: dict[str, int]) -> dict[str, str]:
+    """The first characters of some splits: at most so many of each."""
+    found = dict.fromkeys(most, "")
     for part, text in parts:
-        if part.split == split and text:
-            found.append(text[: most - size])
-            size += len(found[-1])
-            if size == most:
+        if part.split in most:
+            found[part.split] += text[: most[part.split] - len(found[part.split])]
+            if all(len(found[split]) == most[split] for split in most):
                 break
-    return "".join(found)
+    return found
 
 
 def _cut_in_three(text: str, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
