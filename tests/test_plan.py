@@ -82,7 +82,7 @@ def test_a_run_fits_its_minutes_or_ends_with_the_text(imagine, minutes, tokens, 
     seconds += fitted.max_iters * step + evaluations * per_evaluation
     passes = fitted.max_iters * cfg.rows_per_step * cfg.block_size / tokens
     assert seconds <= 60 * minutes and evaluations >= 10
-    assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(plan.EPOCHS, rel=0.05)
+    assert seconds >= 0.85 * 60 * minutes or passes == pytest.approx(plan.FROM_NOTHING.epochs, rel=0.05)
     assert cfg.block_size == min(256, tokens // 20 - 1)  # a split shorter than a row is refused
     assert cfg.positions == "rotary" and fitted.warmup_iters < fitted.max_iters
 
@@ -106,9 +106,9 @@ def test_a_busy_machine_trains_a_smaller_model_rather_than_none(imagine):
     given = ["--n_layer=3", "--n_head=3", "--n_embd=192"]
     busy = 4 * 60 / 8 / cost(train.TrainConfig(n_layer=2, n_embd=192, batch_size=4, block_size=256))
     cfg = imagine(4, 1_000_000, load=busy)[0]
-    assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.FEWEST_STEPS[0]
+    assert (cfg.n_layer, cfg.n_embd) == (1, 64) and cfg.max_iters >= plan.FROM_NOTHING.least
     cfg = imagine(4, 1_000_000, *given, load=busy / 4)[0]
-    assert cfg.batch_size < 4 and cfg.max_iters >= plan.FEWEST_STEPS[0]
+    assert cfg.batch_size < 4 and cfg.max_iters >= plan.FROM_NOTHING.least
 
 
 @pytest.mark.parametrize(("n_kv_head", "heads"), [(1, {1, 2, 3, 4, 6, 8, 12}), (2, {2, 4, 6, 8, 12}), (8, {8})])
@@ -152,12 +152,12 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     ours, theirs = (Start(content, None, False) for content in ({"model_extra": {}, "config": {}}, {"model_extra": {}}))
     cfg = imagine(5, 20_000, start=ours)[0]
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
-    assert cfg.max_iters * 8 * cfg.block_size <= (plan.EPOCHS_FROM_WEIGHTS + 1) * 20_000
+    assert cfg.max_iters * 8 * cfg.block_size <= (plan.FROM_OURS.epochs + 1) * 20_000
     cfg = imagine(5, 20_000, start=theirs)[0]
     assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", 1e-4, 2)
     busy = 5 * 60 / 5 / cost(train.TrainConfig(batch_size=2, block_size=256))
     cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
-    assert plan.FEWEST_FROM_OTHERS[0] <= cfg.max_iters < plan.FEWEST_STEPS[0]
+    assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
 
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):

@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from configurator import values_of, written
 from robopoet.errors import CheckpointError, ConfigError, is_out_of_memory, warn
@@ -26,25 +26,43 @@ from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 
 Config = TypeVar("Config")  # train.TrainConfig, which a room may not import
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
-SHAPE = (*(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout")), "positions")
-SHAPE += ("norm", "mlp", "n_kv_head")
+SHAPE = tuple(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout"))
+SHAPE += ("positions", "norm", "mlp", "n_kv_head")
 OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint decides
 SIZES = ("n_layer", "n_head", "n_embd")
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets too few steps, as on a busy machine
 CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.5  # for each of the blocks: read in the time; of a text, in all its passes
-EPOCHS, EPOCHS_FROM_WEIGHTS = 24, 3  # passes after which a text teaches nothing more
 STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many passes
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
 EVALUATING = 0.05  # share of training's seconds, at most; beside busy programs the last takes 15 times as long
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
-FEWEST_STEPS = 10, 40  # a run has at least the first; below the second a smaller model learns more
-FEWEST_FROM_OTHERS = 3, 10  # the same from weights of others, which gain by the first step
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
 CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
 CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
+
+
+class Recipe(NamedTuple):
+    """What a run of minutes takes by what it starts from.
+
+    epochs: passes after which a text teaches nothing more. cpu_rows: rows of a step on a CPU, at most. least, enough:
+    a run has at least the first number of steps; below the second a smaller model, or fewer rows, learn more. keys: of
+    the config.
+    """
+
+    epochs: int
+    cpu_rows: int
+    least: int
+    enough: int
+    keys: dict[str, Any]
+
+
+FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
+FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
+# others' models are large: a step of 8 rows may take a minute, and the first one gains
+FROM_OTHERS = Recipe(3, 2, 3, 10, {"optimizer": "adamw", "learning_rate": 1e-4})
 
 
 def _change(cfg: Config, **values: Any) -> Config:
@@ -197,31 +215,26 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         return cfg
     machine, tokens = clock.machine, meta.splits["train"].tokens
     on_cpu = machine.device.type == "cpu"
+    recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
+    cfg = _choose(cfg, **recipe.keys)
+    cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
+    rows = recipe.cpu_rows if on_cpu else 32
     if start.content is None:
-        cfg, epochs = _choose(cfg, positions="rotary", block_size=CONTEXT), EPOCHS
-    else:
-        cfg, epochs = _choose(cfg, **_rates(start)), EPOCHS_FROM_WEIGHTS
-        cfg = _choose(cfg, block_size=min(cfg.block_size, CONTEXT))
-    cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, meta.splits["val"].tokens - 1)))
-    if start.content is None:
-        rows = max(min(4 if on_cpu else 32, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
-    else:
-        rows = (8 if _is_ours(start) else 2) if on_cpu else 32  # others' are large: a step of 8 may take a minute
+        rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
     cfg = _choose(cfg, batch_size=rows, patience=6)
     cfg = _choose(cfg, sampled_softmax=SAMPLED if on_cpu and meta.vocab_size >= 2 * SAMPLED else 0)
-    epochs = cfg.epochs or epochs
+    epochs = cfg.epochs or recipe.epochs
     most = epochs * tokens
-    least, enough = FEWEST_STEPS if start.content is None or _is_ours(start) else FEWEST_FROM_OTHERS
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
     ways: list[dict[str, int]] = []
     if start.content is None and not cfg.given.intersection(SIZES):
         cfg = _climb(cfg, most, clock, seconds)
         ways = _shapes(cfg, SMALLER)
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
-    while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), enough):
+    while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), recipe.enough):
         cfg = _choose(cfg, **ways.pop(0))
     step_s, batch_s = seconds(cfg)
-    cfg = _fill(cfg, meta, step_s, batch_s, most, least, clock)
+    cfg = _fill(cfg, meta, step_s, batch_s, most, recipe.least, clock)
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
@@ -249,13 +262,6 @@ def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log
 def _is_ours(start: Start) -> bool:
     """Whether a run of ours saved the checkpoint."""
     return {"config", "model_extra"} <= start.content.keys()
-
-
-def _rates(start: Start) -> dict[str, Any]:
-    """Gentle rates for a checkpoint's weights: Muon's for ours, AdamW's for others'."""
-    if _is_ours(start):
-        return {"learning_rate": 3e-3, "muon_learning_rate": 0.01}
-    return {"optimizer": "adamw", "learning_rate": 1e-4}
 
 
 def _decay(cfg: Config, tokens: int) -> float:
