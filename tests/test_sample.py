@@ -85,7 +85,7 @@ def test_prompt_comes_from_text_file_or_stdin(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("from a ☃", encoding="utf-8")
     assert terminal.read_prompt(f"FILE:{tmp_path}/x.txt") == "from a ☃"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a\r\npipe")))
-    assert terminal.read_prompt("-") == "from a\r\npipe"  # which Poet reads as it reads any prompt
+    assert terminal.read_prompt("-") == "from a\r\npipe"  # Poet converts the line ends, as it does any prompt's
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="byte 2 is not UTF-8"):
         terminal.read_prompt(f"FILE:{tmp_path}/bad.txt")

@@ -213,8 +213,8 @@ class Text:
     decoder: StreamDecoder
     parts: list[str]
     asks: bool  # for log-probabilities
-    offset: int  # characters before the next token
     tokens: list[tuple[Scored, int]] = field(default_factory=list)  # with their offsets in the text
+    offset: int = 0  # characters before the next token
     finish: str | None = None
 
 
@@ -255,8 +255,7 @@ class Reply:
     def add(self, choice: Choice, echo: str) -> None:
         """Add a text that is to be generated, with the prompt in front if it is echoed."""
         asks = choice.top is not None
-        offset = len(echo) if asks and not choice.scores_prompt else 0
-        self.texts[choice] = Text(len(self.texts), StreamDecoder(self.tok), [echo] if echo else [], asks, offset)
+        self.texts[choice] = Text(len(self.texts), StreamDecoder(self.tok), [echo] if echo else [], asks)
 
     def gain(self, gain: Gain) -> None:
         """Take what a text gained."""
