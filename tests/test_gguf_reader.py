@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import make_book, make_text, within
 from gguf import GGMLQuantizationType as Type
+from llama_cpp import Llama
 from llamas import SPECIALS, make_llama, small_tokenizer, tensors_of, write
-from test_gguf import Llama
 from test_llama import in_float64
 from test_sources import memory_below
 

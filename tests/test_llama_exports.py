@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from conftest import make_book, make_text, save_random
+from llama_cpp import compare_greedy_text, compare_log_probabilities, export, make_model
 from llamas import make_llama, save_folder, small_tokenizer, tensors_of
 from scripts import run_script
-from test_gguf import CPU, Llama, export, make_model, poem, train_model
 
 import prepare
 import sample
@@ -22,9 +22,10 @@ from robopoet.errors import CheckpointError
 from robopoet.text.tokenizer import CHAT, END, SMOLLM_PATTERN, BPETokenizer, Tokenizer
 from robopoet.weights import checkpoint, gguf, html, huggingface
 from robopoet.weights.exports import EXPORTS
-from sample import Poet, SampleConfig
+from sample import SampleConfig
 from train import TrainConfig
 
+CPU = torch.device("cpu")
 KIND = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 SHAPES = [  # shared heads, bases of the rotation, widths that are no multiple of 32
     KIND | {"n_head": 4, "n_kv_head": 2, "n_inner": 50, "rope_theta": 100_000.0},
@@ -42,30 +43,15 @@ def tok(bpe) -> BPETokenizer:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ids_and_log_probabilities_are_ours(tmp_path, tok, shape):
-    model = make_model(tok, **shape)
-    llama, text = Llama(export(model, tok, tmp_path / "poet.gguf")), make_text(30, seed=7)
+    llama = compare_log_probabilities(tmp_path, make_model(tok, **shape), tok, spread=0.15, atol=0.002)
+    text = make_text(30, seed=7)
     ids = [tok.specials["<|a|>"], *tok.encode(text)]
     assert llama.ids(f"<|a|>{text}", parse_special=True) == ids
-    ids = ids[:60]
-    with torch.no_grad():
-        ours = model.double()(torch.tensor([ids]), torch.tensor([ids]))[0][0].log_softmax(-1)
-    assert ours.std() > 0.15
-    torch.testing.assert_close(llama.log_probabilities(ids, tok.vocab_size), ours, rtol=0, atol=0.002)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_is_poets_for_each_tag(tmp_path, tok, shape):
-    model = train_model(tok, ["", "<|a|>", "<|b|>"], **shape)
-    path = tmp_path / "best.pt"
-    checkpoint.save(path, {**checkpoint.model_entries(model), "tokenizer": tok.to_json()})
-    poet = Poet(str(path), "cpu", "float32")
-    llamas = [Llama(export(model, tok, tmp_path / f"{dtype}.gguf", dtype)) for dtype in ("float32", "float16")]
-    poet.characters = None  # llama.cpp does not know which ids would break a character
-    for style, tag in (("", ""), ("a", "<|a|>"), ("b", "<|b|>")):
-        ids, _ = poem(poet, "The rose", 100, style)
-        assert len(set(ids)) > 90
-        for llama in llamas:
-            assert llama.greedy(f"{tag}The rose", 100)["tokens"] == ids
+    compare_greedy_text(tmp_path, tok, shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
