@@ -14,7 +14,7 @@ base: .venv/installed  ## fetch SmolLM2, a model that knows English, for your ow
 test: .venv/installed-dev  ## lint, then the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 3 -m "not slow"
 
 test-slow: .venv/installed-slow  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

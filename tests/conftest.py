@@ -27,7 +27,7 @@ from robopoet.weights import bases, checkpoint
 from sample import Poet
 from train import TrainConfig
 
-torch.set_num_threads(1)  # the suite runs one process a core
+torch.set_num_threads(1)  # the suite has as many processes as its machine has cores, or one more
 
 
 def pytest_collection_finish() -> None:

@@ -126,6 +126,7 @@ def test_runs_of_different_vocabularies_share_an_axis_in_bits_per_byte(tmp_path)
         plot.draw_runs((str(tmp_path / "bytes"),))
 
 
+@pytest.mark.slow
 def test_books(run, results, monkeypatch, tmp_path):
     scripts = types.SimpleNamespace(run=lambda command, **keys: run_script(*command[1:]))
     monkeypatch.setattr(books, "subprocess", scripts)

@@ -107,7 +107,7 @@ def test_a_rotary_models_window_slides_token_by_token_behind_the_first(monkeypat
         return greedy(logits)
 
     tags = None if tag is None else torch.full((2,), tag)
-    written = torch.stack(list(generate(model, prompt, 36, choose, tags)), dim=1)
+    written = torch.stack(list(generate(model, prompt, 24, choose, tags)), dim=1)
     for row in range(2):
         window = prompt[row, -16:].clone()
         window[0] = window[0] if tag is None else tag

@@ -359,7 +359,7 @@ def bounded_time():
 @pytest.mark.parametrize("name", DOORS)
 def test_mutated_input_ends_in_one_line(name, small, tmp_path, bounded_time, bounded_memory):
     (tmp_path / "door").mkdir()
-    refused = attack(DOORS[name](small, tmp_path / "door"), 0, 160)
+    refused = attack(DOORS[name](small, tmp_path / "door"), 0, 80)
     assert refused or name == "metrics.jsonl"  # its bad lines are dropped, with a warning
 
 

@@ -20,6 +20,7 @@ from train import TrainConfig
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has hooks of its own; see test_cuda.py")
 def test_a_step_and_a_token_never_read_the_device_and_find_every_tensor_on_it(tmp_path):

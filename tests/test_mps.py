@@ -10,6 +10,7 @@ from conftest import run_with_hooks
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has hooks of its own")
 @pytest.mark.skipif(torch.backends.mps.is_built(), reason="a Mac's build has hooks of its own")

@@ -54,3 +54,10 @@ def test_all_scripts_run_where_windows_lacks_what_unix_has(small, tmp_path):
 def test_what_the_system_has_is_used():
     assert portable.peak_resident_mb() > 10
     assert None not in (portable.SIGUSR1, portable.SIGHUP, portable.SIGALRM)
+
+
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    child = "from robopoet import portable; print(portable.peak_resident_mb())"
+    start = f"import subprocess, sys; kept = b'1' * 2**29; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", start], cwd=REPO, capture_output=True, text=True)
+    assert 1 < float(done.stdout) < 256
