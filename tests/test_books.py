@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopoet.errors import DataError
-from robopoet.text import books, corpus
+from robopoet.text import books, corpus, markup
 from robopoet.text.tokenizer import BPETokenizer
 
 SENTENCES = {
@@ -142,7 +142,7 @@ def test_html_is_laid_out_as_a_browser_does():
     <div>Roses are red,</div><div>&nbsp;violets blue</div><p>a<br>b<br/><br>c</p><ul><li>one<li>two</ul>
     <table><tr><td>1</td><td>2</td></tr><tr><td>3</td></tr></table><script>alert(1)</script><p hidden>no</p>
     <pre>x\n  y</pre></body></html>"""
-    assert books.html_text(page) == (
+    assert markup.html_text(page) == (
         "I. The pool\n\nIt was so late—\n\nMr Super man\n\nRoses are red,\n violets blue\n\na\nb\n\nc\n\none\ntwo\n\n"
         "1 2\n3\n\nx\n  y"
     )
@@ -164,7 +164,7 @@ def test_html_is_laid_out_as_a_browser_does():
     ],
 )
 def test_what_a_reader_of_a_page_sees_is_read(page):
-    assert books.html_text(page.format("It was a dark night.")) == "It was a dark night.\n\nFooter."
+    assert markup.html_text(page.format("It was a dark night.")) == "It was a dark night.\n\nFooter."
 
 
 @pytest.mark.parametrize("element", ["<div class=toc>{}</div>", "<ul epub:type=toc>{}</ul>", "<nav>{}</nav>"])
@@ -178,28 +178,28 @@ def test_lists_of_links_are_left_out(element):
 
 def test_text_in_cdata_is_read():
     page = "<p><![CDATA[It was <late> & ]]>dark.<![CDATA[ So]]></p><script>//<![CDATA[\nlet a;\n//]]></script>"
-    assert books.html_text(page + "<p>So<![CDATA[it ended</p>") == "It was <late> & dark. So\n\nSoit ended"
+    assert markup.html_text(page + "<p>So<![CDATA[it ended</p>") == "It was <late> & dark. So\n\nSoit ended"
     with within(5):
-        books.html_text("<![CDATA[" * 200_000)
+        markup.html_text("<![CDATA[" * 200_000)
 
 
 def test_a_prefixed_page_is_laid_out_like_any_other():
     page = "<h:html xmlns:h='x'><h:head><h:title>T</h:title></h:head><h:h1>One</h:h1><h:p>It was.</h:p></h:html>"
-    assert books.html_text(page) == "One\n\nIt was."
+    assert markup.html_text(page) == "One\n\nIt was."
 
 
 def test_marks_of_notes_and_pages_are_left_out_and_numbers_kept():
     page = """<p>The sea<a href="#n1"><sup>1</sup></a> is<sup><a href="#n2">[12]</a></sup> wide<a href="#n3">*</a>,
     <span class="pagenum">[Pg 7]</span>in <a href="#y">1843</a>, 5 <a epub:type="noteref" href="#n">see note</a>the
     2<sup>nd</sup> <a href="x">ship</a> had 12 guns.</p>"""
-    assert " ".join(books.html_text(page).split()) == "The sea is wide, in 1843, 5 the 2nd ship had 12 guns."
+    assert " ".join(markup.html_text(page).split()) == "The sea is wide, in 1843, 5 the 2nd ship had 12 guns."
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), exclude_characters="\xa0"), max_size=200))
 def test_any_text_survives_html(text):
     kept = " ".join(filter(None, text.split(" ")))
-    assert books.html_text(f"<div><p>{html.escape(text)}</p>\n</div>") == kept
+    assert markup.html_text(f"<div><p>{html.escape(text)}</p>\n</div>") == kept
 
 
 # --- EPUB
@@ -307,7 +307,7 @@ def test_entities_are_neither_expanded_nor_fetched(tmp_path):
 )
 def test_hostile_html_takes_time_linear_in_its_length(unit):
     with within(30):  # a second each; minutes if it were quadratic
-        books.html_text(unit * 200_000)
+        markup.html_text(unit * 200_000)
 
 
 @pytest.mark.parametrize("page", ["<div>{0}</p>{0}", "<div><p>{0}</p></div>{0}", "<div><a>x{0}</a>{0}"])
@@ -319,7 +319,7 @@ def test_elements_nested_so_deep_that_closing_them_takes_minutes_are_refused(pag
 
 @pytest.mark.parametrize("unit", ["<font>x", "<div><p>x</p>", "<b>x<br>", "<a name=x>x", "<a href=x></a>", "<ul><li>x"])
 def test_elements_that_are_never_closed_are_read(unit):
-    assert books.html_text(unit * 5000).count("x") == 5000 * ("x" in unit.replace("=x", ""))
+    assert markup.html_text(unit * 5000).count("x") == 5000 * ("x" in unit.replace("=x", ""))
 
 
 def test_a_page_is_the_same_text_however_it_is_parsed(monkeypatch):
@@ -327,17 +327,17 @@ def test_a_page_is_the_same_text_however_it_is_parsed(monkeypatch):
         f"<p>Page {i}, <i>caf\xe9 &amp;\xa0x</i>\r\n<a href='#n'>[{i}]</a><pre>a\n  b</pre><!-- {i} -->"
         for i in range(200)
     )
-    expected = books.html_text(page)
+    expected = markup.html_text(page)
     for fed in (1, 7, 10**6):
-        monkeypatch.setattr(books, "FED", fed)
-        assert books.html_text(page) == expected
+        monkeypatch.setattr(markup, "FED", fed)
+        assert markup.html_text(page) == expected
 
 
 def test_nested_links_are_joined_only_where_they_may_be_notes(monkeypatch):
     joined = []
-    monkeypatch.setattr(books, "NOTE_MARK", SimpleNamespace(fullmatch=joined.append))
-    books.html_text("<div><a>word " * 500 + "</a></div>" * 500)
-    assert sum(map(len, joined)) <= 500 * books.NOTE_CHARS
+    monkeypatch.setattr(markup, "NOTE_MARK", SimpleNamespace(fullmatch=joined.append))
+    markup.html_text("<div><a>word " * 500 + "</a></div>" * 500)
+    assert sum(map(len, joined)) <= 500 * markup.NOTE_CHARS
 
 
 def test_a_chapter_is_read_once():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from robopoet.text import books
+from robopoet.text import markup
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,6 @@ from robopoet.text import books
     ],
 )  # fmt: skip
 def test_a_note_mark_is_known_by_where_it_leads(page, text, monkeypatch):
-    assert books.html_text(page) == text
-    monkeypatch.setattr(books, "FED", 1)
-    assert books.html_text(page) == text
+    assert markup.html_text(page) == text
+    monkeypatch.setattr(markup, "FED", 1)
+    assert markup.html_text(page) == text

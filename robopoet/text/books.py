@@ -1,16 +1,10 @@
 """Books as people have them: plain text in any encoding, HTML and EPUB.
 
-HTML is laid out as a browser does without a style sheet: a blank line between paragraphs, a new line for each line of
-verse. What is not the work is left out: navigation, tables of contents, covers, page numbers, footnote marks.
-
 Every file is untrusted: no entity is expanded, nothing is fetched.
 """
 
 import codecs
 import contextlib
-import html
-import re
-from collections.abc import Set
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -18,8 +12,9 @@ import charset_normalizer
 from charset_normalizer.utils import any_specified_encoding
 
 from robopoet.errors import DataError
-from robopoet.text import epub, notes
+from robopoet.text import epub
 from robopoet.text.cleaning import count_letters
+from robopoet.text.markup import LaidOut, lay_out
 
 HTML = (".html", ".htm", ".xhtml")
 CONVERTED = {
@@ -28,35 +23,7 @@ CONVERTED = {
     ".doc": "soffice --convert-to docx, then Calibre's ebook-convert",
 }  # what makes a .txt or an .epub of these
 ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
-# An end tag is compared with every open element, so their products are bounded: a third of a second, and 0.7 us a byte
-FED, COMPARISONS, COMPARISONS_A_BYTE = 2**12, 10**8, 200
-
-# newlines before and after an element, as in the HTML standard's style sheet for browsers
-LINES = dict.fromkeys(
-    "address center dd details dialog dir div dt fieldset figcaption form legend li summary table tr".split(), 1
-) | dict.fromkeys(
-    "article aside blockquote dl figure footer h1 h2 h3 h4 h5 h6 header hr main ol p pre section ul".split(), 2
-)
-# DAISY's DTBook, which EPUB 2 allows
-LINES |= dict.fromkeys("byline dateline docauthor line".split(), 1) | dict.fromkeys(
-    "doctitle level level1 level2 level3 level4 level5 level6 linegroup note poem".split(), 2
-)
-# what is not part of the work: elements, and values of class, epub:type and role
-OUTSIDE = frozenset(
-    "audio canvas head iframe math nav noembed noframes noscript noteref pagenum rp rt script select style svg "
-    "template title video".split()
-)
-OUTSIDE_NAMES = notes.REFERENCES | frozenset(
-    "copyright-page cover doc-cover doc-pagebreak pagebreak pagenum pageno pg-boilerplate".split()
-)
-# what nobody misses: code, and what stands in for a medium
-UNCOUNTED = frozenset("audio canvas head iframe noembed script style template title video".split())
-CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())  # outside if most letters are in links
-HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
-WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
 COVER_LETTERS = 200  # the most on a cover; a longer page holds more than that
-NOTE_CHARS = 20  # length of the longest mark of a note, spaces included
-NOTE_MARK = re.compile(r"(?P<opened>[\[({]?)(?:(?P<number>\d{1,4})|[*†‡§‖¶↩↑^]{1,3}\ufe0e?)[\])}]?")
 
 
 class Loss(NamedTuple):
@@ -81,7 +48,7 @@ def read(name: str, content: bytes, encoding: str = "", losses: dict[str, Loss] 
     text, guessed = decode(name, content, encoding)
     if suffix not in HTML:
         return text, guessed
-    layout = _lay_out(text, name)
+    layout = lay_out(text, name)
     if layout.lost:
         losses[name] = Loss(layout.lost, layout.letters + layout.lost)
     return layout.text, guessed
@@ -128,229 +95,16 @@ def _count_high(content: bytes) -> int:
     return len(content) - len(content.decode("ascii", "ignore"))
 
 
-def html_text(content: str, name: str = "") -> str:
-    """The text of an HTML or XHTML document; raises DataError with its `name` if parsing it may take minutes."""
-    return _lay_out(content, name).text
-
-
-def _lay_out(content: str, name: str, note_ids: Set[str] = frozenset()) -> "_Layout":
-    """Lay out a document; note_ids: ids in other documents that are those of notes."""
-    layout = _parse(content, name, note_ids)
-    known = layout.note_ids - note_ids
-    return layout if known.isdisjoint(layout.undecided) else _parse(content, name, note_ids | known)
-
-
-def _parse(content: str, name: str, note_ids: Set[str]) -> "_Layout":
-    from lxml import etree  # a tenth of a second, for those who need it
-
-    layout, encoded = _Layout(note_ids), _without_cdata(content).encode("utf-8", "replace")
-    parser = etree.HTMLParser(target=layout, encoding="utf-8")
-    if not encoded.strip():
-        return layout
-    left = COMPARISONS + COMPARISONS_A_BYTE * len(encoded)
-    for start in range(0, len(encoded), FED):
-        fed = encoded[start : start + FED]
-        ends = fed.count(b"</")
-        left -= (layout.depth + fed.count(b"<") - ends) * ends
-        if left < 0:
-            raise DataError(f"{name}: nests its elements too deep, {layout.depth:,} are open at once; refused")
-        parser.feed(fed)
-    return parser.close()
-
-
-def _without_cdata(content: str) -> str:
-    """`content` with the text of XML's CDATA sections, which HTML's parser takes for comments, as HTML has it."""
-    before, *sections = content.split("<![CDATA[")
-    pieces = [before]
-    for section in sections:
-        text, end, after = section.partition("]]>")
-        pieces += [html.escape(text, quote=False) if end else text, after]
-    return "".join(pieces)
-
-
-class _Contents(NamedTuple):
-    """The state at the start of an element that may be a table of contents."""
-
-    depth: int
-    n: int
-    chars: int
-    lines: int
-    is_spaced: bool
-    letters: int
-    linked: int
-    links: int
-
-
-class _Layout:
-    """Lays out the elements and the text that lxml's parser finds (its target interface).
-
-    Once it is closed: text, all of it. letters: in it. linked: of these, those in links. links: letters in links that
-    were left out. lost: all others that were left out. note_ids: those of notes. undecided: where numbers lead that
-    would be the marks of notes if these were ids of notes.
-    """
-
-    def __init__(self, known: Set[str] = frozenset()) -> None:
-        self.known, self.note_ids, self.undecided = known, set[str](), set[str]()
-        self.note_depth = self.raised = 0  # where the open note starts, and how many <sup> are open
-        self.has_raised = False  # whether the open link has raised text
-        self.was_mark = self.started_line = False  # whether a mark was just left out, and began its line
-        self.text, self.letters, self.linked, self.links, self.lost = "", 0, 0, 0, 0
-        self.prefix = ""  # before the names of all elements
-        self.anchors = self.uncounted = 0  # how many links are open, and how many elements that nobody misses
-        self.contents: list[_Contents] = []
-        self.pieces: list[str] = []
-        self.lines = 0  # newlines that are due before the next text
-        self.is_spaced = False  # whether a space is
-        self.depth = self.outside = self.preformatted = 0  # how many elements are open, and how many of them are
-        self.chars = 0  # in the pieces
-        self.marks: list[notes.Mark] = []
-
-    def start(self, tag: str, attributes: dict[str, str]) -> None:
-        if tag.endswith((":html", ":dtbook")):
-            self.prefix = tag[: tag.index(":") + 1]
-        tag = tag.removeprefix(self.prefix)
-        self.depth += 1
-        self.anchors += tag == "a"
-        names = f"{attributes.get('epub:type', '')} {attributes.get('role', '')}".lower().split()
-        classes = attributes.get("class", "").lower().split() if tag not in HEADINGS else []
-        outside = OUTSIDE_NAMES.intersection(names if tag in WHOLE else names + classes)
-        self.uncounted += self.uncounted > 0 or tag in UNCOUNTED or "pg-boilerplate" in outside
-        if not self.note_depth and not notes.NOTES.isdisjoint(names + classes):
-            self.note_depth = self.depth
-        if self.note_depth:
-            self.note_ids |= {attributes.get("id", ""), attributes.get("name", "")} - {""}
-        if not self.outside and (tag == "noteref" or not notes.REFERENCES.isdisjoint(outside)):
-            self.was_mark, self.started_line = True, self.lines > 0 or not self.pieces
-        if self.outside or outside or tag in OUTSIDE or "hidden" in attributes:
-            self.outside += 1
-            return
-        if not CONTENTS_NAMES.isdisjoint(names + classes):
-            state = len(self.pieces), self.chars, self.lines, self.is_spaced, self.letters, self.linked, self.links
-            self.contents.append(_Contents(self.depth, *state))
-        if tag == "br":
-            self.lines = min(self.lines + 1, 2)
-        self.lines = max(self.lines, LINES.get(tag, 0))
-        self.is_spaced |= tag in ("td", "th")
-        self.preformatted += tag == "pre"
-        self.raised += tag == "sup"
-        self.has_raised = tag == "sup" or (tag != "a" and self.has_raised)
-        if tag in ("a", "sup"):
-            before = self.pieces[-1] if self.pieces and not self.lines else ""
-            before = "" if self.is_spaced and not before.endswith("[") else before
-            state = len(self.pieces), self.chars, self.lines, self.is_spaced, before[-4:]
-            self.marks.append(notes.Mark(tag, *state, attributes.get("href", "").strip(), self.note_depth > 0))
-
-    def end(self, tag: str) -> None:
-        tag = tag.removeprefix(self.prefix)
-        self.depth -= 1
-        self.anchors -= tag == "a"
-        self.uncounted -= self.uncounted > 0
-        if self.depth < self.note_depth:
-            self.note_depth = 0
-        if self.outside:
-            self.outside -= 1
-            return
-        self.lines = max(self.lines, LINES.get(tag, 0))
-        self.preformatted -= tag == "pre"
-        self.raised -= tag == "sup"
-        if self.marks and self.marks[-1].tag == tag:
-            self._end_mark(self.marks.pop())
-        if self.contents and self.contents[-1].depth > self.depth:
-            self._leave_out_links(self.contents.pop())
-
-    def _end_mark(self, mark: notes.Mark) -> None:
-        """Leave out what was laid out since `mark` if it is the mark of a note."""
-        if self.chars - mark.chars > NOTE_CHARS:  # joining longer links would take long where they are nested
-            return
-        found = NOTE_MARK.fullmatch("".join(self.pieces[mark.n :]).strip())
-        if not found:
-            return
-        if mark.tag == "sup":
-            is_mark = notes.marks_word(mark)
-        else:
-            is_raised = self.raised > 0 or self.has_raised
-            is_mark = notes.leads_to_note(mark, found["number"], bool(found["opened"]), is_raised, self.known)
-            self.undecided |= set() if is_mark else {notes.target(mark.href)}
-        if is_mark:
-            del self.pieces[mark.n :]
-            self.chars, self.lines, self.is_spaced = mark.chars, mark.lines, mark.is_spaced
-            self.was_mark, self.started_line = True, mark.starts_line
-
-    def _close_up(self, text: str) -> str:
-        """`text` that follows a mark which was left out, without what enclosed that: brackets, or a dot after it."""
-        self.was_mark = False
-        if self.started_line and text[0] in ".:)]}":
-            return text[1:].lstrip(" ")
-        if self.pieces and not self.lines and self.pieces[-1].endswith("[") and text in (",", ";"):  # [2, 3]
-            self.was_mark = True
-            return ""
-        if self.pieces and not self.lines and self.pieces[-1][-1:] + text[0] in ("[]", "()", "{}"):
-            before = self.pieces[-1][:-1].rstrip(" ")
-            self.chars -= len(self.pieces[-1]) - len(before)
-            self.is_spaced = text[1:2] == " "
-            self.pieces[-1], text = before, text[1:].lstrip(" ")
-            if not before:
-                separator = "".join(self.pieces[-2:-1])
-                del self.pieces[-2:]
-                self.lines = separator.count("\n")
-        return text
-
-    def _leave_out_links(self, start: _Contents) -> None:
-        """Leave out what was laid out since `start` if most of it is links."""
-        letters, linked, links = self.letters - start.letters, self.linked - start.linked, self.links - start.links
-        if linked + links > letters - linked:
-            del self.pieces[start.n :]
-            self.chars, self.lines, self.is_spaced = start.chars, start.lines, start.is_spaced
-            self.letters, self.linked, self.links = start.letters, start.linked, self.links + linked
-            self.lost += letters - linked
-
-    def data(self, text: str) -> None:
-        if not text:
-            return
-        if not self.uncounted and (self.outside or self.anchors or self.contents):
-            letters = count_letters(text)
-            if not self.outside:
-                self.letters += letters
-                self.linked += letters * (self.anchors > 0)
-            elif self.anchors:
-                self.links += letters
-            else:
-                self.lost += letters
-        if self.outside:
-            return
-        text = text.replace("\xad", "")  # a soft hyphen
-        ends_spaced = False
-        if not self.preformatted:
-            words = " ".join(re.split(r"[ \t\r\n\f]+", text))
-            self.is_spaced |= words.startswith(" ")
-            ends_spaced = words.endswith(" ")
-            text = words.strip(" ")
-        if text and self.was_mark:
-            text = self._close_up(text)
-            self.is_spaced |= ends_spaced and not text
-        if text:
-            if self.pieces:
-                self.pieces.append("\n" * self.lines or " " * self.is_spaced)
-            self.pieces.append(text.replace("\xa0", " "))
-            self.chars += len(text)
-            self.lines, self.is_spaced = 0, ends_spaced
-
-    def close(self) -> "_Layout":
-        self.text = "".join(self.pieces)
-        self.letters = count_letters(self.text)
-        return self
-
-
 def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
     """The text of an EPUB's chapters, in the order of its spine; `losses` gets each file that is not in it whole."""
     chapters, others, note_ids = [], [], set[str]()
-    laid_out: list[tuple[epub.Page, str, _Layout]] = []
+    laid_out: list[tuple[epub.Page, str, LaidOut]] = []
     for page in epub.pages(name, content):
-        place, source, layout = f"{name}: {page.path}", "", _Layout()
+        place, source, layout = f"{name}: {page.path}", "", LaidOut()
         try:
             source, _ = decode(place, page.content)
             if page.is_markup:
-                layout = _lay_out(source, place)
+                layout = lay_out(source, place)
         except DataError:
             if page.role != "unlisted":
                 raise
@@ -359,7 +113,7 @@ def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
         note_ids |= layout.note_ids
     for page, source, layout in laid_out:
         if not note_ids.isdisjoint(layout.undecided):
-            layout = _lay_out(source, f"{name}: {page.path}", note_ids)
+            layout = lay_out(source, f"{name}: {page.path}", note_ids)
         text = (layout.text if page.is_markup else source).removeprefix("\ufeff").strip()
         letters = count_letters(text)
         held, unlinked = letters + layout.lost, letters - layout.linked

@@ -21,19 +21,24 @@ MARKED = re.compile(r"(?:[.,;:!?…'\"’”»]|[^\W\d_]{4})\Z")  # what a raise
 
 
 class Mark(NamedTuple):
-    """The state of a layout at the start of a link or of raised text, which may be the mark of a note.
+    """The state of a layout at the start of an element that may be left out: a link, raised text, a table of contents.
 
     before: the last characters of what it follows without a space.
     """
 
-    tag: str
+    depth: int
     n: int
     chars: int
     lines: int
     is_spaced: bool
+    letters: int
+    linked: int
+    links: int
     before: str
     href: str
     is_in_note: bool
+    is_raised: bool
+    is_contents: bool
 
     @property
     def starts_line(self) -> bool:
