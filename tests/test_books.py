@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopoet.errors import DataError
-from robopoet.text import books, corpus, markup
+from robopoet.text import books, corpus, layout, markup
 from robopoet.text.tokenizer import BPETokenizer
 
 SENTENCES = {
@@ -335,9 +335,9 @@ def test_a_page_is_the_same_text_however_it_is_parsed(monkeypatch):
 
 def test_nested_links_are_joined_only_where_they_may_be_notes(monkeypatch):
     joined = []
-    monkeypatch.setattr(markup, "NOTE_MARK", SimpleNamespace(fullmatch=joined.append))
+    monkeypatch.setattr(layout, "NOTE_MARK", SimpleNamespace(fullmatch=joined.append))
     markup.html_text("<div><a>word " * 500 + "</a></div>" * 500)
-    assert sum(map(len, joined)) <= 500 * markup.NOTE_CHARS
+    assert sum(map(len, joined)) <= 500 * layout.NOTE_CHARS
 
 
 def test_a_chapter_is_read_once():

@@ -5,6 +5,7 @@ Every file is untrusted: no entity is expanded, nothing is fetched.
 
 import codecs
 import contextlib
+from functools import partial
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from charset_normalizer.utils import any_specified_encoding
 from robopoet.errors import DataError
 from robopoet.text import epub
 from robopoet.text.cleaning import count_letters
-from robopoet.text.markup import LaidOut, lay_out
+from robopoet.text.layout import LaidOut
+from robopoet.text.markup import lay_out
+from robopoet.text.styles import Sheets
 
 HTML = (".html", ".htm", ".xhtml")
 CONVERTED = {
@@ -99,12 +102,14 @@ def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
     """The text of an EPUB's chapters, in the order of its spine; `losses` gets each file that is not in it whole."""
     chapters, others, note_ids = [], [], set[str]()
     laid_out: list[tuple[epub.Page, str, LaidOut]] = []
-    for page in epub.pages(name, content):
+    book = epub.read_book(name, content)
+    sheets = Sheets(book.sheets, epub.sheet_key)
+    for page in book.pages:
         place, source, layout = f"{name}: {page.path}", "", LaidOut()
         try:
             source, _ = decode(place, page.content)
             if page.is_markup:
-                layout = lay_out(source, place)
+                layout = lay_out(source, place, find=partial(sheets.named, page.path))
         except DataError:
             if page.role != "unlisted":
                 raise
@@ -113,7 +118,7 @@ def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
         note_ids |= layout.note_ids
     for page, source, layout in laid_out:
         if not note_ids.isdisjoint(layout.undecided):
-            layout = lay_out(source, f"{name}: {page.path}", note_ids)
+            layout = lay_out(source, f"{name}: {page.path}", note_ids, partial(sheets.named, page.path))
         text = (layout.text if page.is_markup else source).removeprefix("\ufeff").strip()
         letters = count_letters(text)
         held, unlinked = letters + layout.lost, letters - layout.linked

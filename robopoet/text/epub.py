@@ -43,13 +43,28 @@ class Page(NamedTuple):
     is_markup: bool = True
 
 
-def pages(name: str, content: bytes) -> list[Page]:
-    """Each file with text in the EPUB `name`, once: those of its spine in order, then the others; raises DataError."""
+class Book(NamedTuple):
+    """pages: each file with text once, those of the spine in order, then the others. sheets: by their sheet_key."""
+
+    pages: list[Page]
+    sheets: dict[str, bytes]
+
+
+def sheet_key(page: str, href: str) -> str:
+    """Under which key a book has the style sheet that its file `page` means by `href`."""
+    path = urllib.parse.unquote(re.split("[?#]", href[:MOST_PATH], maxsplit=1)[0])
+    return _key(posixpath.join(posixpath.dirname(page), path))
+
+
+def read_book(name: str, content: bytes) -> Book:
+    """The pages and style sheets of the EPUB `name`; raises DataError."""
     if (members := content.count(MEMBER)) > MOST_MEMBERS:  # zipfile would make an object of each
         raise DataError(f"{name}: holds {members:,} files, may hold at most {MOST_MEMBERS:,}; refused")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return _pages(name, _Members(name, archive, len(content)))
+            members = _Members(name, archive, len(content))
+            sheets = {_key(path): members.read(path) for path in members.paths if path.lower().endswith(".css")}
+            return Book(_pages(name, members), sheets)
     except DataError:
         raise
     except Exception as e:  # on damage, zipfile and lxml raise a dozen classes

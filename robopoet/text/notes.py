@@ -21,9 +21,9 @@ MARKED = re.compile(r"(?:[.,;:!?…'\"’”»]|[^\W\d_]{4})\Z")  # what a raise
 
 
 class Mark(NamedTuple):
-    """The state of a layout at the start of an element that may be left out: a link, raised text, a table of contents.
+    """The state of a layout at the start of an element that may be left out.
 
-    before: the last characters of what it follows without a space.
+    before: the last characters of what it follows without a space. kind: what the element is.
     """
 
     depth: int
@@ -37,8 +37,7 @@ class Mark(NamedTuple):
     before: str
     href: str
     is_in_note: bool
-    is_raised: bool
-    is_contents: bool
+    kind: str
 
     @property
     def starts_line(self) -> bool:
@@ -74,3 +73,9 @@ def leads_to_note(mark: Mark, number: str | None, is_opened: bool, is_raised: bo
         return True
     is_marked = is_opened or mark.before.endswith("[") or (is_raised and mark.before != "")
     return is_marked or (to != "" and NOTES_PAGE.search(page) is not None)
+
+
+def leads_to_notes(href: str) -> bool:
+    """Whether a link leads to what is named as a note is, or to a page of notes."""
+    page = posixpath.basename(urllib.parse.unquote(href).partition("#")[0])
+    return NOTE_ID.search(target(href)) is not None or NOTES_PAGE.search(page) is not None
