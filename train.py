@@ -352,9 +352,22 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # under --shard no rank can generate with its part alone
     previews = cfg.sample_tokens and log.active and not (cfg.shard and machine.world_size > 1)
     preview = Preview(model, folder, meta, tok, machine, cfg.sample_tokens) if previews else None
-    requests, unsaved = Requests(), ""
+    requests, unsaved, at_eval = Requests(), "", start.tunes  # so best.pt is no worse than what it starts from
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
-        while progress.iter_num < cfg.max_iters and not progress.has_run_out_of(cfg.patience) and not requests.end:
+        while True:
+            val_loss = math.inf
+            if at_eval:
+                with state.average.applied() if state.average else contextlib.nullcontext():
+                    result = evaluate(model, val, tok, eval_plan, machine)
+                    result |= preview() if preview else {}
+                progress.note(val_loss := result["loss"])
+                log.evaluation(progress, result)
+            if at_eval or requests.end or requests.save:
+                unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
+                log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
+                meter.restart()
+            if progress.iter_num >= cfg.max_iters or progress.has_run_out_of(cfg.patience) or requests.end:
+                break
             cfg = state.cfg = plan.replan(cfg, clock, progress, meter, log, run)
             bar.total = cfg.max_iters
             loss, norm = train_step(state, windows, progress.iter_num)
@@ -369,17 +382,6 @@ def train(cfg: TrainConfig, start: Start) -> None:
             if logs:
                 lr = cfg.peak_lr * cfg.schedule.lr_scale(progress.iter_num - 1)
                 log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
-            val_loss = math.inf
-            if at_eval:
-                with state.average.applied() if state.average else contextlib.nullcontext():
-                    result = evaluate(model, val, tok, eval_plan, machine)
-                    result |= preview() if preview else {}
-                progress.note(val_loss := result["loss"])
-                log.evaluation(progress, result)
-            if at_eval or requests.end or requests.save:
-                unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
-                log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
-                meter.restart()
         split.verified()
 
     # --- end

@@ -179,7 +179,7 @@ def single_query_attention(
 
 
 class RowwiseCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy on a CPU: loss and gradient of 64 rows at a time, while they are in its cache."""
+    """The mean cross-entropy on a CPU: loss and gradient of a few rows at a time, while they are in its cache."""
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -188,7 +188,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
         counted = targets != ignore_index
         weight = counted.to(dtype) / counted.sum()
         loss = torch.zeros((), dtype=dtype)
-        for z, t, w, d in zip(*(tensor.split(64) for tensor in (logits, targets, weight, grad)), strict=True):
+        rows = min(64, -(-(2**19) // logits.shape[1]))  # 2 MB of float32
+        for z, t, w, d in zip(*(tensor.split(rows) for tensor in (logits, targets, weight, grad)), strict=True):
             probs = torch.softmax(z, dim=1, dtype=dtype)
             t = t.clamp(min=0)[:, None]
             gap = z.amax(1).to(dtype) - z.gather(1, t)[:, 0].to(dtype)  # to the likeliest, whose probability is never 0

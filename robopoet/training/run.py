@@ -79,6 +79,11 @@ class Start:
     resumes: bool
 
     @property
+    def tunes(self) -> bool:
+        """Whether a new run begins with weights that another one learned."""
+        return self.content is not None and not self.resumes
+
+    @property
     def config(self) -> dict[str, Any]:
         """The keys of the run that saved the checkpoint, as this version writes them."""
         saved = self.content["config"]
