@@ -62,6 +62,14 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
+def dictionary(vocabulary: set[str]) -> set[str]:
+    """The words of the language, among those that have a dictionary here, whose dictionary knows most of these."""
+    from spellchecker import SpellChecker
+
+    languages = (SpellChecker(language) for language in SpellChecker.languages())
+    return set(max(languages, key=lambda found: len(found.known(vocabulary))).word_frequency.words())
+
+
 def distinct(words: list[str], n: int) -> float:
     """Distinct n-grams as a share of all (Li et al. 2016, arXiv:1510.03055); 0 without any."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
@@ -112,16 +120,17 @@ def _speaks(after: str) -> bool:
     return bool(after) and not _is_name(after)
 
 
-def measure(text: str, vocabulary: set[str], names: set[str], copied: int) -> Measures:
+def measure(text: str, vocabulary: set[str], language: set[str], names: set[str], copied: int) -> Measures:
     """All measures of one passage.
 
-    vocabulary: the words of the training text. names: its speakers; empty unless the style is drama. copied: how long
-    the passage's longest run from the training text is, in characters.
+    vocabulary: the words of the training text. language: those of a dictionary. names: the text's speakers; empty
+    unless the style is drama. copied: how long the passage's longest run from the training text is, in characters.
     """
     words = words_of(text)
     speakers = speaker_lines(text) if names else []
     return {
         "real_words": sum(word in vocabulary for word in words) / max(len(words), 1),
+        "invented_words": sum(word not in vocabulary and word not in language for word in words) / max(len(words), 1),
         "repeated_4_grams": 1 - distinct(words, 4),
         **{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)},
         "longest_copy_characters": copied,
@@ -174,7 +183,12 @@ def human_passages(ids: np.ndarray, spans: list[tuple[int, int]], tok: Tokenizer
 
 
 def judge(
-    written: list[str], human: list[str], vocabulary: set[str], names: set[str], originality: Originality
+    written: list[str],
+    human: list[str],
+    vocabulary: set[str],
+    language: set[str],
+    names: set[str],
+    originality: Originality,
 ) -> dict[str, Any]:
     """A style's figures: the measures of the model's passages and of people's, and the share that is coherent.
 
@@ -182,7 +196,11 @@ def judge(
     """
 
     def measures(passages: list[str]) -> list[Measures]:
-        return [measure(passage, vocabulary, names, len(originality.check(passage).longest)) for passage in passages]
+        lengths = [len(originality.check(passage).longest) for passage in passages]
+        return [
+            measure(passage, vocabulary, language, names, copied)
+            for passage, copied in zip(passages, lengths, strict=True)
+        ]
 
     of_model, of_people = measures(written), measures(human)
     people = ranges(of_people)
@@ -249,6 +267,7 @@ def main(cfg: WritingConfig) -> None:
     first_special = len(poet.tokenizer.tokens)  # forbidden, so that every passage has its full length
     poet.forbidden = torch.arange(first_special, model.config.vocab_size, device=poet.machine.device)
     vocabulary, names = set(words_of(known.text)), {name for name, _ in speaker_lines(known.text)}
+    language = dictionary(vocabulary)
     styles = {}
     keys = ("max_new_tokens", "temperature", "repetition_penalty", "max_copy")
     chosen = {key: getattr(cfg, key) for key in keys}
@@ -257,7 +276,7 @@ def main(cfg: WritingConfig) -> None:
         written = poet.write(n=cfg.passages, **settings | {"style": style if style in poet.styles else ""})
         human = human_passages(test.ids, test.spans[style], poet.tokenizer, cfg.max_new_tokens)
         speakers = names if is_drama(known.text_of[style]) else set()
-        styles[style] = judge(written, human, vocabulary, speakers, originality)
+        styles[style] = judge(written, human, vocabulary, language, speakers, originality)
 
     run = path.parent.name
     result = origin("writing", poet.machine) | {"run": run, "settings": settings, "bpb": bpb, "styles": styles}
@@ -267,7 +286,8 @@ def main(cfg: WritingConfig) -> None:
 
 
 MEASURES = {  # a measure -> its name in the table, and the format of its figures
-    "real_words": ("real words", ".1%"),
+    "real_words": ("words of the book", ".1%"),
+    "invented_words": ("neither in it nor in a dictionary", ".1%"),
     "repeated_4_grams": ("repeated 4-grams", ".1%"),
     "distinct_1": ("distinct-1", ".2f"),
     "distinct_2": ("distinct-2", ".2f"),

@@ -135,29 +135,6 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before(smal
     assert (out / "ckpt.damaged.pt").read_bytes() == b"damaged"
 
 
-def test_a_new_run_can_start_from_any_checkpoint_and_takes_its_shape(small, shapeless, tmp_path):
-    run(small)
-    path = str(Path(small["out_dir"]) / "best.pt")
-    best = checkpoint.load(Path(path))["best_val_loss"]
-    found = run(shapeless, out_dir=str(tmp_path / "tuned"), init_from=path, learning_rate=1e-5)
-    assert [found[0][key] for key in ("kind", "iter", "loss")] == ["eval", 0, pytest.approx(best)]
-    assert found[1]["iter"] == 1
-    assert checkpoint.load(tmp_path / "tuned" / "best.pt")["model_args"]["n_layer"] == 2
-
-
-def test_best_pt_is_no_worse_than_what_a_run_starts_from(small, tmp_path):
-    run(small)
-    path, tuned = Path(small["out_dir"]) / "best.pt", tmp_path / "tuned"
-    keys = small | {"out_dir": str(tuned), "learning_rate": 1.0, "warmup_iters": 0}
-    found = run(keys, init_from=str(path))
-    first, *later = [record["loss"] for record in found if record["kind"] == "eval"]
-    assert min(later) > first
-    best, start = checkpoint.load(tuned / "best.pt"), checkpoint.load(path)
-    assert best["iter_num"] == best["best_iter"] == 0 and checkpoint.load(tuned / "ckpt.pt")["iter_num"] == 6
-    assert all(torch.equal(weight, start["model"][name]) for name, weight in best["model"].items())
-    assert run(keys, init_from="auto") == found  # nothing is evaluated again
-
-
 def test_eval_only_reports_any_split_and_trains_nothing(small, capsys):
     run(small)
     path = Path(small["out_dir"]) / "best.pt"

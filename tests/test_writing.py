@@ -79,10 +79,12 @@ def test_drama_is_where_every_other_paragraph_is_a_speech():
 
 
 def test_measure():
-    found = writing.measure(PLAY, {"blow", "winds", "o", "lear"}, {"LEAR", "FOOL"}, 17)
+    language = {"a", "act", "i", "scene", "heath", "blow", "there", "who", "exit", "enter"}
+    found = writing.measure(PLAY, {"blow", "winds", "o", "lear"}, language, {"LEAR", "FOOL"}, 17)
     words = "act i scene i a heath enter lear lear blow winds o fool exit kent king lear who s there duke".split()
     assert found == {
         "real_words": 6 / len(words),
+        "invented_words": 5 / len(words),  # fool, kent, king, s and duke
         "repeated_4_grams": 0,
         "distinct_1": 18 / len(words),
         "distinct_2": 1,
@@ -92,9 +94,15 @@ def test_measure():
         "speakers_who_speak": 1 / 3,
         "words_before_loop": len(words),
     }
-    for prose in (writing.measure(PLAY, set(), set(), 0), writing.measure("", set(), {"LEAR"}, 0)):
+    for prose in (writing.measure(PLAY, set(), set(), set(), 0), writing.measure("", set(), set(), {"LEAR"}, 0)):
         assert prose["known_speakers"] is prose["speakers_who_speak"] is None
         assert prose["real_words"] == 0
+
+
+def test_a_books_language_is_the_one_whose_dictionary_knows_its_words():
+    english = writing.dictionary({"whale", "captain", "said", "ahaburob", "die"})
+    assert {"sailor", "thou"} <= english and not {"burob", "hunen", "fleißig"} & english
+    assert {"fleißig", "hafen"} <= writing.dictionary({"wal", "kapitän", "sagte", "und", "die"})
 
 
 def test_a_passage_is_outside_of_98_percent_of_peoples():
