@@ -101,6 +101,8 @@ def _too_many(extra: list[str], before: str, hints: dict[str, Any]) -> str:
     """What is wrong with bare arguments for which there is no key; before: the bare argument that has one."""
     many = "is one argument" if len(extra) == 1 else f"are {len(extra)} arguments"
     advice = f"write --key=value, or name a .yaml file{did_you_mean_path(extra[0])}"
+    if os.path.exists(extra[0]):
+        advice = f"if this is a file, write ./{extra[0]}"
     if "prompt" in hints:
         words = extra if before.endswith(".pt") or os.path.exists(before) else [before, *extra]
         advice = f"if this is a prompt, write --prompt={shlex.quote(' '.join(words))}"

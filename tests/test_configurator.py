@@ -94,11 +94,13 @@ def test_positional_argument_goes_to_its_key():
         (["config/dmo.yaml"], "; did you mean config/demo.yaml?"),
         (["confg/demo.yaml"], "; did you mean config/demo.yaml?"),
         (["nothing/of/the.yaml"], "No such file or directory"),
+        (["-x.txt"], "-x.txt: is one argument too many; if this is a file, write ./-x.txt"),
         (["x", "y"], "x y: are 2 arguments too many; write --key=value, or name a .yaml file"),
     ],
 )
 def test_a_path_that_is_missing_names_the_nearest_one_from_any_folder(tmp_path, monkeypatch, argv, advice):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x.txt").write_text("It was late.")
     assert error(train.TrainConfig, *argv).endswith(advice)
 
 

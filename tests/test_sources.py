@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -294,6 +295,39 @@ def test_marks_of_gpt_2_simple_part_a_text_into_documents(tmp_path):
     assert read_all(corpus.manifest_of_files((str(tmp_path),))) == texts
     (tmp_path / "corpus.yaml").write_text("sources: [{style: s, file: jokes.txt, clean: none}]")
     assert read_all(corpus.read_manifest(tmp_path)) == [("jokes", "s", marked)]
+
+
+CHATS = {
+    "12/31/20, 10:15\u202fPM - Amos: It was late.": "Amos: It was late.",
+    "31/12/2020 22:15 - Pam B: It was late.": "Pam B: It was late.",
+    "\u200e[31.12.20, 22:15:03] ~ Anna: It was late.": "Anna: It was late.",
+    "[2020-12-31, 10:15:03 p.m.] Anna: It was late.": "Anna: It was late.",
+    "[31-Dec-20 10:15 PM] Anna\nIt was late.\n": "Anna\nIt was late.\n",
+    "2020-12-31T22:15:03 Anna: It was late.": "Anna: It was late.",
+    "[22:15] <Anna> It was late.": "<Anna> It was late.",
+    "22:15:01 <@Anna> It was late.": "<@Anna> It was late.",
+    "Anna, [31.12.20 22:15]\nIt was late.": "Anna:\nIt was late.",
+}
+
+
+@pytest.mark.parametrize("line, message", CHATS.items())
+def test_a_chat_is_refused_with_the_command_that_writes_its_messages(tmp_path, line, message):
+    (tmp_path / "chat.txt").write_text(f"{line}\n" * 20)
+    with pytest.raises(
+        DataError, match=r"chat\.txt: begins .*, as an exported chat does; write its messages "
+    ) as caught:
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+    command = str(caught.value).partition("alone: ")[2].replace("FILE", "chat.txt")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "new.txt").read_text() == f"{message}\n" * 20
+    (tmp_path / "corpus.yaml").write_text("sources: [{style: s, file: chat.txt, clean: none}]")
+    assert len(read_all(corpus.read_manifest(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("line", ["1:10 In the beginning", "12.3.1941\nIt was late.", "10:15 He came.", "1.2.3 A part"])
+def test_verses_diaries_and_numbered_parts_are_no_chats(tmp_path, line):
+    (tmp_path / "a.txt").write_text(f"{line}\n" * 20)
+    assert len(read_all(corpus.manifest_of_files((str(tmp_path),)))) == 1
 
 
 @pytest.mark.parametrize("name, tool", [("a.csv", "pandas"), ("a.TSV", r"sep='\\t'"), ("a.json", "jq")])

@@ -3,17 +3,12 @@
 Every file is untrusted: no entity is expanded, nothing is fetched.
 """
 
-import codecs
-import contextlib
 from functools import partial
 from pathlib import PurePath
 from typing import NamedTuple
 
-import charset_normalizer
-from charset_normalizer.utils import any_specified_encoding
-
 from robopoet.errors import DataError
-from robopoet.text import epub
+from robopoet.text import encodings, epub
 from robopoet.text.cleaning import count_letters
 from robopoet.text.layout import LaidOut
 from robopoet.text.markup import lay_out
@@ -25,7 +20,6 @@ CONVERTED = {
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".docx", ".odt", ".rtf"), "Calibre's ebook-convert"),
     ".doc": "soffice --convert-to docx, then Calibre's ebook-convert",
 }  # what makes a .txt or an .epub of these
-ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
 COVER_LETTERS = 200  # the most on a cover; a longer page holds more than that
 
 
@@ -37,79 +31,41 @@ class Loss(NamedTuple):
 
 
 def read(name: str, content: bytes, encoding: str = "", losses: dict[str, Loss] | None = None) -> tuple[str, str]:
-    """The text of the file `name`, and its encoding if that had to be guessed, else "".
+    """The text of the file `name`, and what is to be told about its encoding, or "".
 
-    encoding: what it is; "": UTF-8, UTF-16 with its mark, or what fits best. losses: gets each file, or file of an
-    EPUB, of which the text lacks letters. Raises DataError with `name`.
+    encoding: of the file, or of an EPUB's files that are not UTF-8; "": what fits best. losses: gets each file, or one
+    in an EPUB, of which the text lacks letters. Raises DataError with `name`.
     """
     losses = {} if losses is None else losses
     suffix = PurePath(name).suffix.lower()
     if suffix in CONVERTED:
         raise DataError(f"{name}: is no text; convert it first, with {CONVERTED[suffix]}")
     if suffix == ".epub":
-        return _epub(name, content, losses), ""
-    text, guessed = decode(name, content, encoding)
+        return _epub(name, content, encoding, losses)
+    text, told = encodings.decode(name, content, encoding)
     if suffix not in HTML:
-        return text, guessed
+        return text, told
     layout = lay_out(text, name)
     if layout.lost:
         losses[name] = Loss(layout.lost, layout.letters + layout.lost)
-    return layout.text, guessed
+    return layout.text, told
 
 
-def decode(name: str, content: bytes, encoding: str = "") -> tuple[str, str]:
-    """`content` as text, and its encoding if that had to be guessed; raises DataError with the byte that fits none."""
-    if not encoding and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    try:
-        return content.decode(encoding or "utf-8"), ""
-    except LookupError:
-        raise DataError(f"encoding: found {encoding}, must be one that Python knows, such as cp1252") from None
-    except UnicodeError as e:
-        byte = getattr(e, "start", 0)
-    if encoding:
-        raise DataError(f"{name}: byte {byte} is not {encoding}; --encoding names another")
-    decoded = content.decode("utf-8", "replace")
-    is_damaged = _count_high(decoded.encode()) > 12 * decoded.count("\ufffd")  # it is UTF-8 for the most part
-    found = None if is_damaged or b"\0" in content else _guess(content)
-    if not found:
-        raise DataError(f"{name}: byte {byte} is not UTF-8; save the file as UTF-8, or name its --encoding")
-    return content.decode(found), found
-
-
-def _guess(content: bytes) -> str:
-    """The encoding that `content` declares, as HTML may, or that fits it best, as Python names it; "": none does."""
-    high = _count_high(content)
-    likely = {"ascii": "cp1252", "latin_1": "cp1252"}.get(declared := any_specified_encoding(content), declared)
-    if not likely and high < 0.02 * len(content):  # a Latin script: too little for statistics, so the most usual
-        likely = "cp1252"
-    if likely:
-        with contextlib.suppress(UnicodeError):
-            content.decode(likely)
-            return likely
-    match = charset_normalizer.from_bytes(content).best() if high >= ENOUGH else None
-    if match is None:
-        return ""
-    return "cp1252" if "cp1252" in match.could_be_from_charset else match.encoding
-
-
-def _count_high(content: bytes) -> int:
-    """The number of bytes that are not ASCII."""
-    return len(content) - len(content.decode("ascii", "ignore"))
-
-
-def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
-    """The text of an EPUB's chapters, in the order of its spine; `losses` gets each file that is not in it whole."""
+def _epub(name: str, content: bytes, encoding: str, losses: dict[str, Loss]) -> tuple[str, str]:
+    """The text of an EPUB's chapters, in the order of its spine; the rest is as in read()."""
     chapters, others, note_ids = [], [], set[str]()
     laid_out: list[tuple[epub.Page, str, LaidOut]] = []
-    book = epub.read_book(name, content)
+    book, told = epub.read_book(name, content), []
     sheets = Sheets(book.sheets, epub.sheet_key)
+    foreign = {page.path: page.content for page in book.pages if not encodings.is_utf8(page.content)}
     for page in book.pages:
         place, source, layout = f"{name}: {page.path}", "", LaidOut()
         try:
-            source, _ = decode(place, page.content)
+            given = encoding if page.path in foreign else ""
+            source, telling = encodings.decode(place, page.content, given, foreign)
             if page.is_markup:
                 layout = lay_out(source, place, find=partial(sheets.named, page.path))
+            told += [f"{page.path} {telling}"] if telling else []
         except DataError:
             if page.role != "unlisted":
                 raise
@@ -138,4 +94,5 @@ def _epub(name: str, content: bytes, losses: dict[str, Loss]) -> str:
     if not any(chapters):  # then what the book calls its cover, its contents or its notes is the book
         chapters = [text for _, text, _ in others]
         losses |= {path: loss for path, _, loss in others if path in losses and loss.held}
-    return "\n\n".join(filter(None, chapters))
+    more = f"; so are {len(told) - 1:,} more of its files" if len(told) > 1 else ""
+    return "\n\n".join(filter(None, chapters)), (told[0] + more if told else "")

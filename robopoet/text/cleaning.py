@@ -21,6 +21,10 @@ KEPT = 0.9  # share of a work's letters below which cleaning warns
 MOST_REPEATS = 10_000  # the most repeats that a manifest's pattern may ask for
 FRAME_LETTERS = 30_000  # more than Project Gutenberg's licence and header have: 25,000
 
+# a terminal's command, as for a colour, or another control code
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x19\x1b-\x1f\x7f](?:(?<=\x1b)\[[0-?]*[ -/]*[@-~])?")
+CONTROL_CODES = bytes(code for code in (*range(0x20), 0x7F) if code not in b"\t\n\v\f\r\x1a")
+
 GUTENBERG_START = re.compile(
     r"^.*(?:\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG (?:.|\n(?!\n)){0,400}?\*\*\*"
     r"|\*END[* ]THE SMALL PRINT!).*$",
@@ -51,8 +55,19 @@ def _books(text: str) -> list[tuple[int, int]]:
 
 
 def plain(text: str) -> str:
-    """`text` with LF line ends, without a byte order mark and DOS's mark of a file's end."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
+    """`text` with LF line ends, without a byte order mark, DOS's mark of a file's end and control codes."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
+    if not count_controls(text):
+        return text
+    if "\x08" in text:
+        text = re.sub(".\x08", "", text)  # letters that the next one is printed over
+    return CONTROL.sub("", text)
+
+
+def count_controls(text: str) -> int:
+    """The number of control codes, such as NUL and ESC, but for what ends a line, page or file."""
+    encoded = text.encode()
+    return len(encoded) - len(encoded.translate(None, CONTROL_CODES))
 
 
 def _without_trailing_space(text: str) -> str:

@@ -43,6 +43,7 @@ MOST_SLACK = 0.75  # how far a cut may move to the end of a paragraph, as a part
 TOLD = 0.01  # the share of a file's letters from which on it is told that they were not read
 COMPARED = 100_000  # texts that are looked up for copies: a limit on memory
 NO_TEXT = "holds no text; left out"
+MOST_CONTROLS = 0.05  # the largest share of a text's characters that may be control codes, but for a terminal's
 DAMAGED = 0.01  # the share of documents above which damage in them stops
 SHOWN_WARNINGS = 5  # so many of each kind are printed; the rest are counted
 MANIFEST_ADVICE = "it needs `sources`, a list of entries with a style each, as in data/robopoet/corpus.yaml"
@@ -54,8 +55,8 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
-    guessed: the encoding that it was read in, if that had to be guessed. losses: by file, the letters that it has and
-    raw has not. flaw: what was replaced in it, or that it is a line without text, which goes to no split.
+    told: what is to be told about its encoding. losses: by file, the letters that it has and raw has not. flaw: what
+    was replaced in it, or that it is a line without text, which goes to no split.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Document:
     text: str
     raw: str
     place: str = ""
-    guessed: str = ""
+    told: str = ""
     losses: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
     flaw: str = ""
 
@@ -146,12 +147,18 @@ def style_name(path: str) -> str:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
-        for place, name, raw, guessed, losses, flaw, is_line in sources.raw_documents(source, manifest.folder):
+        for place, name, raw, told, losses, flaw, is_line in sources.raw_documents(source, manifest.folder):
             text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
             if not text and not is_line:
-                told = _tell(losses)
-                raise DataError(f"{place}: holds no text{f', read without {told}' if told else ''}")
-            yield Document(name, source.style, text, raw, place, guessed, losses, flaw if text else NO_TEXT)
+                lacking = _tell(losses)
+                raise DataError(f"{place}: holds no text{f', read without {lacking}' if lacking else ''}")
+            if controls := cleaning.count_controls(raw):
+                if controls - raw.count("\x1b") > MOST_CONTROLS * len(raw) and not is_line:
+                    advice = "it is no text, or in another encoding: name its --encoding"
+                    raise DataError(f"{place}: {controls:,} of its {len(raw):,} characters are control codes; {advice}")
+                fate = "learnt (clean: none)" if cleaning.count_controls(text) else "left out"
+                told = "; ".join(filter(None, (told, f"holds control codes, {fate}: {controls:,}")))
+            yield Document(name, source.style, text, raw, place, told, losses, flaw if text else NO_TEXT)
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class Survey:
     n_bytes: of the cleaned texts. styles: in order of appearance. text_sha256: of all names, styles and texts, in
     order. letters, raw_letters: their number after and before cleaning. characters: all that occur, in order of code
     point. works: each document's draw and number of characters; empty if there are over MANY_DOCUMENTS.
-    warnings: documents that are not UTF-8, that lost much in cleaning, and copies of other documents.
+    warnings: documents that are not all text in UTF-8, that lost much in cleaning, and copies of other documents.
     """
 
     n_documents: int
@@ -183,7 +190,7 @@ def survey(docs: Iterable[Document]) -> Survey:
     digest, found = hashlib.sha256(), np.zeros(0x110000, dtype=bool)
     styles: dict[str, bool] = {}  # used as an ordered set
     places: dict[bytes, str] = {}  # hash of a text -> its place
-    guesses, losses, copies = _Warnings("are not UTF-8"), _Warnings("lost much"), _Warnings("are copies")
+    odd, losses, copies = _Warnings("are not all text in UTF-8"), _Warnings("lost much"), _Warnings("are copies")
     empty, damaged = _Warnings("hold no text"), _Warnings("are damaged")
     works: list[tuple[float, int]] = []
     n_documents = n_bytes = letters = raw_letters = 0
@@ -197,15 +204,15 @@ def survey(docs: Iterable[Document]) -> Survey:
         styles[doc.style] = True
         if n_documents <= MANY_DOCUMENTS:
             works.append((_draw(doc), len(doc.text)))
-        if doc.guessed:
-            guesses.add(f"{doc.place}: is not UTF-8, read as {doc.guessed}; if that is wrong, name its --encoding")
+        if doc.told:
+            odd.add(f"{doc.place}: {doc.told}")
         kept, raw = 0, cleaning.count_letters(doc.raw)
         for codes in cleaning.code_points(doc.text):
             found[codes] = True
             kept += int(np.count_nonzero(cleaning.is_letter()[codes]))
         letters, raw_letters = letters + kept, raw_letters + raw + sum(loss.lost for loss in doc.losses.values())
-        if told := _tell(doc.losses):
-            losses.add(f"{doc.place}: is read without {told}")
+        if lacking := _tell(doc.losses):
+            losses.add(f"{doc.place}: is read without {lacking}")
         if warning := cleaning.loss_warning(doc.raw, doc.text, raw, kept):
             losses.add(f"{doc.place}: {warning}")
         encoded = doc.text.encode()
@@ -222,7 +229,7 @@ def survey(docs: Iterable[Document]) -> Survey:
             f"{damaged.first[0]}; so are {damaged.count:,} of {n_documents:,} documents; write the file as UTF-8 again"
         )
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
-    warnings = (*empty.lines(), *damaged.lines(), *guesses.lines(), *losses.lines(), *copies.lines())
+    warnings = (*empty.lines(), *damaged.lines(), *odd.lines(), *losses.lines(), *copies.lines())
     return Survey(
         n_documents,
         n_bytes,

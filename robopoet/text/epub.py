@@ -15,6 +15,7 @@ import zipfile
 from typing import Literal, NamedTuple
 
 from robopoet.errors import DataError, describe
+from robopoet.text.encodings import is_utf8
 
 UNPACKED, UNPACKED_FLOOR = 100, 2**20  # a packed file may unpack to this many times its size, plus these bytes
 BOOK_BYTES = 50 * 2**20  # the Bible, the longest of books, has 5 MB
@@ -108,20 +109,12 @@ class _Members:
             content = content.decode("utf-16", "replace").encode()
         content = content.removeprefix(codecs.BOM_UTF8).lstrip()
         content = re.sub(rb"<(?![\w/!?])|&(?:(\w{1,32});|(?!#))", _reference, content)
-        encoding = "utf-8" if _is_utf8(content) else None  # None: what the file declares
+        encoding = "utf-8" if is_utf8(content) else None  # None: what the file declares
         parser = etree.XMLParser(
             target=_Elements(), encoding=encoding, resolve_entities=False, no_network=True, recover=True
         )
         parser.feed(content)
         return parser.close()
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeError:
-        return False
-    return True
 
 
 def _as_utf8(path: str) -> str:

@@ -22,6 +22,18 @@ JSON_LINES = (".jsonl", ".jsonl.gz")
 PARQUET, PARQUET_ROWS = ".parquet", 1000  # rows in memory at a time
 MARK = re.compile(r"<\|(?:start|end)oftext\|>")  # between documents, as gpt-2-simple writes and reads them
 
+# how a line of an exported chat begins: date and time, or time <name>, or name, [date time]
+STAMP = re.compile(
+    r"^[^\w\n]{0,4}(?:\d{1,4}[./-]\w{1,3}[./-]\d{1,4},?[ T]{1,2}\d{1,2}[:.]\d\d(?!\d)"
+    r"|\d{1,2}:\d\d(?::\d\d)?[^\w\n]{0,3}<[^\n<>]{1,40}>|\w[^\n\[]{0,40}, \[\d{1,2}[./-]\d{1,2}[./-]\d{2,4},? \d)",
+    re.M,
+)
+STAMPED, FEWEST_STAMPED, HEAD_CHARS = 0.25, 5, 20_000  # such lines from which a text is a chat; where they are sought
+MESSAGES_ALONE = (
+    r"sed -E 's/^[^[:alnum:]]*[0-9][[:alnum:].:\/-]*(,? [0-9][0-9:.]*)?[^[:alnum:]<]*([AaPp][.]?[Mm][^[:alnum:]]+)?//; "
+    r"s/, \[[0-9][^]]*\]$/:/' FILE > new.txt"
+)
+
 
 class RawDocument(NamedTuple):
     """A document before cleaning. place: its file, and its line or row if that holds several."""
@@ -29,7 +41,7 @@ class RawDocument(NamedTuple):
     place: str
     name: str
     text: str
-    guessed: str = ""  # its encoding, if it had to be guessed
+    told: str = ""  # what is to be told about its encoding
     losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
     flaw: str = ""  # what was replaced in it
     is_line: bool = False  # whether its file holds several, so that it may be skipped
@@ -43,6 +55,17 @@ def has_ending(path: str, suffixes: str | tuple[str, ...]) -> bool:
 def stem(path: str) -> str:
     """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
     return Path(path[: -len(".gz")] if has_ending(path, ".jsonl.gz") else path).stem
+
+
+def check_no_chat(path: str, text: str) -> None:
+    """Raise DataError if `text` is an exported chat, of which nobody wants to learn the dates."""
+    head = text[:HEAD_CHARS]
+    stamped, lines = len(STAMP.findall(head)), len([line for line in head.split("\n") if line.strip()])
+    if stamped >= max(FEWEST_STAMPED, STAMPED * lines):
+        first = head.strip().partition("\n")[0][:50]
+        raise DataError(
+            f"{path}: begins {first!r}, as an exported chat does; write its messages alone: {MESSAGES_ALONE}"
+        )
 
 
 def marked(doc: RawDocument) -> Iterator[RawDocument]:

@@ -27,7 +27,17 @@ from robopoet.errors import DataError, describe, warn
 from robopoet.files import Positive, Sha256, did_you_mean_path, replacing
 from robopoet.text import books
 from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR
-from robopoet.text.many import JSON_LINES, PARQUET, RawDocument, has_ending, json_lines, marked, parquet_rows, stem
+from robopoet.text.many import (
+    JSON_LINES,
+    PARQUET,
+    RawDocument,
+    check_no_chat,
+    has_ending,
+    json_lines,
+    marked,
+    parquet_rows,
+    stem,
+)
 
 SHOWN = 5  # files that were passed over are named
 TABLES = {  # what holds texts among other things -> how to write them alone
@@ -82,13 +92,18 @@ def _texts(path: str, content: bytes, source: Source) -> Iterator[RawDocument]:
         advice = TABLES[PurePath(path).suffix.lower()]
         raise DataError(f"{path}: begins {first!r}, so it holds more than its texts; prepare {advice}")
     book = _book(path, content, source)
-    yield from [book] if source.clean == "none" else marked(book)
+    if source.clean == "none":
+        yield book
+        return
+    if not source.remove:
+        check_no_chat(path, book.text)
+    yield from marked(book)
 
 
 def _book(path: str, content: bytes, source: Source) -> RawDocument:
     losses: dict[str, books.Loss] = {}
-    text, guessed = books.read(path, content, source.encoding, losses)
-    return RawDocument(path, stem(path), text, guessed, losses)
+    text, told = books.read(path, content, source.encoding, losses)
+    return RawDocument(path, stem(path), text, told, losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
