@@ -251,6 +251,8 @@ def _report(out: Path, survey: corpus.Survey, meta: Meta) -> None:
     kept, raw, styles = survey.letters, survey.raw_letters, ", ".join(meta.styles)
     print(f"{out}: {survey.n_documents:,} works, vocabulary {meta.vocab_size:,}, styles: {styles or 'none'}")
     print(f"cleaning kept {kept / max(raw, 1):.2%} of the letters, removed {raw - kept:,}")
+    if survey.page_matter:
+        print(f"page matter left out: {', '.join(f'{name} ({n:,})' for name, n in survey.page_matter.items())}")
     print(f"{'split':>8} {'works':>6} {'characters':>12} {'tokens':>12} {'chars/token':>12} {'bytes/token':>12}")
     for name, split in meta.splits.items():
         tokens, works = max(split.tokens, 1), sum(span.works for span in split.documents)

@@ -197,7 +197,7 @@ def test_a_file_in_two_encodings_is_refused_with_the_place():
         (NIGHT.encode() * 9 + bytes(9), NIGHT * 9, 9),
         (f"\x1b[1;31m{NIGHT}\x1b[0m".encode() * 3, NIGHT * 3, 6),
         (b"N\bNA\bAM\bME\bE\n" + NIGHT.encode() * 2, "NAME\n" + NIGHT * 2, 4),
-        (b"One\x0b\x0cTwo\t3\r\n\x1a", "One\x0b\x0cTwo\t3\n", 0),
+        (b"One\x0b\x0cTwo\t3\r\n\x1a", "One\x0b\n\nTwo\t3\n", 0),
     ],
 )
 def test_control_codes_never_reach_a_text_without_a_word(tmp_path, content, text, n):

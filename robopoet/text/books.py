@@ -3,6 +3,7 @@
 Every file is untrusted: no entity is expanded, nothing is fetched.
 """
 
+from collections import Counter
 from functools import partial
 from pathlib import PurePath
 from typing import NamedTuple
@@ -30,28 +31,39 @@ class Loss(NamedTuple):
     held: int
 
 
-def read(name: str, content: bytes, encoding: str = "", losses: dict[str, Loss] | None = None) -> tuple[str, str]:
+def read(
+    name: str,
+    content: bytes,
+    encoding: str = "",
+    losses: dict[str, Loss] | None = None,
+    page_matter: Counter[str] | None = None,
+) -> tuple[str, str]:
     """The text of the file `name`, and what is to be told about its encoding, or "".
 
     encoding: of the file, or of an EPUB's files that are not UTF-8; "": what fits best. losses: gets each file, or one
-    in an EPUB, of which the text lacks letters. Raises DataError with `name`.
+    in an EPUB, of which the text lacks letters. page_matter: gets how much of each kind was left out. Raises DataError
+    with `name`.
     """
     losses = {} if losses is None else losses
+    page_matter = Counter() if page_matter is None else page_matter
     suffix = PurePath(name).suffix.lower()
     if suffix in CONVERTED:
         raise DataError(f"{name}: is no text; convert it first, with {CONVERTED[suffix]}")
     if suffix == ".epub":
-        return _epub(name, content, encoding, losses)
+        return _epub(name, content, encoding, losses, page_matter)
     text, told = encodings.decode(name, content, encoding)
     if suffix not in HTML:
         return text, told
     layout = lay_out(text, name)
+    page_matter.update(layout.counts)
     if layout.lost:
         losses[name] = Loss(layout.lost, layout.letters + layout.lost)
     return layout.text, told
 
 
-def _epub(name: str, content: bytes, encoding: str, losses: dict[str, Loss]) -> tuple[str, str]:
+def _epub(
+    name: str, content: bytes, encoding: str, losses: dict[str, Loss], page_matter: Counter[str]
+) -> tuple[str, str]:
     """The text of an EPUB's chapters, in the order of its spine; the rest is as in read()."""
     chapters, others, note_ids = [], [], set[str]()
     laid_out: list[tuple[epub.Page, str, LaidOut]] = []
@@ -84,6 +96,7 @@ def _epub(name: str, content: bytes, encoding: str, losses: dict[str, Loss]) -> 
             or (page.role == "contents" and layout.linked + layout.links <= unlinked)
         ):
             chapters.append(text)
+            page_matter.update(layout.counts)
             lost = layout.lost
         else:
             lost = layout.lost + (unlinked if page.role == "contents" else letters)

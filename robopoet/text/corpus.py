@@ -18,6 +18,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +31,7 @@ import numpy as np
 from robopoet import files
 from robopoet.errors import DataError, did_you_mean, shorten
 from robopoet.files import Sha256
-from robopoet.text import cleaning, sources
+from robopoet.text import cleaning, sources, typeset
 from robopoet.text.books import Loss
 from robopoet.text.dataset import SPLITS, VocabSize
 from robopoet.text.sources import Source
@@ -56,7 +57,8 @@ class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
     told: what is to be told about its encoding. losses: by file, the letters that it has and raw has not. flaw: what
-    was replaced in it, or that it is a line without text, which goes to no split.
+    was replaced in it, or that it is a line without text, which goes to no split. page_matter: how much of each kind is
+    left out.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Document:
     told: str = ""
     losses: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
     flaw: str = ""
+    page_matter: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,13 @@ def style_name(path: str) -> str:
 def documents(manifest: Manifest) -> Iterator[Document]:
     """Read and clean every document, in the manifest's order; raises DataError with the name of an unreadable one."""
     for source in manifest.sources:
-        for place, name, raw, told, losses, flaw, is_line in sources.raw_documents(source, manifest.folder):
-            text = cleaning.CLEANERS[source.clean](cleaning.remove(raw, source.remove, place))
+        for place, name, raw, told, losses, flaw, is_line, page_matter in sources.raw_documents(
+            source, manifest.folder
+        ):
+            text, found = cleaning.remove(raw, source.remove, place), Counter[str]()
+            if source.clean != "none":
+                text, found = typeset.running_text(cleaning.plain(text))
+            text = cleaning.CLEANERS[source.clean](text)
             if not text and not is_line:
                 lacking = _tell(losses)
                 raise DataError(f"{place}: holds no text{f', read without {lacking}' if lacking else ''}")
@@ -158,7 +166,8 @@ def documents(manifest: Manifest) -> Iterator[Document]:
                     raise DataError(f"{place}: {controls:,} of its {len(raw):,} characters are control codes; {advice}")
                 fate = "learnt (clean: none)" if cleaning.count_controls(text) else "left out"
                 told = "; ".join(filter(None, (told, f"holds control codes, {fate}: {controls:,}")))
-            yield Document(name, source.style, text, raw, place, told, losses, flaw if text else NO_TEXT)
+            flaw = flaw if text else NO_TEXT
+            yield Document(name, source.style, text, raw, place, told, losses, flaw, found + Counter(page_matter))
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,7 @@ class Survey:
     order. letters, raw_letters: their number after and before cleaning. characters: all that occur, in order of code
     point. works: each document's draw and number of characters; empty if there are over MANY_DOCUMENTS.
     warnings: documents that are not all text in UTF-8, that lost much in cleaning, and copies of other documents.
+    page_matter: as in Document, of all.
     """
 
     n_documents: int
@@ -180,6 +190,7 @@ class Survey:
     characters: str
     works: tuple[tuple[float, int], ...] = ()
     warnings: tuple[str, ...] = ()
+    page_matter: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def survey(docs: Iterable[Document]) -> Survey:
@@ -194,7 +205,9 @@ def survey(docs: Iterable[Document]) -> Survey:
     empty, damaged = _Warnings("hold no text"), _Warnings("are damaged")
     works: list[tuple[float, int]] = []
     n_documents = n_bytes = letters = raw_letters = 0
+    page_matter: Counter[str] = Counter()
     for doc in docs:
+        page_matter.update(doc.page_matter)
         if doc.flaw:
             (empty if doc.flaw == NO_TEXT else damaged).add(f"{doc.place}: {doc.flaw}")
         if doc.flaw == NO_TEXT:
@@ -240,6 +253,7 @@ def survey(docs: Iterable[Document]) -> Survey:
         characters,
         tuple(works) if n_documents <= MANY_DOCUMENTS else (),
         warnings,
+        page_matter,
     )
 
 

@@ -44,7 +44,8 @@ class RawDocument(NamedTuple):
     told: str = ""  # what is to be told about its encoding
     losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
     flaw: str = ""  # what was replaced in it
-    is_line: bool = False  # whether its file holds several, so that it may be skipped
+    is_line: bool = False  # whether its file holds several, or only page matter, so that it may be skipped
+    page_matter: Mapping[str, int] = MappingProxyType({})  # how much of each kind was left out
 
 
 def has_ending(path: str, suffixes: str | tuple[str, ...]) -> bool:
@@ -76,6 +77,7 @@ def marked(doc: RawDocument) -> Iterator[RawDocument]:
     texts = (text for text in MARK.split(doc.text) if text.strip())
     for number, text in enumerate(texts, 1):
         yield doc._replace(place=f"{doc.place}: text {number}", name=f"{doc.name}:{number}", text=text, is_line=True)
+        doc = doc._replace(page_matter={})  # it is counted once
 
 
 # in JSON, half of a character beyond U+FFFF; or another escape, or both halves, which stay

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -102,8 +103,10 @@ def _texts(path: str, content: bytes, source: Source) -> Iterator[RawDocument]:
 
 def _book(path: str, content: bytes, source: Source) -> RawDocument:
     losses: dict[str, books.Loss] = {}
-    text, told = books.read(path, content, source.encoding, losses)
-    return RawDocument(path, stem(path), text, told, losses)
+    page_matter: Counter[str] = Counter()
+    text, told = books.read(path, content, source.encoding, losses, page_matter)
+    is_empty = not text.strip() and bool(page_matter)
+    return RawDocument(path, stem(path), text, told, losses, is_line=is_empty, page_matter=page_matter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""What the pages of a printed book leave in a plain text: form feeds, running heads, page numbers, hyphens, and marks
+that nobody sees.
+
+Lines at the edges of pages go only where form feeds part pages in the midst of sentences; a hyphen at a line's end only
+where the book itself has the word without one.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from robopoet.text.matter import PAGE_NUMBERS
+
+FORM_FEEDS, HEADS = "form feeds", "running heads"  # as they are told
+HYPHENS, SOFT_HYPHENS, ZERO_WIDTHS = "hyphens at line ends", "soft hyphens", "zero-width characters"
+
+CUT_PAGES = 0.2  # the share of page ends within sentences from which on form feeds part pages of paper, not chapters
+FEWEST_PAGES, NUMBERED_PAGES = 3, 0.3  # that agree; the least share of pages that have a number at the same edge
+SHORT_LINE = 0.8  # how long a line that ends a paragraph is at most, as a share of the longest
+HYPHENATED_LINES = 0.005  # the share of lines that end with a hyphen from which on a text was set with hyphens
+SENTENCE_END = re.compile(r"[.!?…:;][\"'”’»)\]]*\s*\Z")
+# a word as no running head has it: a long one, or the first, in lower case
+LOWER_WORD = re.compile(r"(?:(?<!\w)(?=[^\W\d_]{4})|^\W*)[a-zß-öø-ÿа-яα-ω]")
+NUMBER = r"(?:\d{1,4}|[ivxlc]{1,7})"
+NUMBER_LINE = re.compile(rf"[\s\-–—\[(|]*(?:(?i:page|pg|p|seite|s)\b\.?\s*)?({NUMBER})[\s\-–—\])|]*", re.A)
+HEAD = re.compile(rf"\s*(?:({NUMBER})(\s+))?(\S.*?)(?:(\s+)({NUMBER}))?\s*")
+
+# Between characters of scripts that need them, zero-width ones stay: Indic and Arabic letters, emoji
+_NEED = (
+    "\u0590-\u1cff\u2190-\u2bff\ua800-\uaaff\ufb1d-\ufdff\ufe00-\ufe0f\ufe70-\ufefc\U00010800-\U00011fff"
+    "\U0001f000-\U000e007f"
+)
+INVISIBLE = re.compile(rf"(?<![{_NEED}])[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]+(?![{_NEED}])")
+SOFT_LINE_END = re.compile(r"(?<=[^\W\d_])(?:\xad[\xad \t]*|¬)\n[ \t]*([^\W\d_]\S*)[ \t]*\n?")
+HYPHEN_LINE_END = re.compile(r"(?<=[^\W\d_])[-‐]\n[ \t]*([^\W\d_]{1,50})(\S{0,50}(?!\S))[ \t]*\n?")
+WHOLE_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+
+
+def running_text(text: str) -> tuple[str, Counter[str]]:
+    """`text`, whose lines end with LF, without what pages of print leave in it; and how much of each that was."""
+    counts: Counter[str] = Counter()
+    if "\f" in text:
+        text = _without_pages(text, counts)
+    if "\xad" in text or "¬" in text:
+        text, n_joined = SOFT_LINE_END.subn(r"\1\n", text)
+        counts[SOFT_HYPHENS] += n_joined + text.count("\xad")
+        text = text.replace("\xad", "")
+    if not text.isascii():
+        counts[ZERO_WIDTHS] += sum(len(found[0]) for found in INVISIBLE.finditer(text))
+        text = INVISIBLE.sub("", text)
+    if "-\n" in text or "‐\n" in text:
+        text = _without_hyphens(text, counts)
+    return text, +counts
+
+
+def _without_hyphens(text: str, counts: Counter[str]) -> str:
+    lines = [line for line in text.split("\n") if line.strip()]
+    if sum(line.endswith(("-", "‐")) for line in lines) < HYPHENATED_LINES * len(lines):
+        return text
+    words = {found[0].casefold() for found in WHOLE_WORD.finditer(text)}
+
+    def join(found: re.Match[str]) -> str:
+        before = re.search(r"[^\W\d_]+\Z", text[max(found.start() - 50, 0) : found.start()])
+        first, second = before[0].casefold() if before else "", found[1].casefold()
+        if first + second not in words or f"{first}-{second}" in words:
+            return found[0]
+        counts[HYPHENS] += 1
+        return f"{found[1]}{found[2]}\n"
+
+    return HYPHEN_LINE_END.sub(join, text)
+
+
+class _Edge(NamedTuple):
+    """What a line at the edge of a page says: its words, and a number before or after them, maybe far from them."""
+
+    words: str
+    has_number: bool
+    is_apart: bool
+
+
+def _without_pages(text: str, counts: Counter[str]) -> str:
+    """`text` without form feeds, and without what the pages that they part have at their edges."""
+    pages = [page for part in text.split("\f") if (page := _trimmed(part.split("\n")))]
+    counts[FORM_FEEDS] += text.count("\f")
+    n_cut = sum(map(_is_cut, pages[:-1]))
+    if len(pages) < FEWEST_PAGES or n_cut < CUT_PAGES * (len(pages) - 1):
+        return "\n\n".join("\n".join(page) for page in pages) + "\n"
+    for edge in (0, -1, 0, -1):  # twice, for a head and a number
+        edges = {i: page[edge] for i, page in enumerate(pages) if page}
+        for i in _furniture(edges, pages, counts):
+            del pages[i][edge]
+            pages[i] = _trimmed(pages[i])
+    pages = [page for page in pages if page] or [[""]]
+    return "".join("\n".join(page) + _break(page, after) for page, after in zip(pages, [*pages[1:], [""]], strict=True))
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    """`lines` without blank ones at their ends."""
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    return lines[filled[0] : filled[-1] + 1] if filled else []
+
+
+def _is_cut(page: list[str]) -> bool:
+    """Whether a page ends within a sentence."""
+    last = next((line for line in reversed(page) if line.strip() and not NUMBER_LINE.fullmatch(line)), ".")
+    return SENTENCE_END.search(last) is None
+
+
+def _furniture(edges: dict[int, str], pages: list[list[str]], counts: Counter[str]) -> list[int]:
+    """The pages whose line at an edge is a page's number or a running head; edges: this line of each page."""
+    groups: dict[_Edge, list[int]] = {}
+    offsets: dict[int, int] = {}  # the number in a line, beyond that of its page
+    for i, line in edges.items():
+        alone, beside = NUMBER_LINE.fullmatch(line), HEAD.fullmatch(line)
+        number = alone[1] if alone else beside and (beside[1] or beside[5])
+        if number and number.isdigit():
+            offsets[i] = int(number) - i
+        gap = (beside[2] or beside[4] or "") if beside and not alone else ""
+        words = "" if alone else (beside[3] if beside and number else line.strip()).casefold()
+        groups.setdefault(_Edge(words, bool(number), len(gap) > 1 or "\t" in gap), []).append(i)
+    found: list[int] = []
+    for edge, places in groups.items():
+        (offset, n_agree), *_ = Counter(offsets[i] for i in places if i in offsets).most_common(1) or [(0, 0)]
+        if n_agree >= FEWEST_PAGES:  # the numbers count the pages
+            places = [i for i in places if offsets.get(i, offset) == offset]
+        if not edge.words:
+            is_found = len(places) >= max(2, NUMBERED_PAGES * len(pages))
+        elif edge.has_number:
+            is_found = len(places) >= 2 if edge.is_apart else n_agree >= FEWEST_PAGES
+        else:
+            is_found = len(places) >= FEWEST_PAGES and not LOWER_WORD.search(edges[places[0]])
+            is_title = places[0] == 0 or not _is_cut(pages[places[0] - 1])  # where it stands first
+            places = places[is_title:]
+        found += places if is_found else []
+        counts[HEADS if edge.words else PAGE_NUMBERS] += len(places) if is_found else 0
+    return found
+
+
+def _break(page: list[str], after: list[str]) -> str:
+    """What parts the last line of a page from the page after it: a paragraph may go on there."""
+    if _is_cut(page):
+        return "\n"
+    is_short = len(page[-1]) < SHORT_LINE * max(map(len, page))
+    return "\n\n" if is_short or after[0][:1].isspace() or not "".join(after[1:2]).strip() else "\n"
