@@ -39,6 +39,13 @@ PAGE_MATTER = [
         {"lines of navigation": 2, "tables of contents": 1},
     ),
     (
+        "<div class=navheader><table><tr><th>Chapter 3. Fox<tr><td><a accesskey=p href=x><img src=x></a></table></div>"
+        "<p>It was.</p><ul class=docnav><li><a accesskey=n href=x><b>Suivant</b>6.5. The hen</a></li></ul>"
+        "<p class=nav>No link.<p><a accesskey=p href=x><b>Niveau</b>6.5. The hen</a>",
+        "It was.\n\nNo link.",
+        {"lines of navigation": 3},
+    ),
+    (
         "<p>Next: <a href=x rel=next>The fox</a>, Previous: <a href=y>The hen</a>, Up: <a href=z>All</a> &nbsp; [<a "
         "href=c>Contents</a>][<a href=i>Index</a>]</p><p>It was.<p><a href=x rel=next>The fox</a>",
         "It was.",
@@ -66,6 +73,18 @@ PAGE_MATTER = [
         "<p>It was.<a name=c2></a><h2>The hen</h2><p>So.<h2><a name=c3>All</a></h2>",
         "The fox\n\nIt was.\n\nThe hen\n\nSo.\n\nAll",
         {"tables of contents": 1},
+    ),
+    (
+        "<p>People use it for:<ul><li><a href='#c1'>Foxes</a><li><a href='#c2'>Hens</a><li><a href='#c3'>Eggs</a></ul>"
+        "<h2 id=c1>Foxes</h2><h2 id=c2>Hens</h2><h2 id=c3>Eggs</h2>",
+        "People use it for:\n\nFoxes\nHens\nEggs\n\nFoxes\n\nHens\n\nEggs",
+        {},
+    ),
+    (
+        "<ul><li><a href='#c0'>Cows</a> (many)<li><a href='#c1'>Foxes</a><li><a href='#c2'>Hens</a><li><a href='#c3'>"
+        "Eggs</a></ul><h2 id=c1>Foxes</h2><h2 id=c2>Hens</h2><h2 id=c3>Eggs</h2>",
+        "Cows (many)\nFoxes\nHens\nEggs\n\nFoxes\n\nHens\n\nEggs",
+        {},
     ),
     (  # each line of a poem leads to what is said of it; headings lead back to the contents, verses to themselves
         "<p><a href='#c1'>Roses are</a><br><a href='#c2'>red</a><br><a href='#c3'>violets</a><p id=c1>On red<p id=c2>So"

@@ -37,7 +37,7 @@ OUTSIDE_NAMES = notes.REFERENCES | frozenset("copyright-page cover doc-cover pg-
 UNCOUNTED = frozenset("audio canvas head iframe noembed script style template title video".split())
 # outside if most of their letters are in links, or as bars if they are short
 CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())
-BAR_NAMES = frozenset("nav navbar navfooter navheader navigation breadcrumb breadcrumbs pager prevnext".split())
+BAR_NAMES = frozenset("docnav nav navbar navfooter navheader navigation breadcrumb breadcrumbs pager prevnext".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
 NOTE_CHARS = 20  # length of the longest mark of a note or page number, spaces included
@@ -82,6 +82,7 @@ class LaidOut:
         self.counts: Counter[str] = Counter()
         self.prefixes: dict[str, bool] = {}  # before the names of elements: whether these are HTML's
         self.are_links: list[bool] = []  # the open <a>
+        self.n_links = 0  # that began
         self.anchors = self.uncounted = 0  # how many links are open, and how many elements that nobody misses
         self.pieces: list[str] = []
         self.of_links: list[matter.Link | None] = []  # for each piece
@@ -103,6 +104,7 @@ class LaidOut:
         if tag == "a":
             self.are_links.append("href" in attributes)
             self.anchors += self.are_links[-1]
+            self.n_links += self.are_links[-1]
         types = " ".join(value for key, value in attributes.items() if key.endswith(":type") or key == "role")
         names = types.lower().split()
         classes = attributes.get("class", "").lower().split() if tag not in HEADINGS else []
@@ -188,7 +190,8 @@ class LaidOut:
         before = self.pieces[-1] if self.pieces and not self.lines else ""
         before = "" if self.is_spaced and not before.endswith("[") else before
         state = len(self.pieces), self.chars, self.lines, self.is_spaced, self.letters, self.linked, self.links
-        self.marks.append(notes.Mark(self.depth, *state, before[-4:], href, self.note_depth > 0, kind))
+        in_note = self.note_depth > 0
+        self.marks.append(notes.Mark(self.depth, *state, self.n_links, before[-4:], href, in_note, kind))
         self.counted += kind in ("contents", "bar")
 
     def _return(self, mark: notes.Mark) -> None:
@@ -271,13 +274,12 @@ class LaidOut:
         """Leave out what was laid out since `start` if most of it is links, or if it is a bar; whether it was."""
         self.counted -= 1
         letters, linked, links = self.letters - start.letters, self.linked - start.linked, self.links - start.links
-        is_bar = start.kind == "bar" and self.chars - start.chars <= matter.BAR_CHARS
-        if is_bar:
-            is_bar = matter.has_step(self.pieces[start.n :], self.of_links[start.n :])
+        is_short = self.chars - start.chars <= matter.BAR_CHARS
+        is_bar = start.kind == "bar" and is_short and self.n_links > start.n_links
         if not is_bar and linked + links <= letters - linked:
             return False
         self._return(start)
-        self.counts[matter.CONTENTS if start.kind == "contents" else matter.BARS] += letters > 0
+        self.counts[matter.CONTENTS if start.kind == "contents" else matter.BARS] += 1
         self.links += linked
         self.lost += 0 if is_bar else letters - linked
         return True

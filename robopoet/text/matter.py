@@ -61,6 +61,7 @@ def page_number(attributes: dict[str, str], names: Iterable[str]) -> PageNumber 
 
 # --- bars of links, and tables of contents
 
+ACCESS_KEYS = frozenset("hnpuHNPU")  # home, next, previous, up
 BAR_CHARS, ENTRY_CHARS = 400, 200  # the longest bar, and line of a table of contents
 FEWEST_ENTRIES = 3  # lines of links that are a table of contents
 CONTENTS_TITLES = frozenset(
@@ -114,7 +115,8 @@ def link_of(attributes: dict[str, str], is_heading: bool) -> Link | None:
     if "href" not in attributes:
         return None
     says = f"{attributes.get('rel', '')} {attributes.get('class', '')}".lower().split()
-    return Link(attributes["href"].strip(), not {"prev", "previous", "next", "up"}.isdisjoint(says), is_heading)
+    is_step = not {"prev", "previous", "next", "up"}.isdisjoint(says) or attributes.get("accesskey") in ACCESS_KEYS
+    return Link(attributes["href"].strip(), is_step, is_heading)
 
 
 class _Line(NamedTuple):
@@ -127,6 +129,7 @@ class _Line(NamedTuple):
     words: str = ""
     href: str = ""
     may_be_bar: bool = False  # if a bar stands beside it
+    introduces: bool = False  # what follows, as a sentence that ends with a colon
 
 
 def without_bars(
@@ -177,7 +180,8 @@ def _breaks(pieces: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def _line(pieces: list[str], links: Sequence[Link | None], start: int, stop: int) -> _Line:
-    line = _Line(start, stop, sum(map(len, pieces[start:stop])))
+    ends = pieces[stop - 1].rstrip()[-1:]
+    line = _Line(start, stop, sum(map(len, pieces[start:stop])), introduces=ends in (":", ",", "—"))
     if line.chars > BAR_CHARS or (line.chars > ENTRY_CHARS and not any(links[start:stop])):
         return line
     line = line._replace(words=_words("".join(pieces[start:stop])))
@@ -212,15 +216,6 @@ def _is_bar(inside: Mapping[Link, str], outside: list[str]) -> bool:
         return all(BAR_WORDS.fullmatch(_words(text)) and text.rstrip().endswith(":") for text in labels)
     is_numbers = len(inside) >= FEWEST_ENTRIES and not any(map(_words, inside.values()))  # as for chapters
     return is_numbers or all(map(_is_step, inside.values()))
-
-
-def has_step(pieces: Iterable[str], links: Iterable[Link | None]) -> bool:
-    """Whether one of the links is to a page around this one; links: for each piece the link that it is in."""
-    texts: dict[Link, str] = {}
-    for piece, one in zip(pieces, links, strict=True):
-        if one:
-            texts[one] = texts.get(one, "") + piece
-    return any(one.is_step or _is_step(text) for one, text in texts.items())
 
 
 def _is_step(text: str) -> bool:
@@ -262,6 +257,9 @@ def _tables(lines: list[_Line], places: Mapping[str, int]) -> Iterator[tuple[int
             stop += 1
         hrefs = {entry.href for entry in entries}
         is_table = len(hrefs) >= FEWEST_ENTRIES and 2 * len(hrefs) >= len(entries)
+        if not is_titled:  # a sentence may introduce it, and some of its lines may say more
+            is_table &= not (i and (lines[i - 1].introduces or lines[i - 1].kind == "mixed"))
+            is_table &= last == len(lines) or lines[last].kind != "mixed"
         named = sum(_is_named(entry, lines, places, is_list) for entry in entries) if is_table and not is_titled else 0
         if is_table and (is_titled or 2 * named >= len(entries)):
             yield i, last

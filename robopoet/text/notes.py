@@ -34,6 +34,7 @@ class Mark(NamedTuple):
     letters: int
     linked: int
     links: int
+    n_links: int
     before: str
     href: str
     is_in_note: bool
