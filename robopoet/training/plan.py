@@ -62,7 +62,8 @@ class Recipe(NamedTuple):
 FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
 FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
 # others' models are large: a step of 8 rows may take a minute, and the first one gains
-FROM_OTHERS = Recipe(3, 2, 3, 10, {"optimizer": "adamw", "learning_rate": 1e-4})
+FROM_OTHERS = Recipe(3, 4, 3, 20, {"optimizer": "adamw"})
+RATE_OF_OTHERS = 3e-4 * 576  # times 1 / width: measured at 576, moved as by Yang et al. 2022, arXiv:2203.03466
 
 
 def _change(cfg: Config, **values: Any) -> Config:
@@ -217,6 +218,8 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     on_cpu = machine.device.type == "cpu"
     recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
     cfg = _choose(cfg, **recipe.keys)
+    if recipe is FROM_OTHERS:
+        cfg = _choose(cfg, learning_rate=float(f"{RATE_OF_OTHERS / cfg.n_embd:.2g}"))
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
     rows = recipe.cpu_rows if on_cpu else 32
     if start.content is None:
