@@ -1,6 +1,7 @@
 """Page matter of HTML and EPUBs is left out, and told; what only looks like it is kept."""
 
 import pytest
+from conftest import within
 
 from robopoet.text import markup
 
@@ -16,9 +17,9 @@ PAGE_MATTER = [
     (
         "<p>It <span epub:type=pagebreak id=x>xii</span>was <span class='PageNo'>p. 3</span>so<a name=page_4>4</a> "
         "ver<span class='x-epub-pagebreak' style='position:absolute'>5</span>y <a class=seitenzahl>S. 6</a>late.<p "
-        "class=folio>– 7 –</p><pb>8</pb>",
+        "class=folio>– 7 –</p><pb>8</pb> <b class=pagenum>page 8 of 12</b>",
         "It was so very late.\n\n8",
-        {"page numbers": 6},
+        {"page numbers": 7},
     ),
     (
         "<div class=pagebreak>A chapter.</div><p class=page>So 12 it was.</p><h2 id=page_1>1</h2><p>See <a class=page "
@@ -63,6 +64,20 @@ PAGE_MATTER = [
         "CHAPTER I.\n\nIt was so.",
         {"tables of contents": 1},
     ),
+    (
+        "<table><tr><td><a href=a>Prev</a><td>The fox<td><a href=b>Next</a></table><p>Go to: <a href=a>Home</a> [<a "
+        "href=b>Next</a>]<p><a href=a>← Chapter 1</a> <a href=b>Contents</a> <a href=c>Chapter 3 →</a><p>It was.",
+        "It was.",
+        {"lines of navigation": 3},
+    ),
+    ("<h1>Contents</h1><p><a href=a>One</a> | <a href=b>Two</a><p>It was", "It was", {"tables of contents": 1}),
+    (  # each word leads to what is said of it
+        "<p><a href='#a'>O</a> <a href='#b'>rose</a><br><a href='#c'>thou</a> <a href='#d'>art</a><br><a href='#e'>sick"
+        "</a>",
+        "O rose\nthou art\nsick",
+        {},
+    ),
+    ("<h1>Inhalt</h1><p><a href='#a'>Eins</a><p><a href='#b'>Zwei</a><p>Es war", "Es war", {"tables of contents": 1}),
     (
         "<p><a href=1.html>The fox</a><p><a href=2.html>The hen</a><p><a href=3.html>The end</a>",
         "",
@@ -118,6 +133,14 @@ def test_a_document_types_own_entities_are_expanded_and_its_declarations_are_no_
     page = f"<?xml version='1.0'?>\n<!DOCTYPE html [{subset}]>\n<html><body><p>{body}</p></body></html>"
     assert markup.html_text(page) == text
     assert markup.html_text(page.replace("[", "PUBLIC '-//x' 'y.dtd' [", 1)) == text
+
+
+def test_hostile_declarations_take_no_long_time():
+    with within(20):
+        for unit in ("<!DOCTYPE a [", "<!DOCTYPE a [<!--", "<!DOCTYPE a ['", "<!ENTITY  ", '<!ENTITY a "'):
+            markup.html_text("<!DOCTYPE a [" + unit * 20_000)
+        bombs = "".join(f'<!ENTITY l{i} "{f"&l{i + 1};" * 99}">' for i in range(9))
+        assert markup.html_text(f"<!DOCTYPE a [{bombs}<!ENTITY l9 'x'>]><p>a" + "&l0;" * 50_000) == "a"
 
 
 def test_entities_add_no_more_than_a_limit():

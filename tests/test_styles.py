@@ -45,6 +45,8 @@ STYLED = [
     ("<p><span style='display:block'>Roses</span><span style='display: block;'>are red</span>", "Roses\nare red"),
     ("<style>span{display:inline!important}</style><p>a<span style='display:block'>b</span>", "ab"),
     ("<div><b style='position:absolute'>It</b><b style='position:absolute;left:9px'>was</b></div>", "It was"),
+    ("<style>div{position:absolute;top:5px}</style><div style='left:1px'>It</div><div style='left:9px'>was</div>"
+     "<div style='top:9px;left:1px'>late.</div><div style='top:9px;left:1px'>So</div>", "It was\nlate.\nSo"),
     ("<p>line<span style='float:right'>20</span></p><div style='display:flex'><b>a</b><b>b</b></div>",
      "line 20\n\na b"),
     ("<p style='white-space:pre-line'>\nRoses   are\n  red\n\nvio<b>\nlets</b></p><p>x\ny",
@@ -89,6 +91,7 @@ def test_a_prefix_that_means_html_is_none(page, text):
         ("<p><img alt=A> long time</p><p><img alt='A picture'>x<p><img alt=C></p><p>Copyright<p><img alt=T>HE caf<img "
          "alt=é>s<p><img alt='“I'>t<p><img alt=T>The<p>caf<img alt=é></p><p>So",
          "A long time\n\nx\n\nCopyright\n\nTHE cafés\n\n“It\n\nThe\n\ncafé\n\nSo"),
+        ("<p><svg aria-label='O'><path/></svg>nce<p><img alt=''>So", "Once\n\nSo"),
         ("<div><img alt='Drop cap W'></div>\n<p>hen I went.<div style='font-size:300%'>I</div> was so.<p>It was.",
          "When I went.\n\nI was so.\n\nIt was."),
         ("<div style='float:left'>I</div><p>t was.</p><table class=initial><tr><td>T</td></tr></table><p>HE end",

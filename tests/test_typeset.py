@@ -39,6 +39,13 @@ def test_form_feeds_and_the_edges_of_pages_are_left_out(page, counts):
     assert typeset.running_text(paged(page)) == (PLAIN, FEEDS | counts)
 
 
+def test_pages_that_end_with_sentences_lose_what_stands_as_on_paper():
+    page = "THE FOX      @\n\nIt was late.\n\n   @\n"
+    found, counts = typeset.running_text(paged(page))
+    assert found == "\n\n".join(["It was late."] * 6) + "\n"
+    assert counts == FEEDS | {"running heads": 6, "page numbers": 6}
+
+
 def test_a_running_head_without_a_number_stays_where_it_is_the_title():
     text = "THE FOX\n\nIt was a long day.\nIt was.\f" + paged("THE FOX\n\nLINES", 4) + "\fThe end of what"
     found, counts = typeset.running_text(text)

@@ -27,7 +27,7 @@ def may_be(attributes: Mapping[str, str], classes: Iterable[str], style: Mapping
 
 def of_picture(attributes: Mapping[str, str]) -> str:
     """The letter that a picture shows; "" if it shows another thing."""
-    found = PICTURED.fullmatch(attributes.get("alt", "").strip()[:60])
+    found = PICTURED.fullmatch((attributes.get("alt") or attributes.get("aria-label", "")).strip()[:60])
     return found["letter"] if found else ""
 
 

@@ -37,7 +37,10 @@ OUTSIDE_NAMES = notes.REFERENCES | frozenset("copyright-page cover doc-cover pg-
 UNCOUNTED = frozenset("audio canvas head iframe noembed script style template title video".split())
 # outside if most of their letters are in links, or as bars if they are short
 CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())
-BAR_NAMES = frozenset("docnav nav navbar navfooter navheader navigation breadcrumb breadcrumbs pager prevnext".split())
+BAR_NAMES = frozenset(
+    "docnav nav navbar navfooter navheader navigation pagination breadcrumb breadcrumbs pager prevnext".split()
+)
+PICTURES = frozenset("image img svg".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
 NOTE_CHARS = 20  # length of the longest mark of a note or page number, spaces included
@@ -92,6 +95,7 @@ class LaidOut:
         self.depth = self.outside = 0  # how many elements are open, and how many of them are
         self.open = [_Box(0, False, "normal", False, None)]  # the others
         self.chars = 0  # in the pieces
+        self.place: tuple[str, str] | None = None  # top and left of the last element that is positioned
         self.marks: list[notes.Mark] = []  # the open elements that may be left out
         self.counted = 0  # how many of them are left out by their letters
         self.page_numbers: list[matter.PageNumber] = []  # what the texts of others must be
@@ -121,6 +125,8 @@ class LaidOut:
         is_hidden = style.get("display", "none" if "hidden" in attributes else "") == "none" and tag not in WHOLE
         is_hidden |= style.get("visibility") == "hidden" and tag not in WHOLE
         self._start_sheet(tag, attributes)
+        if tag in PICTURES and not (self.outside or is_hidden) and (letter := initials.of_picture(attributes)):
+            self._add_picture(letter)
         if self.outside or outside or tag in OUTSIDE or is_hidden:
             if not self.outside and tag in ("nav", "pagenum"):
                 self.counts[matter.BARS if tag == "nav" else matter.PAGE_NUMBERS] += 1
@@ -141,8 +147,6 @@ class LaidOut:
         self.has_raised = tag == "sup" or (tag != "a" and self.has_raised)
         if tag in ("a", "sup"):
             self._mark("raised" if tag == "sup" else "link", attributes.get("href", "").strip())
-        if tag in ("img", "image") and (letter := initials.of_picture(attributes)):
-            self._add_picture(letter)
 
     def _local(self, tag: str, attributes: Mapping[str, str] = MappingProxyType({})) -> str:
         """The name of an element without a prefix that means HTML, or one of its relatives."""
@@ -179,6 +183,12 @@ class LaidOut:
         elif display:
             lines = 0
         is_spaced |= display == "cell" or (tag in CELLS and not lines)
+        if style.get("position") == "apart":
+            top, left = place = style.get("top", ""), style.get("left", "")
+            if lines == 1 and self.place and top == self.place[0] and left != self.place[1]:
+                lines, is_spaced = 0, True  # it stands beside the one before
+                self.lines -= self.lines == 1
+            self.place = place
         self.lines = min(self.lines + 1, 2) if tag == "br" else max(self.lines, lines)
         self.is_spaced |= is_spaced
         white_space = style.get("white-space") or WHITE_SPACE.get(tag) or around.white_space

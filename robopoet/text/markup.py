@@ -1,5 +1,6 @@
 """A page of HTML or XHTML, from its source to its text. Every page is untrusted: nothing is fetched for it."""
 
+import functools
 import html
 import re
 from collections.abc import Set
@@ -12,11 +13,14 @@ from robopoet.text.styles import TRIED
 FED, COMPARISONS, COMPARISONS_A_BYTE = 2**12, 10**8, 200
 XML_SHEET = re.compile(r"<\?xml-stylesheet\s[^>]{0,200}?\bhref=[\"']([^\"'>]{1,300})[\"'][^>]{0,200}>")
 # the declarations in a document type, and one of them
+DOCTYPE = re.compile(r"<!DOCTYPE\s", re.I)
 SUBSET = re.compile(
     r"(<!DOCTYPE\s[^\[<>]{0,1000})\[((?:<!--.*?-->|<\?.*?\?>|\"[^\"]*+\"|'[^']*+'|[^\]\"'<]|<(?!!--|\?))*+)\]\s*>",
     re.S | re.I,
 )
 ENTITY = re.compile(r"<!--.*?-->|<!ENTITY\s+(?P<name>[\w.:-]{1,50})\s+(?:\"(?P<a>[^\"]*)\"|'(?P<b>[^']*)'|[^>]*)", re.S)
+REFERENCE = re.compile(r"&([\w.:-]{1,50});")
+MOST_SUBSET = 2**18  # characters that are looked at
 ENTITY_CHARS, EXPANDED_CHARS = 1000, 2**20  # the most characters of one entity, and that all of them may add
 MOST_NESTED = 4  # how deep entities may stand in one another
 
@@ -74,7 +78,8 @@ def _without_declarations(content: str) -> str:
 
     Those that stand for a file or a long text, as in an attack, stand for nothing.
     """
-    found = SUBSET.search(content, 0, 2**18)
+    begin = DOCTYPE.search(content, 0, MOST_SUBSET)
+    found = SUBSET.match(content, begin.start(), begin.start() + MOST_SUBSET) if begin else None
     if not found:
         return content
     values: dict[str, str] = {}
@@ -83,16 +88,22 @@ def _without_declarations(content: str) -> str:
             values.setdefault(entity["name"], entity["a"] or entity["b"] or "")
     left = EXPANDED_CHARS
 
-    def expand(reference: re.Match[str], depth: int = 0) -> str:
+    @functools.cache
+    def value_of(name: str, depth: int) -> str:
+        value = values[name]
+        if len(value) > ENTITY_CHARS or depth == MOST_NESTED:
+            return ""
+        inner = (value_of(part, depth + 1) if part in values else f"&{part};" for part in REFERENCE.findall(value))
+        value = REFERENCE.sub(lambda _: next(inner), value)
+        return value if len(value) <= ENTITY_CHARS else ""
+
+    def expand(reference: re.Match[str]) -> str:
         nonlocal left
         if reference[1] not in values:
             return reference[0]
-        value = values[reference[1]]
-        if len(value) > ENTITY_CHARS or depth == MOST_NESTED or left < 0:
-            return ""
-        value = re.sub(r"&([\w.:-]{1,50});", lambda inner: expand(inner, depth + 1), value)
-        left -= len(value)
-        return value if len(value) <= ENTITY_CHARS and left >= 0 else ""
+        left -= len(value := value_of(reference[1], 0))
+        return value if left >= 0 else ""
 
-    rest = re.sub(r"&([\w.:-]{1,50});", expand, content[found.end() :]) if values else content[found.end() :]
+    rest = content[found.end() :]
+    rest = REFERENCE.sub(expand, rest) if values else rest
     return content[: found.start()] + found[1] + ">" + rest

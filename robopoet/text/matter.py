@@ -19,10 +19,10 @@ PAGE_NUMBERS, BARS, CONTENTS = "page numbers", "lines of navigation", "tables of
 _PAGE = r"(?:page|pg|pag|pagina|seiten?|folio|leaf)"
 # names of elements, without all but letters, that say that it is a page's number; and that only may say so
 NAMED_PAGE = re.compile(
-    rf"(?:doc|epub|print|tei|x)*(?:{_PAGE}(?:num(?:ber|ero|mer)?s?|no|nr|zahl|count|break|brk|mark(?:er)?|anchor|label)"
+    rf"(?:doc|epub|print|tei|x)*(?:{_PAGE}(?:num(?:ber|ero|mer)?s?|no|nr|zahl|count|start|end|break|brk|mark(?:er)?|anchor|label)"
     rf"|num(?:ero|ber)?(?:de|of)?{_PAGE})"
 )
-MAYBE_PAGE = re.compile(rf"(?:doc|epub|print|tei|x|new)*{_PAGE}|pb|pgbrk")
+MAYBE_PAGE = re.compile(rf"(?:doc|epub|print|tei|x|new)*{_PAGE}|pagination|pb|pgbrk")
 PAGE_ID = re.compile(rf"(?:{_PAGE}|pb|p(?=[._-]))(?:num(?:ber)?|no|break)?[._-]?0*([^\W_]{{1,9}})", re.I)
 _BEFORE, _AFTER = r"[\s\[({|<~–—-]*", r"[\s\])}|>~.:–—-]*"
 _NUMBER = r"(?P<number>\d{1,5}|[ivxlcdm]{1,9})"
@@ -31,7 +31,8 @@ PAGE_TEXT = re.compile(
     rf"{_BEFORE}(?:(?:pp?|pgs?|pages?|p[aá]g(?:inas?)?|s|seiten?|стр|side?|strona|str)\b\.?\s*)?{_NUMBER}{_AFTER}", re.I
 )
 NAMED_PAGE_TEXT = re.compile(
-    r"\W*(?:[^\W\d_]{1,12}\W+){0,2}(?:[^\W\d_]?\d{1,5}[^\W\d_]?(?:\W+\d{1,5})?|[ivxlcdm]{1,9})\W*", re.I
+    r"\W*(?:[^\W\d_]{1,12}\W+){0,2}(?:[^\W\d_]?\d{1,5}[^\W\d_]?(?:\W+(?:[^\W\d_]{1,3}\W+)?\d{1,5})?|[ivxlcdm]{1,9})\W*",
+    re.I,
 )
 
 
@@ -63,7 +64,7 @@ def page_number(attributes: dict[str, str], names: Iterable[str]) -> PageNumber 
 
 ACCESS_KEYS = frozenset("hnpuHNPU")  # home, next, previous, up
 BAR_CHARS, ENTRY_CHARS = 400, 200  # the longest bar, and line of a table of contents
-FEWEST_ENTRIES = 3  # lines of links that are a table of contents
+FEWEST_ENTRIES, FEWEST_TITLED = 3, 2  # lines of links that are a table of contents, without a title and with one
 CONTENTS_TITLES = frozenset(
     "contents|table of contents|list of illustrations|illustrations|chapters|index|inhalt|inhaltsverzeichnis|"
     "inhaltsübersicht|table des matières|table|sommaire|índice|indice|contenido|contenidos|sumário|conteúdo|sommario|"
@@ -81,7 +82,8 @@ _GO_ON = (
     r"dalej|wstecz|spis treści|föregående|nästa|forrige|næste|neste)"
 )
 _GO_TO = (  # what may also be a title
-    r"(?:up|home|top|contents|index|first|last|start|begin|beginning|end|cover|title|main|glossary|bibliography|oben|"
+    r"(?:go|go to|navigation|"
+    r"up|home|top|contents|index|first|last|start|begin|beginning|end|cover|title|main|glossary|bibliography|oben|"
     r"anfang|ende|inhalt|hoch|sommaire|haut|début|fin|inicio|início|arriba|índice|indice|su|omhoog|inhoud|наверх|вверх|"
     r"содержание|hem|upp|innehåll)"
 )
@@ -120,14 +122,15 @@ def link_of(attributes: dict[str, str], is_heading: bool) -> Link | None:
 
 
 class _Line(NamedTuple):
-    """A line of a page, its pieces from start to stop. words: if it is short. href: where its link leads."""
+    """A line of a page, its pieces from start to stop. words: if it is short. hrefs: where its links lead."""
 
     start: int
     stop: int
     chars: int
-    kind: Literal["text", "bar", "entry", "mixed", "title"] = "text"  # mixed: it begins with a link
+    # entry: it is one link; row: it is links; mixed: it begins with a link
+    kind: Literal["text", "bar", "entry", "row", "mixed", "title"] = "text"
     words: str = ""
-    href: str = ""
+    hrefs: tuple[str, ...] = ()
     may_be_bar: bool = False  # if a bar stands beside it
     introduces: bool = False  # what follows, as a sentence that ends with a colon
 
@@ -189,24 +192,23 @@ def _line(pieces: list[str], links: Sequence[Link | None], start: int, stop: int
     outside = []
     for i in range(start, stop, 2):
         if one := links[i]:
-            inside[one] = f"{inside.get(one, '')} {pieces[i]}"
+            inside[one] = f"{inside.get(one, '')} {pieces[i]}".strip()
         else:
             outside.append(pieces[i])
-    is_bar = bool(inside) and _is_bar(inside, outside)
+    is_bar = bool(inside) and (_is_bar(inside, outside) or _is_framed(pieces, links, start, stop))
     if is_bar and (len(inside) > 1 or any(one.is_step for one in inside) or _is_sure(line.words)):
         return line._replace(kind="bar")
     if line.words in CONTENTS_TITLES:
         return line._replace(kind="title")
-    hrefs = {one.href for one in inside}
-    if len(hrefs) != 1 or any(one.is_heading for one in inside) or line.chars > ENTRY_CHARS:
+    hrefs = tuple({one.href for one in inside})
+    if not hrefs or any(one.is_heading for one in inside) or line.chars > ENTRY_CHARS:
         return line
-    (href,) = hrefs
-    if re.match(r"[a-z][a-z0-9+.-]*:|//", href, re.I) or notes.leads_to_notes(href):
+    if any(re.match(r"[a-z][a-z0-9+.-]*:|//", href, re.I) or notes.leads_to_notes(href) for href in hrefs):
         return line
     if not any(map(_words, outside)):
-        return line._replace(kind="entry", href=href, may_be_bar=is_bar)
+        return line._replace(kind="entry" if len(hrefs) == 1 else "row", hrefs=hrefs, may_be_bar=is_bar)
     is_mixed = (links[start] or not _words(outside[0])) and any(map(_words, inside.values()))
-    return line._replace(kind="mixed" if is_mixed else "text", href=href)
+    return line._replace(kind="mixed", hrefs=hrefs) if is_mixed and len(hrefs) == 1 else line
 
 
 def _is_bar(inside: Mapping[Link, str], outside: list[str]) -> bool:
@@ -216,6 +218,12 @@ def _is_bar(inside: Mapping[Link, str], outside: list[str]) -> bool:
         return all(BAR_WORDS.fullmatch(_words(text)) and text.rstrip().endswith(":") for text in labels)
     is_numbers = len(inside) >= FEWEST_ENTRIES and not any(map(_words, inside.values()))  # as for chapters
     return is_numbers or all(map(_is_step, inside.values()))
+
+
+def _is_framed(pieces: list[str], links: Sequence[Link | None], start: int, stop: int) -> bool:
+    """Whether a line is a title between a link back and one onward."""
+    ends = [_words(pieces[i]) for i in (start, stop - 1) if links[i]]
+    return len(ends) == 2 and links[start] != links[stop - 1] and all(map(SURE_BAR_WORDS.fullmatch, ends))
 
 
 def _is_step(text: str) -> bool:
@@ -240,8 +248,10 @@ def _tables(lines: list[_Line], places: Mapping[str, int]) -> Iterator[tuple[int
 
     Under a title that says so, the places are not looked at, a line may end with other text, and there may be headings.
     """
-    chars = {kind: sum(line.chars for line in lines if line.kind == kind) for kind in ("entry", "mixed", "text")}
-    is_list = chars["entry"] > chars["mixed"] + chars["text"]  # the whole page
+    chars = Counter[str]()
+    for line in lines:
+        chars[line.kind] += line.chars
+    is_list = chars["entry"] > chars["row"] + chars["mixed"] + chars["text"]  # the whole page
     i = 0
     while i < len(lines):
         is_titled = lines[i].kind == "title"
@@ -249,14 +259,14 @@ def _tables(lines: list[_Line], places: Mapping[str, int]) -> Iterator[tuple[int
         entries: list[_Line] = []
         while stop < len(lines) and stop - last < (3 if is_titled else 1):
             kind = lines[stop].kind
-            if kind == "entry" or (kind == "mixed" and is_titled and stop == last):
+            if kind == "entry" or (kind in ("row", "mixed") and is_titled and stop == last):
                 entries.append(lines[stop])
                 last = stop + 1
             elif kind == "bar" and stop == last:
                 last += 1
             stop += 1
-        hrefs = {entry.href for entry in entries}
-        is_table = len(hrefs) >= FEWEST_ENTRIES and 2 * len(hrefs) >= len(entries)
+        hrefs = {href for entry in entries for href in entry.hrefs}
+        is_table = len(hrefs) >= (FEWEST_TITLED if is_titled else FEWEST_ENTRIES) and 2 * len(hrefs) >= len(entries)
         if not is_titled:  # a sentence may introduce it, and some of its lines may say more
             is_table &= not (i and (lines[i - 1].introduces or lines[i - 1].kind == "mixed"))
             is_table &= last == len(lines) or lines[last].kind != "mixed"
@@ -268,10 +278,10 @@ def _tables(lines: list[_Line], places: Mapping[str, int]) -> Iterator[tuple[int
 
 def _is_named(entry: _Line, lines: list[_Line], places: Mapping[str, int], is_list: bool) -> bool:
     """Whether an entry leads to a line that begins as it does, or else to another page from a list of such links."""
-    page, _, _ = entry.href.partition("#")
-    if page:
+    (href,) = entry.hrefs
+    if href.partition("#")[0]:
         return is_list
-    place = places.get(notes.target(entry.href), -1)
+    place = places.get(notes.target(href), -1)
     at = bisect.bisect_left(lines, place, key=lambda line: line.stop)
     near = [line.words for line in lines[at : at + 3]] if place >= 0 else []
     return any(words and (words.startswith(entry.words) or entry.words.startswith(words)) for words in near)

@@ -74,6 +74,8 @@ def declarations(block: str) -> dict[str, tuple[bool, str]]:
         if name == "font-size":
             size = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,9})?)(em|rem|%|px|pt)\s*", value)
             meaning: str | None = "large" if size and float(size[1]) >= LARGE_SIZES[size[2]] else ""
+        elif name in ("left", "top"):
+            meaning = value.strip()
         else:
             words = value.split()
             words = [word for word in words if word != "flow"] if name == "display" and len(words) > 1 else words

@@ -1,8 +1,9 @@
 """What the pages of a printed book leave in a plain text: form feeds, running heads, page numbers, hyphens, and marks
 that nobody sees.
 
-Lines at the edges of pages go only where form feeds part pages in the midst of sentences; a hyphen at a line's end only
-where the book itself has the word without one.
+A line at the edge of a page goes only if it says the same on others, or counts them; where pages don't end within
+sentences, only if a number stands far from its words, or below the page. A hyphen at a line's end goes only where the
+book itself has the word without one.
 """
 
 import re
@@ -82,15 +83,15 @@ def _without_pages(text: str, counts: Counter[str]) -> str:
     """`text` without form feeds, and without what the pages that they part have at their edges."""
     pages = [page for part in text.split("\f") if (page := _trimmed(part.split("\n")))]
     counts[FORM_FEEDS] += text.count("\f")
-    n_cut = sum(map(_is_cut, pages[:-1]))
-    if len(pages) < FEWEST_PAGES or n_cut < CUT_PAGES * (len(pages) - 1):
-        return "\n\n".join("\n".join(page) for page in pages) + "\n"
+    is_paper = len(pages) >= FEWEST_PAGES and sum(map(_is_cut, pages[:-1])) >= CUT_PAGES * (len(pages) - 1)
     for edge in (0, -1, 0, -1):  # twice, for a head and a number
         edges = {i: page[edge] for i, page in enumerate(pages) if page}
-        for i in _furniture(edges, pages, counts):
+        for i in _furniture(edges, edge == -1, is_paper, pages, counts):
             del pages[i][edge]
             pages[i] = _trimmed(pages[i])
     pages = [page for page in pages if page] or [[""]]
+    if not is_paper:
+        return "\n\n".join("\n".join(page) for page in pages) + "\n"
     return "".join("\n".join(page) + _break(page, after) for page, after in zip(pages, [*pages[1:], [""]], strict=True))
 
 
@@ -106,8 +107,13 @@ def _is_cut(page: list[str]) -> bool:
     return SENTENCE_END.search(last) is None
 
 
-def _furniture(edges: dict[int, str], pages: list[list[str]], counts: Counter[str]) -> list[int]:
-    """The pages whose line at an edge is a page's number or a running head; edges: this line of each page."""
+def _furniture(
+    edges: dict[int, str], is_foot: bool, is_paper: bool, pages: list[list[str]], counts: Counter[str]
+) -> list[int]:
+    """The pages whose line at an edge is a page's number or a running head; edges: this line of each page.
+
+    is_paper: whether the pages end within sentences; else each may be a chapter or a poem, with a number and a title.
+    """
     groups: dict[_Edge, list[int]] = {}
     offsets: dict[int, int] = {}  # the number in a line, beyond that of its page
     for i, line in edges.items():
@@ -124,11 +130,11 @@ def _furniture(edges: dict[int, str], pages: list[list[str]], counts: Counter[st
         if n_agree >= FEWEST_PAGES:  # the numbers count the pages
             places = [i for i in places if offsets.get(i, offset) == offset]
         if not edge.words:
-            is_found = len(places) >= max(2, NUMBERED_PAGES * len(pages))
+            is_found = len(places) >= max(2, NUMBERED_PAGES * len(pages)) and (is_paper or is_foot)
         elif edge.has_number:
-            is_found = len(places) >= 2 if edge.is_apart else n_agree >= FEWEST_PAGES
+            is_found = len(places) >= 2 if edge.is_apart else n_agree >= FEWEST_PAGES and is_paper
         else:
-            is_found = len(places) >= FEWEST_PAGES and not LOWER_WORD.search(edges[places[0]])
+            is_found = is_paper and len(places) >= FEWEST_PAGES and not LOWER_WORD.search(edges[places[0]])
             is_title = places[0] == 0 or not _is_cut(pages[places[0] - 1])  # where it stands first
             places = places[is_title:]
         found += places if is_found else []
