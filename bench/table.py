@@ -101,7 +101,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     "books_read": (
         "Reading books",
         "Words of HTML pages and EPUBs that are lost and added, as a share of those of the checked texts, and words "
-        "that stand glued together. books: EPUBs in packages of Debian, npm and PyPI, by eight makers in eleven "
+        "that stand glued together. books: EPUBs in packages of Debian, npm and PyPI, by eight makers in nine "
         "languages; pages: documentation in HTML; cases: pages of tests/, by which ours was written. A checked text is "
         "what the maker's own element for the work holds, without contents and marks of notes. Seconds of one core.",
         books_read.table,
