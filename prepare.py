@@ -188,6 +188,8 @@ def _fingerprint(cfg: PrepareConfig, manifest: corpus.Manifest, given: Tokenizer
         if source.file:
             for path in sources.source_files(source, manifest.folder):
                 digest.update(f"{os.path.basename(path)} {files.sha256(DataError, Path(path))}".encode())
+                for sheet in sources.style_sheets(path).values():
+                    digest.update(sheet)
     return digest.hexdigest()
 
 

@@ -1,11 +1,16 @@
 """The style sheets of a page decide what is a line, a space, or hidden, as in a browser; hostile ones take no time."""
 
+import os
+
 import pytest
 from conftest import within
-from test_books import FILES, epub
+from test_books import FILES, OPF, epub
 
+from prepare import PrepareConfig, main
 from robopoet.errors import DataError
-from robopoet.text import books, markup
+from robopoet.text import books, markup, sources
+from robopoet.text.dataset import read_meta
+from robopoet.text.sources import Source
 
 VERSE = "<p class='poem x' id=i><span>Roses</span><span class=b>are <i>red</i></span></p>"
 
@@ -117,13 +122,55 @@ def linked(sheets: dict[str, str], head: str) -> str:
         ({"OEBPS/css/a b.css": "span{display:block}"}, "<link rel='stylesheet' href='../css/a%20b.CSS?x'/>"),
         ({"OEBPS/css/a.css": "@import url('b.css');@import 'a.css';", "OEBPS/css/b.css": "span{display:block}"},
          "<link rel='stylesheet' href='../css/a.css'/>"),
+        ({"OEBPS/s": "span{display:block}",
+          "OEBPS/book.opf": OPF.replace("<manifest>", "<manifest><item id='s' href='s' media-type='text/css'/>")},
+         "<link rel='stylesheet' href='../s'/>"),
         ({"OEBPS/a.css": "span{display:block}"}, "<style>@import '../a.css';</style>"),
         ({"OEBPS/a.css": "span{display:block}"}, "<?xml-stylesheet type='text/css' href='../a.css'?>"),
     ],
 )  # fmt: skip
 def test_the_style_sheets_of_a_book_count(sheets, head):
     assert linked(sheets, head) == "One\n\nRoses\nare red"
-    assert linked(dict.fromkeys(sheets, ""), head) == linked({}, head) == "One\n\nRosesare red"
+    empty = {path: content.replace("block", "") for path, content in sheets.items()}
+    assert linked(empty, head) == linked({}, head) == "One\n\nRosesare red"
+
+
+def test_the_style_sheets_beside_a_page_count(tmp_path):
+    page = tmp_path / "a" / "b" / "page.html"
+    page.parent.mkdir(parents=True)
+    link = "<link rel=stylesheet href='{}'>"
+    for href, place in (
+        ("my%20s.css?v=1", "a/b/my s.css"),
+        ("../css/s.css#x", "a/css/s.css"),
+        ("x/s.css", "a/b/x/s.css"),
+    ):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("span{display:block}")
+        page.write_text(link.format(href) + VERSE)
+        assert [doc.text for doc in sources.raw_documents(Source("a", file=str(page)), tmp_path)] == ["Roses\nare red"]
+    (tmp_path / "s.css").write_text("span{display:block}")
+    (tmp_path / "a/b/out.css").symlink_to(tmp_path / "s.css")
+    os.mkfifo(tmp_path / "a/b/pipe.css")
+    for href in (
+        "../../s.css",
+        "out.css",
+        f"{tmp_path}/s.css",
+        "pipe.css",
+        "none.css",
+        "https://example.org/my%20s.css",
+    ):
+        page.write_text(link.format(href) + VERSE)
+        assert [doc.text for doc in sources.raw_documents(Source("a", file=str(page)), tmp_path)] == ["Rosesare red"]
+
+
+def test_a_page_is_prepared_again_when_its_style_sheet_changes(tmp_path, capsys):
+    (tmp_path / "a.html").write_text("<link rel=stylesheet href='s.css'>" + VERSE * 9)
+    for css in ("", "", "span{display:block}"):
+        (tmp_path / "s.css").write_text(css)
+        main(PrepareConfig(input=(f"{tmp_path}/a.html",), out=str(tmp_path / "bins"), tokenizer="char"))
+        is_prepared = "is prepared already" in capsys.readouterr().out
+    assert not is_prepared
+    assert sum(s.characters for s in read_meta(tmp_path / "bins").splits.values()) == 9 * len("Roses\nare red\n\n") - 1
 
 
 def test_hostile_style_sheets_take_no_long_time():

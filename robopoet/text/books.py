@@ -4,8 +4,10 @@ Every file is untrusted: no entity is expanded, nothing is fetched.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import NamedTuple
 
 from robopoet.errors import DataError
@@ -37,12 +39,13 @@ def read(
     encoding: str = "",
     losses: dict[str, Loss] | None = None,
     page_matter: Counter[str] | None = None,
+    sheets: Mapping[str, bytes] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """The text of the file `name`, and what is to be told about its encoding, or "".
 
     encoding: of the file, or of an EPUB's files that are not UTF-8; "": what fits best. losses: gets each file, or one
-    in an EPUB, of which the text lacks letters. page_matter: gets how much of each kind was left out. Raises DataError
-    with `name`.
+    in an EPUB, of which the text lacks letters. page_matter: gets how much of each kind was left out. sheets: a page's
+    style sheets, by their sheet_key. Raises DataError with `name`.
     """
     losses = {} if losses is None else losses
     page_matter = Counter() if page_matter is None else page_matter
@@ -54,7 +57,7 @@ def read(
     text, told = encodings.decode(name, content, encoding)
     if suffix not in HTML:
         return text, told
-    layout = lay_out(text, name)
+    layout = lay_out(text, name, find=partial(Sheets(sheets, epub.sheet_key).named, name))
     page_matter.update(layout.counts)
     if layout.lost:
         losses[name] = Loss(layout.lost, layout.letters + layout.lost)

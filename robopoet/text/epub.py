@@ -63,9 +63,7 @@ def read_book(name: str, content: bytes) -> Book:
         raise DataError(f"{name}: holds {members:,} files, may hold at most {MOST_MEMBERS:,}; refused")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = _Members(name, archive, len(content))
-            sheets = {_key(path): members.read(path) for path in members.paths if path.lower().endswith(".css")}
-            return Book(_pages(name, members), sheets)
+            return _book_of(name, _Members(name, archive, len(content)))
     except DataError:
         raise
     except Exception as e:  # on damage, zipfile and lxml raise a dozen classes
@@ -163,8 +161,8 @@ def _local(name: str) -> str:
     return re.split("[}:]", name)[-1].lower()
 
 
-def _pages(name: str, members: _Members) -> list[Page]:
-    """The pages, in the order that the package gives (EPUB 3.3, sections 4.2.6.3 and 5)."""
+def _book_of(name: str, members: _Members) -> Book:
+    """The pages, in the order that the package gives (EPUB 3.3, sections 4.2.6.3 and 5), and the style sheets."""
     root, package = _package(name, members)
     items: dict[str, dict[str, str]] = {}
     manifest = [a for tag, a in package if tag == "item" and "href" in a]
@@ -201,13 +199,16 @@ def _pages(name: str, members: _Members) -> list[Page]:
             role = "aside"
         found[path] = _page(members, path, role, media)
     listed = {_find(members, root, a["href"]): a for a in manifest}
+    sheets: dict[str, bytes] = {}
     for path in members.paths:
         item = listed.get(path, {})
         media = item.get("media-type", "").lower()
         is_page = "html" in media or media == "text/plain" or path.lower().endswith(PAGE_NAMES)
         if is_page and path not in found and "nav" not in item.get("properties", "").split():
             found[path] = _page(members, path, "unlisted", media)
-    return list(found.values())
+        elif media == "text/css" or path.lower().endswith(".css"):
+            sheets[_key(path)] = members.read(path)
+    return Book(list(found.values()), sheets)
 
 
 def _package(name: str, members: _Members) -> tuple[str, list[tuple[str, dict[str, str]]]]:

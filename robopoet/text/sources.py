@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter
@@ -27,7 +28,7 @@ from robopoet import files
 from robopoet.errors import DataError, describe, warn
 from robopoet.files import Positive, Sha256, did_you_mean_path, replacing
 from robopoet.text import books
-from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR
+from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR, sheet_key
 from robopoet.text.many import (
     JSON_LINES,
     PARQUET,
@@ -40,6 +41,8 @@ from robopoet.text.many import (
     stem,
 )
 
+SHEET_ADDRESS, SHEET_BYTES = re.compile(rb"""["']([^"'<>:?#]{1,300}\.css)["'?#]"""), 2**20  # the largest style sheet
+HEAD_BYTES = 2**16  # the start of a page, which names its style sheets
 SHOWN = 5  # files that were passed over are named
 TABLES = {  # what holds texts among other things -> how to write them alone
     ".csv": "its column NAME, with pandas: read_csv(FILE)[['NAME']].set_axis(['text'], axis=1)"
@@ -104,13 +107,30 @@ def _texts(path: str, content: bytes, source: Source) -> Iterator[RawDocument]:
 def _book(path: str, content: bytes, source: Source) -> RawDocument:
     losses: dict[str, books.Loss] = {}
     page_matter: Counter[str] = Counter()
-    text, told = books.read(path, content, source.encoding, losses, page_matter)
+    sheets = style_sheets(path) if source.file else {}
+    text, told = books.read(path, content, source.encoding, losses, page_matter, sheets)
     is_empty = not text.strip() and bool(page_matter)
     return RawDocument(path, stem(path), text, told, losses, is_line=is_empty, page_matter=page_matter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
+
+
+def style_sheets(path: str) -> dict[str, bytes]:
+    """The style sheets that the page at `path` names and its folder, or the one above, holds, by their sheet_key."""
+    found: dict[str, bytes] = {}
+    if has_ending(path, books.HTML):
+        top = os.path.realpath(os.path.join(os.path.dirname(path), os.pardir))
+        with files.reading(Path(path), DataError) as f:
+            head = f.read(HEAD_BYTES)
+        for address in dict.fromkeys(SHEET_ADDRESS.findall(head)):
+            href = address.decode("utf-8", "replace")
+            place = os.path.join(os.path.dirname(path), urllib.parse.unquote(href))
+            if os.path.isfile(place) and os.path.realpath(place).startswith(os.path.join(top, "")):
+                with contextlib.suppress(DataError):  # a large one, or one that can't be read
+                    found[sheet_key(path, href)] = files.read_bytes(Path(place), DataError, SHEET_BYTES)
+    return found
 
 
 def source_files(source: Source, folder: Path) -> list[str]:
