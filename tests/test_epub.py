@@ -151,6 +151,10 @@ def test_pages_of_links_are_contents_and_pages_with_text_are_not():
     changed = {"OEBPS/book.opf": changed, "OEBPS/toc.xhtml": page, "OEBPS/cover.xhtml": None}
     losses = {"OEBPS/toc.xhtml": (8, 8 + 9 * 15), "OEBPS/notes.xhtml": (5, 5)}
     assert read_with_losses(changed) == (WHOLE, losses)
+    entries = "".join(f"<p><a href='text/{i}.xhtml'>The first fox</a></p>" for i in range(9))
+    listed = changed | {"OEBPS/toc.xhtml": f"<body><p>Contents</p>{entries}<p>By nobody"}
+    losses["OEBPS/toc.xhtml"] = (8, 8)
+    assert read_with_losses(listed) == (WHOLE, losses)
     changed["OEBPS/toc.xhtml"] += "<p>" + "It was the first chapter of many. " * 9
     assert read_with_losses(changed)[0].endswith(WHOLE) and len(read_with_losses(changed)[0]) > 500
 

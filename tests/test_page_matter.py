@@ -71,6 +71,11 @@ PAGE_MATTER = [
         {"lines of navigation": 3},
     ),
     ("<h1>Contents</h1><p><a href=a>One</a> | <a href=b>Two</a><p>It was", "It was", {"tables of contents": 1}),
+    (
+        "<h1><a href='t.html#1'>Genesis</a></h1><h2><a href='t.html#2'>One</a></h2><h3><a href='t.html#3'>I</a></h3>In",
+        "Genesis\n\nOne\n\nI\n\nIn",
+        {},
+    ),
     (  # each word leads to what is said of it
         "<p><a href='#a'>O</a> <a href='#b'>rose</a><br><a href='#c'>thou</a> <a href='#d'>art</a><br><a href='#e'>sick"
         "</a>",

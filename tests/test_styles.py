@@ -48,6 +48,7 @@ def test_a_span_is_a_line_of_verse_where_the_style_sheets_say_so(css, is_verse):
 
 STYLED = [
     ("<p><span style='display:block'>Roses</span><span style='display: block;'>are red</span>", "Roses\nare red"),
+    ("<style>b+i{display:block}</style><p><b>a</b><u>b</u><i>c</i><b>d</b><i>e</i>", "abcd\ne"),
     ("<style>span{display:inline!important}</style><p>a<span style='display:block'>b</span>", "ab"),
     ("<div><b style='position:absolute'>It</b><b style='position:absolute;left:9px'>was</b></div>", "It was"),
     ("<style>div{position:absolute;top:5px}</style><div style='left:1px'>It</div><div style='left:9px'>was</div>"

@@ -121,6 +121,9 @@ def test_how_much_of_each_was_left_out_is_told_unless_nothing_is_cleaned(tmp_pat
     told = "page matter left out: form feeds (59), running heads (60), soft hyphens (60), page numbers (1), tables of "
     assert told + "contents (1)\n" in said.out
     assert f"warning: {tmp_path}/index.html: holds no text; left out\n" in said.err
+    (tmp_path / "b.html").write_text("<p>So <i class=pagenum>12</i>it was.<p>&lt;|endoftext|><p>It was.")
+    found = list(corpus.documents(corpus.manifest_of_files((f"{tmp_path}/b.html",))))
+    assert [dict(doc.page_matter) for doc in found] == [{"page numbers": 1}, {}]
 
     manifest = "sources: [{style: a, file: a.txt, clean: none}]\n"
     (tmp_path / "corpus.yaml").write_text(manifest)
