@@ -76,6 +76,12 @@ PAGE_MATTER = [
         "Genesis\n\nOne\n\nI\n\nIn",
         {},
     ),
+    (
+        "<p class=folio>I</p><p class=page>mix</p><div class=nav>The <a href=x>river</a> runs on and on.</div>"
+        "<h2>Contents</h2><p><a href='#a'>Wood</a> is good.<p><a href='#b'>Iron</a> is better.",
+        "I\n\nmix\n\nThe river runs on and on.\n\nContents\n\nWood is good.\n\nIron is better.",
+        {},
+    ),
     (  # each word leads to what is said of it
         "<p><a href='#a'>O</a> <a href='#b'>rose</a><br><a href='#c'>thou</a> <a href='#d'>art</a><br><a href='#e'>sick"
         "</a>",

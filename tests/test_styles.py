@@ -97,6 +97,7 @@ def test_a_prefix_that_means_html_is_none(page, text):
         ("<p><img alt=A> long time</p><p><img alt='A picture'>x<p><img alt=C></p><p>Copyright<p><img alt=T>HE caf<img "
          "alt=é>s<p><img alt='“I'>t<p><img alt=T>The<p>caf<img alt=é></p><p>So",
          "A long time\n\nx\n\nCopyright\n\nTHE cafés\n\n“It\n\nThe\n\ncafé\n\nSo"),
+        ("<p class=letter>A</p><p>noun<p>a <img alt=x> b <b style='float:left'>I</b> was", "A\n\nnoun\n\na x b I was"),
         ("<p><svg aria-label='O'><path/></svg>nce<p><img alt=''>So", "Once\n\nSo"),
         ("<div><img alt='Drop cap W'></div>\n<p>hen I went.<div style='font-size:300%'>I</div> was so.<p>It was.",
          "When I went.\n\nI was so.\n\nIt was."),

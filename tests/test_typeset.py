@@ -23,7 +23,6 @@ FEEDS = {"form feeds": 5}
 @pytest.mark.parametrize(
     ("page", "counts"),
     [
-        ("LINES\n", {}),
         ("THE FOX          @\n\nLINES\n\n", {"running heads": 6}),
         ("@\tThe fox\nLINES", {"running heads": 6}),
         ("The fox @\n\n\nLINES", {"running heads": 6}),
@@ -44,6 +43,11 @@ def test_pages_that_end_with_sentences_lose_what_stands_as_on_paper():
     found, counts = typeset.running_text(paged(page))
     assert found == "\n\n".join(["It was late."] * 6) + "\n"
     assert counts == FEEDS | {"running heads": 6, "page numbers": 6}
+
+
+def test_pages_without_heads_and_numbers_are_joined_only_within_a_sentence():
+    text = "poem one\nends so\fpoem two\f\fPoem three\nit goes\fThe end."
+    assert typeset.running_text(text)[0] == "poem one\nends so\npoem two\n\nPoem three\nit goes\n\nThe end.\n"
 
 
 def test_a_running_head_without_a_number_stays_where_it_is_the_title():

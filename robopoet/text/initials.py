@@ -8,8 +8,8 @@ from typing import NamedTuple
 from robopoet.text.notes import Mark
 
 NAME = re.compile(
-    r"(?:big|drop|first|illuminated|large|raised)?[-_]?(?:cap(?:ital)?s?|init(?:ial)?s?|letters?|letra|lettrine|versal)"
-    r"|drop|dc|fl|ic|lettrine.*|initial[-_]?(?:cap(?:ital)?s?|letter)|.*drop[-_]?cap.*"
+    r"(?:big|drop|first|illuminated|initial|large|raised)[-_]?(?:cap(?:ital)?s?|letters?)|init(?:ial)?s?|versal|drop|dc"
+    r"|lettrine.*|.*drop[-_]?cap.*"
 )  # a class
 LETTER = r"[“”„\"'‘’«»¿¡—]?\s?[^\W\d_]"
 CAPITAL = re.compile(LETTER)
@@ -64,7 +64,7 @@ class Capitals:
             mark = capital.mark
             newlines = "\n" * max(separator.count("\n"), mark.lines)
             return newlines or " " * (mark.is_spaced or separator == " "), mark.n
-        if separator and goes_on:
+        if separator and goes_on and capital.mark.starts_line:
             is_apart = capital.is_apart or separator.startswith("\n")
             self.joined.append((len(pieces), is_apart))
             separator = ""

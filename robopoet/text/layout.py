@@ -35,11 +35,10 @@ OUTSIDE = frozenset(
 OUTSIDE_NAMES = notes.REFERENCES | frozenset("copyright-page cover doc-cover pg-boilerplate".split())
 # what nobody misses: code, and what stands in for a medium
 UNCOUNTED = frozenset("audio canvas head iframe noembed script style template title video".split())
-# outside if most of their letters are in links, or as bars if they are short
+# outside if most of their letters are in links; or as bars, if they are short
 CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())
-BAR_NAMES = frozenset(
-    "docnav nav navbar navfooter navheader navigation pagination breadcrumb breadcrumbs pager prevnext".split()
-)
+BAR_NAMES = frozenset("docnav navfooter navheader".split())  # DocBook's
+LINKS_NAMES = frozenset("nav navbar navigation pagination breadcrumb breadcrumbs pager prevnext".split())
 PICTURES = frozenset("image img svg".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
@@ -134,8 +133,10 @@ class LaidOut:
             return
         if not CONTENTS_NAMES.isdisjoint(names + classes):
             self._mark("contents")
-        elif not BAR_NAMES.isdisjoint(names + classes) and tag not in WHOLE:
+        elif tag not in WHOLE and not BAR_NAMES.isdisjoint(classes):
             self._mark("bar")
+        elif tag not in WHOLE and not LINKS_NAMES.isdisjoint(names + classes):
+            self._mark("links")
         if tag not in HEADINGS and tag not in WHOLE and (number := matter.page_number(attributes, names + classes)):
             self._mark("page")
             self.page_numbers.append(number)
@@ -202,7 +203,7 @@ class LaidOut:
         state = len(self.pieces), self.chars, self.lines, self.is_spaced, self.letters, self.linked, self.links
         in_note = self.note_depth > 0
         self.marks.append(notes.Mark(self.depth, *state, self.n_links, before[-4:], href, in_note, kind))
-        self.counted += kind in ("contents", "bar")
+        self.counted += kind in ("contents", "bar", "links")
 
     def _return(self, mark: notes.Mark) -> None:
         """Leave out what was laid out since `mark`."""
@@ -236,7 +237,7 @@ class LaidOut:
 
     def _end_mark(self, mark: notes.Mark, box: _Box) -> bool:
         """Leave out what was laid out since `mark` if it is what its element may be; whether it was."""
-        if mark.kind in ("contents", "bar"):
+        if mark.kind in ("contents", "bar", "links"):
             return self._end_links(mark)
         number = self.page_numbers.pop() if mark.kind == "page" else None
         if self.chars - mark.chars > NOTE_CHARS:  # joining longer links would take long where they are nested

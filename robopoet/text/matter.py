@@ -25,11 +25,13 @@ NAMED_PAGE = re.compile(
 MAYBE_PAGE = re.compile(rf"(?:doc|epub|print|tei|x|new)*{_PAGE}|pagination|pb|pgbrk")
 PAGE_ID = re.compile(rf"(?:{_PAGE}|pb|p(?=[._-]))(?:num(?:ber)?|no|break)?[._-]?0*([^\W_]{{1,9}})", re.I)
 _BEFORE, _AFTER = r"[\s\[({|<~–—-]*", r"[\s\])}|>~.:–—-]*"
-_NUMBER = r"(?P<number>\d{1,5}|[ivxlcdm]{1,9})"
+_ROMAN = "[ivxlcdm]{1,9}"
+_NUMBER = rf"(?P<number>\d{{1,5}}|{_ROMAN})"
 # the text of what may be a page's number, and of what is named so
 PAGE_TEXT = re.compile(
     rf"{_BEFORE}(?:(?:pp?|pgs?|pages?|p[aá]g(?:inas?)?|s|seiten?|стр|side?|strona|str)\b\.?\s*)?{_NUMBER}{_AFTER}", re.I
 )
+MAYBE_PAGE_TEXT = re.compile(PAGE_TEXT.pattern.replace(_ROMAN, "(?-i:[lxvi]{1,7})"), re.I)  # mix and I are words
 NAMED_PAGE_TEXT = re.compile(
     r"\W*(?:[^\W\d_]{1,12}\W+){0,2}(?:[^\W\d_]?\d{1,5}[^\W\d_]?(?:\W+(?:[^\W\d_]{1,3}\W+)?\d{1,5})?|[ivxlcdm]{1,9})\W*",
     re.I,
@@ -56,7 +58,7 @@ def page_number(attributes: dict[str, str], names: Iterable[str]) -> PageNumber 
         if found := PAGE_ID.fullmatch(attributes.get(key, "")[:40]):
             return PageNumber(PAGE_TEXT, found[1].lower())
     if "href" not in attributes and any(map(MAYBE_PAGE.fullmatch, letters)):
-        return PageNumber(PAGE_TEXT)
+        return PageNumber(MAYBE_PAGE_TEXT)
     return None
 
 
@@ -67,7 +69,7 @@ BAR_CHARS, ENTRY_CHARS = 400, 200  # the longest bar, and line of a table of con
 FEWEST_ENTRIES, FEWEST_TITLED = 3, 2  # lines of links that are a table of contents, without a title and with one
 CONTENTS_TITLES = frozenset(
     "contents|table of contents|list of illustrations|illustrations|chapters|index|inhalt|inhaltsverzeichnis|"
-    "inhaltsübersicht|table des matières|table|sommaire|índice|indice|contenido|contenidos|sumário|conteúdo|sommario|"
+    "inhaltsübersicht|table des matières|sommaire|índice|indice|contenido|contenidos|sumário|conteúdo|sommario|"
     "indice generale|inhoud|inhoudsopgave|содержание|оглавление|зміст|spis treści|obsah|innehåll|"
     "innehållsförteckning|indhold|innhold|sisällys|tartalom|cuprins|içindekiler|περιεχόμενα|目录|目錄|目次|차례".split(
         "|"
@@ -266,7 +268,8 @@ def _tables(lines: list[_Line], places: Mapping[str, int]) -> Iterator[tuple[int
                 last += 1
             stop += 1
         hrefs = {href for entry in entries for href in entry.hrefs}
-        is_table = len(hrefs) >= (FEWEST_TITLED if is_titled else FEWEST_ENTRIES) and 2 * len(hrefs) >= len(entries)
+        is_sure = is_titled and not any(entry.kind == "mixed" for entry in entries)
+        is_table = len(hrefs) >= (FEWEST_TITLED if is_sure else FEWEST_ENTRIES) and 2 * len(hrefs) >= len(entries)
         if not is_titled:  # a sentence may introduce it, and some of its lines may say more
             is_table &= not (i and (lines[i - 1].introduces or lines[i - 1].kind == "mixed"))
             is_table &= last == len(lines) or lines[last].kind != "mixed"

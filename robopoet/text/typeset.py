@@ -8,6 +8,7 @@ book itself has the word without one.
 
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 from robopoet.text.matter import PAGE_NUMBERS
@@ -90,8 +91,11 @@ def _without_pages(text: str, counts: Counter[str]) -> str:
             del pages[i][edge]
             pages[i] = _trimmed(pages[i])
     pages = [page for page in pages if page] or [[""]]
-    if not is_paper:
-        return "\n\n".join("\n".join(page) for page in pages) + "\n"
+    if not (is_paper and counts[HEADS] + counts[PAGE_NUMBERS]):  # verse may end a page without a full stop, too
+        ends = [
+            "\n" if _is_cut(page) and after[0].lstrip()[:1].islower() else "\n\n" for page, after in pairwise(pages)
+        ]
+        return "".join("\n".join(page) + end for page, end in zip(pages, [*ends, "\n"], strict=True))
     return "".join("\n".join(page) + _break(page, after) for page, after in zip(pages, [*pages[1:], [""]], strict=True))
 
 
