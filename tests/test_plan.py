@@ -161,6 +161,12 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
 
 
+def test_fewer_rows_are_taken_only_if_they_save_time(imagine, monkeypatch):
+    monkeypatch.setitem(globals(), "cost", lambda cfg: 15.0)  # as where two threads wait for a busy core
+    theirs = Start({"model_extra": {}}, None, False)
+    assert imagine(5, 20_000, start=theirs)[0].batch_size == 4
+
+
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):
     cfg = imagine(5, 20_480)[0]
     steps = 20_480 / cfg.tokens_per_step

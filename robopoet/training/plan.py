@@ -39,6 +39,7 @@ DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many pass
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
 EVALUATING = 0.05  # share of training's seconds, at most; beside busy programs the last takes 15 times as long
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
+WORTH = 0.8  # a smaller step must take at most this share of the larger one's time
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
 CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
 CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
@@ -235,7 +236,10 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         ways = _shapes(cfg, SMALLER)
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
     while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), recipe.enough):
-        cfg = _choose(cfg, **ways.pop(0))
+        smaller = _choose(cfg, **ways.pop(0))
+        if seconds(smaller)[0] > WORTH * seconds(cfg)[0]:  # what takes the time is something else
+            break
+        cfg = smaller
     step_s, batch_s = seconds(cfg)
     cfg = _fill(cfg, meta, step_s, batch_s, most, recipe.least, clock)
     if start.content is None and cfg.optimizer == "muon":
