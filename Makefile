@@ -35,6 +35,7 @@ help:  ## this list
 
 .venv/installed-slow: requirements-slow.txt .venv/installed-dev
 	$(call install,requirements-slow.txt)
+	grep -o '^chardet==[^ ]*' requirements.txt | $(BIN)/pip install --no-deps -r /dev/stdin  # lm_eval brings an older one
 
 # pip compiles on one core; compileall on all. It fails on templates that are not Python: so does pip, without a word.
 define install

@@ -57,11 +57,20 @@ def read(
     text, told = encodings.decode(name, content, encoding)
     if suffix not in HTML:
         return text, told
+    text, told = _without_zeros(text, told)
     layout = lay_out(text, name, find=partial(Sheets(sheets, epub.sheet_key).named, name))
     page_matter.update(layout.counts)
     if layout.lost:
         losses[name] = Loss(layout.lost, layout.letters + layout.lost)
     return layout.text, told
+
+
+def _without_zeros(source: str, told: str) -> tuple[str, str]:
+    """A page without NUL, of which its parser would make a character, and what is to be told of it."""
+    if not (zeros := source.count("\0")):
+        return source, told
+    more = f"holds control codes, left out: {zeros:,}"
+    return source.replace("\0", ""), f"{told}; {more}" if told else more
 
 
 def _epub(
@@ -79,6 +88,7 @@ def _epub(
             given = encoding if page.path in foreign else ""
             source, telling = encodings.decode(place, page.content, given, foreign)
             if page.is_markup:
+                source, telling = _without_zeros(source, telling)
                 layout = lay_out(source, place, find=partial(sheets.named, page.path))
             told += [f"{page.path} {telling}"] if telling else []
         except DataError:
