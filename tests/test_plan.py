@@ -156,6 +156,7 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     for width, rate in ((576, 3e-4), (768, 2.2e-4), (2048, 8.4e-5)):  # half of it where the model is twice as wide
         cfg = imagine(1000, 20_000, f"--n_embd={width}", start=theirs)[0]
         assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", pytest.approx(rate, rel=0.02), 4)
+        assert cfg.sampled_softmax == 0
     busy = 5 * 60 / 15 / cost(train.TrainConfig(batch_size=1, block_size=256))
     cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
