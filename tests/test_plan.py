@@ -44,7 +44,7 @@ def imagine(monkeypatch):
     for module in (plan, schedule):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: wall.now))
 
-    def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None):
+    def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None, vocab_size=4095):
         def trial(cfg):
             if tried is not None:
                 tried.append(cfg)
@@ -57,7 +57,7 @@ def imagine(monkeypatch):
             return functools.partial(work, share=1), functools.partial(work, share=1 / 3)
 
         splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
-        imagined = SimpleNamespace(splits=splits, vocab_size=4095)
+        imagined = SimpleNamespace(splits=splits, vocab_size=vocab_size)
         cfg = configurator.parse(train.TrainConfig, [f"--minutes={minutes}", *argv])
         begin = wall.now
         return (
@@ -154,9 +154,9 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.FROM_OURS.epochs + 1) * 20_000
     for width, rate in ((576, 3e-4), (768, 2.2e-4), (2048, 8.4e-5)):  # half of it where the model is twice as wide
-        cfg = imagine(1000, 20_000, f"--n_embd={width}", start=theirs)[0]
+        cfg = imagine(1000, 20_000, f"--n_embd={width}", "--epochs=10", start=theirs, vocab_size=49_173)[0]
         assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", pytest.approx(rate, rel=0.02), 4)
-        assert cfg.sampled_softmax == 0
+        assert (cfg.sampled_softmax, cfg.dropout) == (0, 0.1)  # as the config has them
     busy = 5 * 60 / 15 / cost(train.TrainConfig(batch_size=1, block_size=256))
     cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
