@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
 
     epochs: passes after which a text teaches nothing more. cpu_rows: rows of a step on a CPU, at most. least, enough:
     a run has at least the first number of steps; below the second a smaller model, or fewer rows, learn more. keys: of
-    the config.
+    the config. evaluations: about so many, as each saves gigabytes (0: as many as of other runs).
     """
 
     epochs: int
@@ -58,12 +58,13 @@ class Recipe(NamedTuple):
     least: int
     enough: int
     keys: dict[str, Any]
+    evaluations: int = 0
 
 
 FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
 FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
 # others' models are large: a step of 8 rows may take a minute, and the first one gains
-FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adamw"})
+FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adamw"}, evaluations=4)
 RATE_OF_OTHERS = 3e-4 * 576  # times 1 / width: measured at 576, moved as by Yang et al. 2022, arXiv:2203.03466
 
 
@@ -242,7 +243,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
             break
         cfg = smaller
     step_s, batch_s = seconds(cfg)
-    cfg = _fill(cfg, meta, step_s, batch_s, most, recipe.least, clock)
+    cfg = _fill(cfg, meta, step_s, batch_s, most, recipe, clock)
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
@@ -336,17 +337,18 @@ def _last(cfg: Config, most: float) -> int:
     return cfg.max_iters if "max_iters" in cfg.given else math.ceil(most / cfg.tokens_per_step)
 
 
-def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, least: int, clock: Clock) -> Config:
-    """`cfg` with the steps, at least so many, and the batches of an evaluation, that fit into the time left."""
+def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, recipe: Recipe, clock: Clock) -> Config:
+    """`cfg` with the steps, as many as the recipe's least, and the batches of an evaluation, that fit into the time."""
     last, per_epoch = _last(cfg, most), meta.splits["train"].tokens / cfg.tokens_per_step
     steps = last if "max_iters" in cfg.given else min(last, int(clock.left_s / step_s))
     if math.isinf(step_s):
         raise ConfigError(less_memory(cfg))
-    if steps < min(last, least):
+    if steps < min(last, recipe.least):
         raise ConfigError(f"minutes: {cfg.minutes:g} are too few, a step takes {step_s:.1f} s here; give more")
 
     def interval(steps: int) -> int:
-        return cfg.eval_interval or evaluation_interval(steps, per_epoch)
+        few = max(steps // recipe.evaluations, 1) if recipe.evaluations else None
+        return cfg.eval_interval or few or evaluation_interval(steps, per_epoch)
 
     batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
     fits = max(int(EVALUATING * min(interval(steps), steps) * step_s / batch_s), 1)
@@ -354,4 +356,6 @@ def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, l
     within = steps_within(clock.left_s / step_s, clock.pause, interval)
     steps = last if "max_iters" in cfg.given else min(last, within)
     warmup = max(min(cfg.warmup_iters, steps // 5), 1)
+    if recipe.evaluations:
+        cfg = _choose(cfg, eval_interval=interval(steps))
     return _choose(cfg, max_iters=steps, warmup_iters=warmup, eval_iters=fits if fits < batches else 0)
