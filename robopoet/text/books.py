@@ -1,6 +1,6 @@
 """Books as people have them: plain text in any encoding, HTML and EPUB.
 
-Every file is untrusted: no entity is expanded, nothing is fetched.
+Every file is untrusted: nothing is fetched, and of the entities that a page declares only short ones are expanded.
 """
 
 from collections import Counter

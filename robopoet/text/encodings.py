@@ -31,7 +31,7 @@ ENOUGH = 8  # bytes beyond ASCII from which an encoding can be told
 FEW = 0.02  # or so small a share of them, as a Latin script has
 MIXED = 0.1  # the share of lines in UTF-8, among those beyond ASCII, from which on a file holds two encodings
 CONTROLS = bytes({*range(0x20)} - set(b"\t\n\r"))
-CODES = CONTROLS.translate(None, b"\x0b\x0c\x1a\x1b")  # which a text has not, but for a terminal
+CODES = CONTROLS.translate(None, b"\x0b\x0c\x1a\x1b")  # only a text for a terminal has them
 SUPERSETS = {"iso8859-1": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874", "euc_kr": "cp949"}  # what is meant
 RARE = "hp-roman8 cp1006 iso8859-4 iso8859-10 iso8859-14 iso8859-16 shift_jis_2004".split()  # and like what is common
 POSSIBLE = 0.9  # the share of the most confident guess's confidence from which on the words decide
@@ -109,6 +109,11 @@ def _count_high(content: bytes) -> int:
     return len(content) - len(content.decode("ascii", "ignore"))
 
 
+def _count(content: bytes, codes: bytes) -> int:
+    """How many bytes of `content` are among `codes`."""
+    return len(content) - len(content.translate(None, codes))
+
+
 def _check_unmixed(name: str, content: bytes) -> None:
     lines = [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if not line.isascii()]
     others = [i for i, line in lines if not is_utf8(line)]
@@ -149,7 +154,7 @@ def _unicode_or_escaped(content: bytes) -> str:
 
     found = chardet.detect(content, max_bytes=len(content), compat_names=False)["encoding"] or ""
     if found.startswith(("utf-16", "utf-32")):  # or is it a text with a few zeros?
-        controls = len(content) - len(content.translate(None, CONTROLS))
+        controls = _count(content, CONTROLS)
         is_few = controls < len(content) / 4 if is_utf8(content) else content.count(b"\0") < content.count(b" ") / 2
         return "" if is_few else found
     return found if found.startswith(MAY_BE_ASCII) else ""
@@ -188,7 +193,7 @@ def _guess(problem: str, content: bytes) -> str:
 
     sample, high = _sample(content), _count_high(content)
     listed = []
-    is_text = len(content) - len(content.translate(None, CODES)) <= REPLACED * len(content)
+    is_text = _count(content, CODES) <= REPLACED * len(content)
     if is_text and (high >= ENOUGH or high < FEW * len(content)):
         eras = chardet.EncodingEra.ALL & ~chardet.EncodingEra.MAINFRAME
         listed = chardet.detect_all(

@@ -118,7 +118,7 @@ class Sheets:
         first = self.find(page, href)
         if first not in self.found:
             keys = [first]
-            for key in keys:  # which grows
+            for key in keys:  # keys grows while it is read
                 imported = [self.find(key, other) for other in self._parsed(key).imports]
                 keys += [key for key in imported if key not in keys][: MOST_IMPORTS - len(keys)]
             self.found[first] = [self._parsed(key) for key in reversed(keys)]

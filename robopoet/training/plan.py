@@ -50,7 +50,9 @@ class Recipe(NamedTuple):
 
     epochs: passes after which a text teaches nothing more. cpu_rows: rows of a step on a CPU, at most. least, enough:
     a run has at least the first number of steps; below the second a smaller model, or fewer rows, learn more. keys: of
-    the config. evaluations: about so many, as each saves gigabytes (0: as many as of other runs).
+    the config. scaled_rate: AdamW's, times the model's width (0: as in keys). is_regularised: whether dropout by the
+    passes, and a sampled softmax, gain; what never learned with dropout can't do with it. evaluations: about so many,
+    as each saves gigabytes (0: as many as of any run).
     """
 
     epochs: int
@@ -58,14 +60,16 @@ class Recipe(NamedTuple):
     least: int
     enough: int
     keys: dict[str, Any]
+    scaled_rate: float = 0.0
+    is_regularised: bool = True
     evaluations: int = 0
 
 
 FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
 FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
 # others' models are large: a step of 8 rows may take a minute, and the first one gains
-FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adamw"}, evaluations=4)
-RATE_OF_OTHERS = 3e-4 * 576  # times 1 / width: measured at 576, moved as by Yang et al. 2022, arXiv:2203.03466
+# the rate was measured at a width of 576; moved to others as by Yang et al. 2022, arXiv:2203.03466
+FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adamw"}, 3e-4 * 576, is_regularised=False, evaluations=4)
 
 
 def _change(cfg: Config, **values: Any) -> Config:
@@ -219,15 +223,15 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     machine, tokens = clock.machine, meta.splits["train"].tokens
     on_cpu = machine.device.type == "cpu"
     recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
-    cfg, is_others = _choose(cfg, **recipe.keys), recipe is FROM_OTHERS
-    if is_others:
-        cfg = _choose(cfg, learning_rate=float(f"{RATE_OF_OTHERS / cfg.n_embd:.2g}"))
+    cfg = _choose(cfg, **recipe.keys)
+    if recipe.scaled_rate:
+        cfg = _choose(cfg, learning_rate=float(f"{recipe.scaled_rate / cfg.n_embd:.2g}"))
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
     rows = recipe.cpu_rows if on_cpu else 32
     if start.content is None:
         rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
     cfg = _choose(cfg, batch_size=rows, patience=6)
-    samples = on_cpu and not is_others and meta.vocab_size >= 2 * SAMPLED
+    samples = on_cpu and recipe.is_regularised and meta.vocab_size >= 2 * SAMPLED
     cfg = _choose(cfg, sampled_softmax=SAMPLED if samples else 0)
     epochs = cfg.epochs or recipe.epochs
     most = epochs * tokens
@@ -247,7 +251,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     if start.content is None and cfg.optimizer == "muon":
         cfg = _choose(cfg, muon_weight_decay=cfg.weight_decay, weight_decay=_decay(cfg, tokens))
     passes = cfg.max_iters * cfg.tokens_per_step / tokens
-    if not is_others:  # theirs learned with what dropout they have: 0.1 doubles the loss of one that had none
+    if recipe.is_regularised:
         cfg = _choose(cfg, dropout=next(share for limit, share in DROPOUT if passes <= limit))
     return _change(cfg, epochs=0.0 if "max_iters" in cfg.given else epochs)
 
