@@ -116,10 +116,10 @@ def table(results: list[dict[str, Any]]) -> str:
             start = Path(book["init_from"])  # out/base/best.pt, scratch or smollm2
             start = start.parent.name or start.name.replace("scratch", "")
             shape = f"{book['n_layer']}x{book['n_embd']}"
-            figures = [f"{book['best']}/{book['max_iters']}", f"{book['seconds']:.0f}", f"{book['bpb']:.3f}"]
+            figures = [f"{book['best'] / book['max_iters']:.0%}", f"{book['seconds']:.0f}", f"{book['bpb']:.3f}"]
             figures += [f"{bpb:.3f}" if (bpb := book.get("test", {}).get(coder)) else "" for coder in CODERS]
             rows.append([book["book"], f"{book['bytes'] / 1000:.0f}", f"{r['minutes']:g}", start, shape, *figures])
-    header = ["book", "KB", "min", "from", "shape", "best step", "s", "val", "test", "PPMd", "KN"]
+    header = ["book", "KB", "min", "from", "shape", "best", "s", "val", "test", "PPMd", "KN"]
     return markdown(header, rows)
 
 
