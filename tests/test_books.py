@@ -92,6 +92,24 @@ def test_what_a_reader_of_a_page_sees_is_read(page):
     assert markup.html_text(page.format("It was a dark night.")) == "It was a dark night.\n\nFooter."
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<h2>One<span class=mw-editsection>[<a href=e>edit</a>]</span></h2><p class=noprint>Log in<p>It", "One\n\nIt"),
+        ("<div role=navigation><h3>This page</h3><a href=s>Source</a></div><p>It was.", "It was."),
+        ("<p>If <math><mi>x</mi><mo>=</mo><mn>2</mn><annotation>x=2</annotation></math> then", "If x=2 then"),
+    ],
+)
+def test_what_a_page_has_for_its_readers_tools_is_left_out(page, text):
+    assert markup.html_text(page) == text
+
+
+def test_a_page_is_one_whatever_its_files_name():
+    page = b"\n<?xml version='1.0'?>\n<!doctype html>\n<html><body><p>It was.</p>"
+    assert books.read("a.txt", page) == ("It was.", "")
+    assert books.read("a.txt", b"<htmls> are <html>") == ("<htmls> are <html>", "")
+
+
 @pytest.mark.parametrize("element", ["<div class=toc>{}</div>", "<ul epub:type=toc>{}</ul>", "<nav>{}</nav>"])
 def test_lists_of_links_are_left_out(element):
     links = "Contents: " + "<li><a href='#c'>The first chapter</a>" * 3

@@ -119,6 +119,23 @@ PAGE_MATTER = [
         "Roses are\nred\nviolets\n\nOn red\n\nSo\n\nOn\n\nGenesis\n\nOne\n\nI\n\n1 In the\n\n2 And\n\n3 And God",
         {},
     ),
+    (
+        "<a href='#main'>Skip to main content</a><h1>One<a class=headerlink href='#one'>¶</a></h1><p>It was.<p>"
+        "<a href=e>Edit this page</a><p>© Copyright 2020, Me. Created using <a href='https://a.org'>Sphinx</a> 1.8.",
+        "One\n\nIt was.",
+        {"lines of navigation": 3},
+    ),
+    (
+        "<h2><a aria-hidden=true href='#o'>#</a>One</h2><p>It was built with care by <a href='https://a.org'>me</a>.<hr><p>"
+        "© 2020 Me<p>Built with <a href='https://a.org'>Sphinx</a> using a theme.",
+        "One\n\nIt was built with care by me.",
+        {"lines of navigation": 2},
+    ),
+    (
+        "<p>© 2020 Me<p>Copyright is a word.<p>Built with <a href='b.html'>bricks</a>.",
+        "© 2020 Me\n\nCopyright is a word.\n\nBuilt with bricks.",
+        {},
+    ),
 ]
 
 

@@ -339,6 +339,34 @@ def test_a_table_is_refused_with_what_writes_its_texts(tmp_path, name, tool):
         read_all(corpus.manifest_of_files((str(tmp_path / name),)))
 
 
+ROWS = {
+    "id,author,text\n": '{i},bob,"It was, he said,\nlate {i}."\n',
+    "id;text\n": "{i};It was late\n",
+    "id\ttext\n": "{i}\tIt was late\n",
+    "[": '{{"text": "It was {i}"}},\n',
+    "": '{{"text": "It was {i}"}}\n',
+    "WEBVTT\n": "\n00:{i}.000 --> 00:{i}.900\nIt was late\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "advice"),
+    [*zip(ROWS, (r"read_csv\(FILE\)", "sep=';'", r"sep='\\t'", "jq", r"\.jsonl", "sed"), strict=True)],
+)
+def test_a_table_is_known_whatever_its_files_name(tmp_path, head, advice):
+    (tmp_path / "a.txt").write_text(head + "".join(ROWS[head].format(i=i) for i in range(10, 40)))
+    with pytest.raises(DataError, match=rf"a.txt: begins '.*', so it holds more than its texts; prepare .*{advice}"):
+        read_all(corpus.manifest_of_files((str(tmp_path),)))
+
+
+@pytest.mark.parametrize(
+    "lines", ["Rain, wind, night\n", '"It was," he said, "late."\n', "HAMLET\tTo be, or\n", "{ I }\n"]
+)
+def test_lines_with_commas_are_no_table(tmp_path, lines):
+    (tmp_path / "a.txt").write_text(lines * 30)
+    assert [doc[2] for doc in read_all(corpus.manifest_of_files((str(tmp_path),)))] == [lines * 30]
+
+
 def test_a_folders_files_that_are_not_read_are_named(tmp_path, capsys):
     for name in ("a.txt", "b.rst", "c/README", "d.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

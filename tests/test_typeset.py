@@ -32,10 +32,66 @@ FEEDS = {"form feeds": 5}
         ("[Page @]\nLINES\n", {"page numbers": 6}),
         ("THE FOX     1\n\nLINES\n\n     12\n", {"running heads": 6, "page numbers": 6}),
         ("@\nTHE FOX   7\nLINES\n", {"page numbers": 6, "running heads": 6}),
+        ("LINES\nPage @ of 10\n", {"page numbers": 6}),
+        ("LINES\n\n~ @ ~\n", {"page numbers": 6}),
+        ("LINES\n\nFree eBooks at planet.com\n", {"running heads": 6}),
     ],
 )
 def test_form_feeds_and_the_edges_of_pages_are_left_out(page, counts):
     assert typeset.running_text(paged(page)) == (PLAIN, FEEDS | counts)
+
+
+def test_numbers_that_part_sentences_are_those_of_pages_without_form_feeds():
+    pages = [LINES.format("x" * i) + " it goes on" * 60 for i in range(5, 11)]
+    text = "\n\n".join(f"{page} and\nthe\n\n{i}" for i, page in enumerate(pages, 90)).replace(
+        "\n\nIt was", "\n\nit was"
+    )
+    assert typeset.running_text(text) == (
+        "".join(f"{page} and\nthe\n" for page in pages).replace("the\nIt", "the\nit"),
+        {"page numbers": 6},
+    )
+    numbered = text.replace("the\n\n", "the end.\n\n").replace("\n\nit was", "\n\nIt was")
+    assert typeset.running_text(numbered) == (numbered, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("He [Pg 1] went so[Pg 2]me way\n[Pg 3] to {Page 4}bed.", "He went some way\nto bed."),
+        ("See [Page 12].", "See [Page 12]."),
+        ("See [Page 12] and [Page 3].", "See [Page 12] and [Page 3]."),
+    ],
+)
+def test_marks_of_pages_that_count_on_are_left_out(text, found):
+    assert typeset.running_text(text)[0] == found
+
+
+CHAPTERS = "CHAPTER I.\n\nThe Fox\n\nIt was.\n\nII. The hen\n\nSo.\n\nChapter 3. THE END\n\nAll.\n"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "CONTENTS\n\nI. The fox ..... 1\nII. The hen    17\nIII. The end  33\n\n",
+        "  Table of Contents:\n\nChapter\n\nThe Fox\n\nThe Hen\n\nThe End\n\n",
+        "INHALT\n\nI. The fox\nII. The hen\nChapter 3. The end\n\n",
+    ],
+)
+def test_a_table_of_contents_whose_lines_are_the_headings_of_the_text_is_left_out(table):
+    assert typeset.running_text(f"Book\n\n{table}{CHAPTERS}") == (f"Book\n\n{CHAPTERS}", {"tables of contents": 1})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Contents\n\nThe box held these:\n\n{CHAPTERS}",
+        f"CONTENTS\n\nThe fox\nThe hen\n\n{CHAPTERS}",
+        f"CONTENTS\n\nThe fox\nThe hen\nThe end\n   Part one\n   Part two\n\n{CHAPTERS}",
+        "Contents\n\nThe fox\nthe fox\nThe fox\nthe hen\n",
+    ],
+)
+def test_what_only_looks_like_a_table_of_contents_stays(text):
+    assert typeset.running_text(text) == (text, {})
 
 
 def test_pages_that_end_with_sentences_lose_what_stands_as_on_paper():

@@ -3,6 +3,7 @@
 Every file is untrusted: nothing is fetched, and of the entities that a page declares only short ones are expanded.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from robopoet.text.markup import lay_out
 from robopoet.text.styles import Sheets
 
 HTML = (".html", ".htm", ".xhtml")
+PAGE = re.compile(r"\s*(?:<\?xml[^>]{0,200}>\s*)?<(?:!doctype )?html\b", re.I)  # how a page begins, whatever its name
 CONVERTED = {
     ".pdf": "pdftotext -layout FILE.pdf FILE.txt",
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".docx", ".odt", ".rtf"), "Calibre's ebook-convert"),
@@ -55,7 +57,7 @@ def read(
     if suffix == ".epub":
         return _epub(name, content, encoding, losses, page_matter)
     text, told = encodings.decode(name, content, encoding)
-    if suffix not in HTML:
+    if suffix not in HTML and not PAGE.match(text):
         return text, told
     text, told = _without_zeros(text, told)
     layout = lay_out(text, name, find=partial(Sheets(sheets, epub.sheet_key).named, name))

@@ -30,7 +30,10 @@ GUTENBERG_START = re.compile(
     r"|\*END[* ]THE SMALL PRINT!).*$",
     re.M,
 )
-GUTENBERG_END = re.compile(r"^[^\S\n]*(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG.*$", re.M | re.I)
+GUTENBERG_END = re.compile(
+    r"^(?:.{0,100}Gutenberg.{0,200}\n{1,4})?[^\S\n]*(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG.*$",
+    re.M | re.I,
+)
 # at most eight lines that a blank line ends, or else one line
 GUTENBERG_CREDIT = re.compile(
     r"\s*(?:E-text )?(?:produced|prepared|transcribed) by\b.{0,300}\n(?:(?:.{1,100}\n){0,7}(?=\n))?", re.I
@@ -56,7 +59,13 @@ def _books(text: str) -> list[tuple[int, int]]:
 
 def plain(text: str) -> str:
     """`text` with LF line ends, without a byte order mark, DOS's mark of a file's end and control codes."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\x1a", "")
+    text = (
+        text.removeprefix("\ufeff")
+        .replace("\r\r\n", "\n")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+        .replace("\x1a", "")
+    )
     if not count_controls(text):
         return text
     if "\x08" in text:

@@ -25,7 +25,16 @@ FONT_OBFUSCATION = {"http://www.idpf.org/2008/embedding", "http://ns.adobe.com/p
 
 CONTAINER, ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
 PAGE_NAMES = (".html", ".htm", ".xhtml", ".xht")
-NOT_TEXT = ("image/", "audio/", "video/", "font/", "text/css", "text/javascript", "application/javascript")
+NOT_TEXT = (
+    "image/",
+    "audio/",
+    "video/",
+    "font/",
+    "text/css",
+    "text/javascript",
+    "application/javascript",
+    "application/x-dtbncx",
+)
 GUIDE = {"cover": "cover", "copyright-page": "aside", **dict.fromkeys(("toc", "lot", "loi"), "contents")}
 # the name of a page that a reading program shows beside the book, where the spine says that it is not in line with it
 ASIDE = re.compile(r"(?:^|[^a-z])(?:(?:foot|end)?notes?|nav|toc|contents|cover|copyright|adverts?)(?![a-z])", re.I)
@@ -76,7 +85,8 @@ class _Members:
     def __init__(self, name: str, archive: zipfile.ZipFile, size: int):
         self.name, self.archive = name, archive
         self.left = min(BOOK_BYTES, UNPACKED * size + UNPACKED_FLOOR)
-        self.paths = [info.filename for info in archive.infolist() if not info.is_dir()]
+        paths = [info.filename for info in archive.infolist() if not info.is_dir()]
+        self.paths = [path for path in paths if not path.startswith("__MACOSX/")]
         self.of_key: dict[str, str] = {}
         for info in archive.infolist():
             for path in (info.filename, _as_utf8(info.filename)):
@@ -103,7 +113,7 @@ class _Members:
         from lxml import etree  # a tenth of a second, for those who need it
 
         content = self.read(member)
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"<\0")):
             content = content.decode("utf-16", "replace").encode()
         content = content.removeprefix(codecs.BOM_UTF8).lstrip()
         content = re.sub(rb"<(?![\w/!?])|&(?:(\w{1,32});|(?!#))", _reference, content)

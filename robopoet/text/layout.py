@@ -29,12 +29,16 @@ WHITE_SPACE = dict.fromkeys("listing plaintext pre textarea xmp".split(), "pre")
 CELLS = frozenset("dd dt li td th".split())  # with a space in between where they stand in a line
 # what is not part of the work: elements, and values of class, epub:type and role
 OUTSIDE = frozenset(
-    "audio canvas head iframe math nav noembed noframes noscript noteref pagenum rp rt script select style svg "
-    "template title video".split()
+    "annotation annotation-xml audio canvas head iframe nav noembed noframes noscript noteref pagenum rp rt script "
+    "select style svg template title video".split()
 )
-OUTSIDE_NAMES = notes.REFERENCES | frozenset("copyright-page cover doc-cover pg-boilerplate".split())
+OUTSIDE_NAMES = notes.REFERENCES | frozenset(
+    "copyright-page cover doc-cover mw-editsection no-print noprint pg-boilerplate ws-noexport".split()
+)
 # what nobody misses: code, and what stands in for a medium
-UNCOUNTED = frozenset("audio canvas head iframe noembed script style template title video".split())
+UNCOUNTED = frozenset(
+    "annotation annotation-xml audio canvas head iframe noembed script style template title video".split()
+)
 # outside if most of their letters are in links; or as bars, if they are short
 CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())
 BAR_NAMES = frozenset("docnav navfooter navheader".split())  # DocBook's
@@ -43,7 +47,7 @@ PICTURES = frozenset("image img svg".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
 NOTE_CHARS = 20  # length of the longest mark of a note or page number, spaces included
-NOTE_MARK = re.compile(r"(?P<opened>[\[({]?)(?:(?P<number>\d{1,4})|[*†‡§‖¶↩↑^]{1,3}\ufe0e?)[\])}]?")
+NOTE_MARK = re.compile(r"(?P<opened>[\[({]?)(?:(?P<number>\d{1,4})|[*†‡§‖¶↩↑^#]{1,3}\ufe0e?)[\])}]?")
 
 FindSheets = Callable[[str], list[Sheet]]  # a style sheet, and what it imports, by the address in a link
 
@@ -110,6 +114,7 @@ class LaidOut:
             self.n_links += self.are_links[-1]
         types = " ".join(value for key, value in attributes.items() if key.endswith(":type") or key == "role")
         names = types.lower().split()
+        tag = "nav" if "navigation" in names and tag not in WHOLE else tag
         classes = attributes.get("class", "").lower().split() if tag not in HEADINGS else []
         outside = OUTSIDE_NAMES.intersection(names if tag in WHOLE else names + classes)
         self.uncounted += self.uncounted > 0 or tag in UNCOUNTED or "pg-boilerplate" in outside

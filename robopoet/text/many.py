@@ -1,6 +1,7 @@
 """Files that hold many documents: lines of JSON, rows of Parquet, and texts between marks."""
 
 import codecs
+import csv
 import gzip
 import io
 import os
@@ -56,6 +57,28 @@ def has_ending(path: str, suffixes: str | tuple[str, ...]) -> bool:
 def stem(path: str) -> str:
     """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
     return Path(path[: -len(".gz")] if has_ending(path, ".jsonl.gz") else path).stem
+
+
+JSON_TEXT = re.compile(r"\s*\[?\s*\{\s*\"\w")
+SUBTITLE = re.compile(r"^[\d:.,]{5,12} --> [\d:.,]{5,12}", re.M)
+COLUMN = re.compile(r"[^\W\d]\w{0,30}")  # its name in a table
+COLUMNS, FEWEST_ROWS = 0.95, 6  # the least share of rows that have as many as their names; the least rows of a table
+
+
+def table_kind(text: str) -> str:
+    """The extension of a file that holds what `text` does if that is a table, JSON or subtitles, else ""."""
+    head = text[:HEAD_CHARS].replace("\r\n", "\n").replace("\r", "\n")
+    if JSON_TEXT.match(head):
+        return ".jsonl" if re.match(r"\s*\{.*\}\s*\n\s*\{", head) else ".json"
+    if len(SUBTITLE.findall(head)) >= FEWEST_STAMPED:
+        return ".srt"
+    for mark, kind in ((",", ".csv"), (";", ".ssv"), ("\t", ".tsv")):
+        if mark in head.lstrip().partition("\n")[0]:
+            names, *rows = list(csv.reader(head.lstrip().splitlines(keepends=True), delimiter=mark))[:-1] or [[]]
+            fitting = sum(len(row) == len(names) for row in rows)
+            if all(map(COLUMN.fullmatch, names)) and fitting >= max(FEWEST_ROWS, COLUMNS * len(rows)):
+                return kind
+    return ""
 
 
 def check_no_chat(path: str, text: str) -> None:

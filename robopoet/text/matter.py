@@ -77,7 +77,9 @@ CONTENTS_TITLES = frozenset(
 )
 # what the links of a bar say, in the languages of most books
 _GO_ON = (
-    r"(?:prev|previous|next|back|forward|toc|table of contents|zurück|weiter|vor|vorige|vorherige|vorheriges|nächste|"
+    r"(?:(?:edit|improve|print|share|show|suggest|view) (?:an edit|this page|(?:page )?source|on github)|page source|"
+    r"main content|prev|previous|next|back|forward|toc|table of contents|zurück|weiter|vor|vorige|vorherige|"
+    r"vorheriges|nächste|"
     r"nächstes|inhaltsverzeichnis|startseite|précédent|précédente|suivant|suivante|accueil|table des matières|anterior|"
     r"siguiente|próximo|próxima|seguinte|precedente|successivo|successiva|avanti|indietro|vorig|vorige|volgend|volgende|"
     r"inhoudsopgave|назад|вперёд|вперед|далее|предыдущая|следующая|оглавление|poprzedni|poprzednia|następny|następna|"
@@ -99,6 +101,13 @@ _BACK = (
 )
 BAR_WORDS = re.compile(rf"(?:{_BACK})?(?:{_GO_ON}|{_GO_TO}){_PART}")
 SURE_BAR_WORDS = re.compile(rf"{_GO_ON}{_PART}|{_BACK}(?:{_GO_ON}|{_GO_TO}){_PART}")
+# what made a page, with a link to that; and whose it is, where a line that is gone stands beside
+CREDIT = re.compile(
+    r"(?:(?:©|copyright\b).{0,100}[.|]\s*)?(?:proudly )?(?:built|created|generated|made|powered) (?:by|using|with)\b",
+    re.I,
+)
+URL = re.compile(r"[a-z][a-z0-9+.-]*:|//", re.I)
+COPYRIGHT = re.compile(r"(?:©|copyright\b)", re.I)
 ARROWS = "«»‹›←→⇐⇒◀▶◄►⏪⏩<>↑⇑▲"
 STEP_TITLE = re.compile(
     rf"\W*(?:{BAR_WORDS.pattern})\s*[:{ARROWS}]|[{ARROWS}]+(?![^{ARROWS}]*[{ARROWS}])|[^{ARROWS}]+[{ARROWS}]+\s*\Z",
@@ -189,7 +198,8 @@ def _line(pieces: list[str], links: Sequence[Link | None], start: int, stop: int
     line = _Line(start, stop, sum(map(len, pieces[start:stop])), introduces=ends in (":", ",", "—"))
     if line.chars > BAR_CHARS or (line.chars > ENTRY_CHARS and not any(links[start:stop])):
         return line
-    line = line._replace(words=_words("".join(pieces[start:stop])))
+    text = "".join(pieces[start:stop])
+    line = line._replace(words=_words(text), may_be_bar=COPYRIGHT.match(text) is not None)
     inside: dict[Link, str] = {}
     outside = []
     for i in range(start, stop, 2):
@@ -197,6 +207,8 @@ def _line(pieces: list[str], links: Sequence[Link | None], start: int, stop: int
             inside[one] = f"{inside.get(one, '')} {pieces[i]}".strip()
         else:
             outside.append(pieces[i])
+    if CREDIT.match(text) and any(URL.match(one.href) for one in inside):
+        return line._replace(kind="bar")
     is_bar = bool(inside) and (_is_bar(inside, outside) or _is_framed(pieces, links, start, stop))
     if is_bar and (len(inside) > 1 or any(one.is_step for one in inside) or _is_sure(line.words)):
         return line._replace(kind="bar")
@@ -205,7 +217,7 @@ def _line(pieces: list[str], links: Sequence[Link | None], start: int, stop: int
     hrefs = tuple({one.href for one in inside})
     if not hrefs or any(one.is_heading for one in inside) or line.chars > ENTRY_CHARS:
         return line
-    if any(re.match(r"[a-z][a-z0-9+.-]*:|//", href, re.I) or notes.leads_to_notes(href) for href in hrefs):
+    if any(URL.match(href) or notes.leads_to_notes(href) for href in hrefs):
         return line
     if not any(map(_words, outside)):
         return line._replace(kind="entry" if len(hrefs) == 1 else "row", hrefs=hrefs, may_be_bar=is_bar)

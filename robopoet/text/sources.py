@@ -39,6 +39,7 @@ from robopoet.text.many import (
     marked,
     parquet_rows,
     stem,
+    table_kind,
 )
 
 SHEET_ADDRESS, SHEET_BYTES = re.compile(rb"""["']([^"'<>:?#]{1,300}\.css)["'?#]"""), 2**20  # the largest style sheet
@@ -48,8 +49,10 @@ TABLES = {  # what holds texts among other things -> how to write them alone
     ".csv": "its column NAME, with pandas: read_csv(FILE)[['NAME']].set_axis(['text'], axis=1)"
     ".to_json('texts.jsonl', orient='records', lines=True)",
     ".json": "its key NAME, as jq -c '.. | .NAME? | strings | {text: .}' FILE > texts.jsonl writes it",
+    ".jsonl": 'it under a name that ends in .jsonl, with {"text": "..."} in each line',
+    ".srt": "what is said alone, as sed -E '/^[0-9]*\\r?$|-->/d' FILE > new.txt writes it",
 }
-TABLES[".tsv"] = TABLES[".csv"].replace("FILE", "FILE, sep='\\t'")
+TABLES |= {kind: TABLES[".csv"].replace("FILE", f"FILE, sep='{sep}'") for kind, sep in ((".tsv", "\\t"), (".ssv", ";"))}
 TEXTS = (".txt", ".md", *books.HTML, ".epub", *JSON_LINES, PARQUET)  # the files that are read from a folder
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=1000)]
@@ -91,11 +94,12 @@ def raw_documents(source: Source, folder: Path) -> Iterator[RawDocument]:
 
 
 def _texts(path: str, content: bytes, source: Source) -> Iterator[RawDocument]:
-    if has_ending(path, tuple(TABLES)) and not source.remove:
-        first = content.partition(b"\n")[0][:100].decode("utf-8", "replace").strip()
-        advice = TABLES[PurePath(path).suffix.lower()]
-        raise DataError(f"{path}: begins {first!r}, so it holds more than its texts; prepare {advice}")
     book = _book(path, content, source)
+    kind = "" if has_ending(path, tuple(TABLES)) or source.clean == "none" else table_kind(book.text)
+    kind = kind or PurePath(path).suffix.lower()
+    if kind in TABLES and not source.remove:
+        first = book.text.strip().partition("\n")[0][:100]
+        raise DataError(f"{path}: begins {first!r}, so it holds more than its texts; prepare {TABLES[kind]}")
     if source.clean == "none":
         yield book
         return

@@ -1,5 +1,5 @@
-"""What the pages of a printed book leave in a plain text: form feeds, running heads, page numbers, hyphens, and marks
-that nobody sees.
+"""What the pages of a printed book leave in a plain text: form feeds, running heads, page numbers, contents, hyphens,
+and marks that nobody sees.
 
 A line at the edge of a page goes only if it says the same on others, or counts them; where pages don't end within
 sentences, only if a number stands far from its words, or below the page. A hyphen at a line's end goes only where the
@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
-from robopoet.text.matter import PAGE_NUMBERS
+from robopoet.text.matter import CONTENTS, CONTENTS_TITLES, ENTRY_CHARS, FEWEST_ENTRIES, PAGE_NUMBERS
 
 FORM_FEEDS, HEADS = "form feeds", "running heads"  # as they are told
 HYPHENS, SOFT_HYPHENS, ZERO_WIDTHS = "hyphens at line ends", "soft hyphens", "zero-width characters"
@@ -24,7 +24,22 @@ SENTENCE_END = re.compile(r"[.!?…:;][\"'”’»)\]]*\s*\Z")
 # a word as no running head has it: a long one, or the first, in lower case
 LOWER_WORD = re.compile(r"(?:(?<!\w)(?=[^\W\d_]{4})|^\W*)[a-zß-öø-ÿа-яα-ω]")
 NUMBER = r"(?:\d{1,4}|[ivxlc]{1,7})"
-NUMBER_LINE = re.compile(rf"[\s\-–—\[(|]*(?:(?i:page|pg|p|seite|s)\b\.?\s*)?({NUMBER})[\s\-–—\])|]*", re.A)
+NUMBER_LINE = re.compile(
+    rf"[\s\-–—\[(|~*•·]*(?:(?i:page|pg|p|seite|s)\b\.?\s*)?({NUMBER})(?:\s*(?:/|of|von|de|из)\s*\d{{1,4}})?[\s\-–—\])|~*•·]*",
+    re.A,
+)
+WEB_ADDRESS = re.compile(r"\bwww\.|://|\w\.(?:com|net|org)\b", re.I)
+# a page's number alone, between the line before it and the first character of the next
+PAGE_END = re.compile(r"^(.*)\n{1,3}[ \t\-–—\[(]{0,80}(\d{1,4})[ \t\-–—\])]{0,80}\n{1,3}[ \t]{0,80}(.)", re.M)
+CUT_LINES, PAGE_CHARS = 0.4, 600  # the least share of them that stand within sentences; the least text on a page
+PAGE_MARK = re.compile(r"(?P<space>(?<=\s))?[\[{](?:Pg|Page)\.? ?(\d{1,4})[\]}](?(space) ?)")
+CONTENTS_TITLE = re.compile(rf"^[^\w\n]*(?:{'|'.join(CONTENTS_TITLES)})[^\w\n]*$", re.M | re.I)
+OTHER_ENTRIES = 3  # lines after which a table ends if none is a heading of the text
+ENTRY_NUMBER = re.compile(
+    r"\W*(?:(?:chapter|chapitre|kapitel|capítulo|capitolo|глава|rozdział|book|part|act|canto)\b\W*)?(?:[ivxlcdm]+\b|\d+)?\W*"
+)
+ENTRY_PAGE = re.compile(r"[\s.·…_]*(?:\b\d{1,4}|\b[ivxlc]{1,7})?\W*\Z")
+ENTRY_LEADER = re.compile(r"(?:\t|[\s.·…_]{2,})\d{1,4}\W*\Z")  # a page's number far from a chapter's
 HEAD = re.compile(rf"\s*(?:({NUMBER})(\s+))?(\S.*?)(?:(\s+)({NUMBER}))?\s*")
 
 # Between characters of scripts that need them, zero-width ones stay: Indic and Arabic letters, emoji
@@ -41,8 +56,15 @@ WHOLE_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 def running_text(text: str) -> tuple[str, Counter[str]]:
     """`text`, whose lines end with LF, without what pages of print leave in it; and how much of each that was."""
     counts: Counter[str] = Counter()
-    if "\f" in text:
+    counts[FORM_FEEDS] += text.count("\f")
+    if "\f" in (text := text if "\f" in text else _with_page_ends(text)):
         text = _without_pages(text, counts)
+    numbers = [int(found[2]) for found in PAGE_MARK.finditer(text)]
+    if len(numbers) > 1 and all(first < second for first, second in pairwise(numbers)):
+        text, n_marks = PAGE_MARK.subn("", text)
+        counts[PAGE_NUMBERS] += n_marks
+    if CONTENTS_TITLE.search(text):
+        text = _without_contents(text, counts)
     if "\xad" in text or "¬" in text:
         text, n_joined = SOFT_LINE_END.subn(r"\1\n", text)
         counts[SOFT_HYPHENS] += n_joined + text.count("\xad")
@@ -72,6 +94,52 @@ def _without_hyphens(text: str, counts: Counter[str]) -> str:
     return HYPHEN_LINE_END.sub(join, text)
 
 
+def _with_page_ends(text: str) -> str:
+    """`text` with a form feed after each page's number that stands alone, if these part sentences and count on."""
+    ends = list(PAGE_END.finditer(text))
+    counted = {found for pair in pairwise(ends) if int(pair[0][2]) + 1 == int(pair[1][2]) for found in pair}
+    n_cut = sum(found[3].islower() and not SENTENCE_END.search(found[1]) for found in counted)
+    if len(counted) < FEWEST_PAGES or n_cut < CUT_LINES * len(counted) or len(text) < PAGE_CHARS * len(counted):
+        return text
+    numbers = {found[2] for found in counted}
+    return PAGE_END.sub(
+        lambda found: f"{found[1]}\n{found[2]}\n\f{found[3]}" if found[2] in numbers else found[0], text
+    )
+
+
+def _without_contents(text: str, counts: Counter[str]) -> str:
+    """`text` without its tables of contents: lines under a title that says so, which stand again as its headings."""
+    lines = text.split("\n")
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    names = [_heading(lines[i]) for i in filled]
+    places: dict[str, int] = {}
+    again = [0] * len(names)  # where a line's name stands next; 0: nowhere
+    for i in reversed(range(len(names))):
+        again[i], places[names[i]] = places.get(names[i], 0), i
+    gone: set[int] = set()
+    for title in (i for i, line in enumerate(filled) if CONTENTS_TITLE.fullmatch(lines[line])):
+        last, n_entries, stop, i = title, 0, len(names), title + 1
+        while i < stop and i - last <= OTHER_ENTRIES:
+            if names[i] and again[i]:
+                last, n_entries, stop = i, n_entries + 1, min(stop, again[i])
+            i += 1
+        after = filled[last + 1] if last + 1 < len(filled) else len(lines)
+        is_whole = 2 * n_entries >= last - title and after > filled[last] + 1  # and a blank line ends it
+        if is_whole and n_entries >= FEWEST_ENTRIES and filled[title] not in gone:
+            gone.update(range(filled[title], after))
+            counts[CONTENTS] += 1
+    return "\n".join(line for i, line in enumerate(lines) if i not in gone)
+
+
+def _heading(line: str) -> str:
+    """What a line of a table of contents and its heading have in common: the words, or else the number."""
+    if len(line) > ENTRY_CHARS:
+        return ""
+    line = line.strip().casefold()
+    name = ENTRY_PAGE.sub("", ENTRY_NUMBER.sub("", line, count=1))
+    return " ".join(re.findall(r"\w+", name or ENTRY_LEADER.sub("", line)))
+
+
 class _Edge(NamedTuple):
     """What a line at the edge of a page says: its words, and a number before or after them, maybe far from them."""
 
@@ -83,7 +151,6 @@ class _Edge(NamedTuple):
 def _without_pages(text: str, counts: Counter[str]) -> str:
     """`text` without form feeds, and without what the pages that they part have at their edges."""
     pages = [page for part in text.split("\f") if (page := _trimmed(part.split("\n")))]
-    counts[FORM_FEEDS] += text.count("\f")
     is_paper = len(pages) >= FEWEST_PAGES and sum(map(_is_cut, pages[:-1])) >= CUT_PAGES * (len(pages) - 1)
     for edge in (0, -1, 0, -1):  # twice, for a head and a number
         edges = {i: page[edge] for i, page in enumerate(pages) if page}
@@ -138,8 +205,9 @@ def _furniture(
         elif edge.has_number:
             is_found = len(places) >= 2 if edge.is_apart else n_agree >= FEWEST_PAGES and is_paper
         else:
-            is_found = is_paper and len(places) >= FEWEST_PAGES and not LOWER_WORD.search(edges[places[0]])
-            is_title = places[0] == 0 or not _is_cut(pages[places[0] - 1])  # where it stands first
+            is_head = not LOWER_WORD.search(edges[places[0]]) or WEB_ADDRESS.search(edges[places[0]])
+            is_found = is_paper and len(places) >= FEWEST_PAGES and is_head
+            is_title = not is_foot and (places[0] == 0 or not _is_cut(pages[places[0] - 1]))  # where it stands first
             places = places[is_title:]
         found += places if is_found else []
         counts[HEADS if edge.words else PAGE_NUMBERS] += len(places) if is_found else 0
