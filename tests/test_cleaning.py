@@ -105,6 +105,7 @@ def test_plain_text_keeps_its_indents():
 
 def test_old_macintosh_line_ends_become_line_feeds():
     assert clean_text("one\rtwo\r\rthree") == "one\ntwo\n\nthree\n"
+    assert clean_text("one\r\r\ntwo\r\r\n\r\r\nthree") == "one\ntwo\n\nthree\n"
 
 
 @pytest.mark.parametrize("clean", [clean_text, clean_prose, clean_drama])
@@ -233,6 +234,7 @@ SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\
     [
         "\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***" + LICENCE,
         "\n***END OF THIS PROJECT GUTENBERG EBOOK A STORY***" + LICENCE,
+        "\n\nFin du Projet Gutenberg de A Story, par B\n\n*** END OF THE PROJECT GUTENBERG EBOOK A STORY ***" + LICENCE,
         "\n\nEnd of the Project Gutenberg EBook of A Story\n\n*** END OF THIS PROJECT GUTENBERG EBOOK" + LICENCE,
         "\nEnd of Project Gutenberg's A Story, by Nobody\n" + LICENCE,
         "\n\nEnd of The Project Gutenberg Etext of A Story, by Nobody\n",

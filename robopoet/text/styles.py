@@ -7,6 +7,7 @@ for too many comparisons is refused.
 
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,23 +38,46 @@ COMMENT = re.compile(r"/\*.*?(?:\*/|\Z)|<!--|-->", re.S)
 # a string, closed or not, or what parts rules and declarations
 TOKEN = re.compile(r"""(?:"(?:[^"\\\n]|\\.)*+|'(?:[^'\\\n]|\\.)*+)["']?|[{};]""", re.S)
 IDENT = r"(?:[\w-]|\\.)+"
+NESTED = r"(?:[^()]|\([^()]*\))*+"
+LISTED = re.compile(rf"""(?:[^,()"'\[]|"[^"]*"|'[^']*'|\({NESTED}\)|\[[^\[\]]*\])++""")  # a selector among others
 SIMPLE = re.compile(
-    rf"(?:[\w*-]*\|)?(?P<tag>[\w-]+|\*)|\.(?P<cls>{IDENT})|#(?P<id>{IDENT})|:(?P<pseudo>first-child|root|link|any-link)(?![\w(-])"
+    rf"(?:[\w*-]*\|)?(?P<tag>[\w-]+|\*)|\.(?P<cls>{IDENT})|#(?P<id>{IDENT})|:(?P<pseudo>[\w-]+)(?:\((?P<argument>{NESTED})\))?"
     rf"|\[\s*(?P<key>[\w|:\\-]{{1,50}})\s*(?:(?P<how>[~|^$*]?=)\s*(?P<value>\"[^\"]*\"|'[^']*'|[^\]\s\"']+)\s*i?\s*)?\]"
 )
 COMBINATOR = re.compile(r"\s*([>+~])\s*|\s+")
-
-
+NTH = re.compile(r"\s*(?:([+-]?\d{0,9})n)?\s*([+-]?\s*\d{1,9})?\s*")
+COMPARE: dict[str | None, Callable[[str, str], bool]] = {  # an attribute's value with the one that a selector wants
+    None: lambda value, wanted: True,
+    "=": lambda value, wanted: value.strip() == wanted,
+    "~=": lambda value, wanted: wanted in value.split(),
+    "|=": lambda value, wanted: f"{value}-".startswith(f"{wanted}-"),
+    "^=": lambda value, wanted: wanted != "" and value.startswith(wanted),
+    "$=": lambda value, wanted: wanted != "" and value.endswith(wanted),
+    "*=": lambda value, wanted: wanted != "" and wanted in value,
+}
 MOST_IMPORTS = 100  # sheets that one sheet imports, and these
+MOST_LISTED = 10  # selectors in one that holds others
+
+
+class _Element(NamedTuple):
+    """An element as selectors see it; places: among its parent's children, and among those of its name, from 1."""
+
+    tag: str
+    attributes: Mapping[str, str]
+    classes: list[str]
+    places: tuple[int, int]
 
 
 class Compound(NamedTuple):
-    """What one element must be; tests: of its attributes. follows: how the next element of the selector follows."""
+    """What one element must be: all that tests ask. follows: how the next element of the selector follows.
 
-    tag: str
-    tests: tuple[tuple[str, str, str], ...]
-    is_first: bool
-    follows: str
+    key: a name that such an element has. weight: of its ids, classes and names, for the order of rules.
+    """
+
+    tests: tuple[Callable[[_Element], bool], ...] = ()
+    key: str = ""
+    weight: tuple[int, int, int] = (0, 0, 0)
+    follows: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +121,9 @@ class Sheet:
                 target = re.match(r"""@import\s*(?:url\()?\s*["']?([^"')\s;]+)""", prelude)
                 self.imports += [target[1]] if target else []
             elif declared := declarations(block):
-                for text in prelude.split(",") if "(" not in prelude else ():
+                for text in LISTED.findall(prelude):
                     if selector := _selector(text.strip(), number, declared):
-                        self.first.setdefault(_key(selector.compounds[0]), []).append(selector)
+                        self.first.setdefault(selector.compounds[0].key, []).append(selector)
 
 
 class Sheets:
@@ -132,7 +156,9 @@ class Sheets:
 
 def is_for_screen(media: str) -> bool:
     """Whether what is meant for these media is for the page that a reader sees, whatever the size of that."""
-    return not media.strip() or any(part.strip().lower() in ("all", "screen") for part in media.split(","))
+    return not media.strip() or any(
+        part.strip().lower() in ("all", "screen", "only screen") for part in media.split(",")
+    )
 
 
 def _rules(css: str) -> Iterator[tuple[str, str]]:
@@ -164,70 +190,70 @@ def _rules(css: str) -> Iterator[tuple[str, str]]:
 
 def _selector(text: str, number: int, declared: dict[str, tuple[bool, str]]) -> Selector | None:
     """The selector that `text` is, unless it asks for what can't be told where an element starts."""
-    compounds, place, n_ids, n_classes, n_tags = [], 0, 0, 0, 0
+    compounds, place = [], 0
     while place < len(text):
-        tag, tests, is_first, begun = "", [], False, place
-        while found := SIMPLE.match(text, place):
-            if found["tag"] and place > begun:
-                return None
-            place = found.end()
-            tag = found["tag"].lower() if found["tag"] and found["tag"] != "*" else tag
-            is_first |= found["pseudo"] == "first-child"
-            tests += [("class", "~=", _plain(found["cls"]))] if found["cls"] else []
-            tests += [("id", "=", _plain(found["id"]))] if found["id"] else []
-            if found["key"]:
-                key = found["key"].replace("\\", "").lower().replace("|", ":").lstrip("*:")
-                tests.append((key, found["how"] or "", (found["value"] or "").strip("\"'")))
-            tests += [("href", "", "")] if found["pseudo"] in ("link", "any-link") else []
-            tag = "html" if found["pseudo"] == "root" else tag
-        if place == begun:
-            return None
-        n_ids += sum(test[0] == "id" for test in tests)
-        n_classes, n_tags = n_classes + len(tests) + is_first, n_tags + (tag != "")
+        compound, place = _compound(text, place)
         link = COMBINATOR.match(text, place)
-        if not link and place < len(text):  # a pseudo-element, or what is not known
+        if not compound or (not link and place < len(text)):  # such as a pseudo-element
             return None
         place = link.end() if link else place
-        compounds.append(Compound(tag, tuple(tests), is_first, (link[1] or " ") if link else ""))
-    return Selector(tuple(compounds), (n_ids, n_classes - n_ids, n_tags, number), declared) if compounds else None
+        compounds.append(compound._replace(follows=(link[1] or " ") if link else ""))
+    weight = [sum(weights) for weights in zip(*(compound.weight for compound in compounds), strict=True)]
+    return Selector(tuple(compounds), (*weight, number), declared) if compounds else None
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"\\(.)", r"\1", name)
+def _compound(text: str, place: int = 0) -> tuple[Compound | None, int]:
+    """What the selector at `place` asks of one element, if that can be told where it starts, and where that ends."""
+    parts: list[Compound] = []
+    while found := SIMPLE.match(text, place):
+        if not (part := _simple(found)) or (found["tag"] and parts):
+            return None, place
+        parts.append(part)
+        place = found.end()
+    if not parts:
+        return None, place
+    tests = tuple(test for part in parts for test in part.tests)
+    weight = tuple(sum(weights) for weights in zip(*(part.weight for part in parts), strict=True))
+    return Compound(tests, max((part.key for part in parts), key=lambda key: key[:1] in (".", "#")), weight), place
 
 
-def _key(compound: Compound) -> str:
-    """Under which of an element's names its first compound is looked up."""
-    marks = {("id", "="): "#", ("class", "~="): "."}
-    names = [marks[key, how] + value for key, how, value in compound.tests if (key, how) in marks]
-    return names[0] if names else compound.tag
+def _simple(found: re.Match[str]) -> Compound | None:
+    """The compound that a simple selector alone is."""
+    tag, wanted = (found["tag"] or "").lower(), (found["value"] or "").strip("\"'")
+    pseudo, argument = (found["pseudo"] or "").lower(), (found["argument"] or "").strip().lower()
+    if tag:
+        return Compound((lambda one: one.tag == tag,), tag, (0, 0, 1)) if tag != "*" else Compound()
+    if found["cls"]:
+        cls = re.sub(r"\\(.)", r"\1", found["cls"])
+        return Compound((lambda one: cls in one.classes,), f".{cls}", (0, 1, 0))
+    if found["id"]:
+        id = re.sub(r"\\(.)", r"\1", found["id"])
+        return Compound((lambda one: one.attributes.get("id", "").strip() == id,), f"#{id}", (1, 0, 0))
+    if found["key"]:
+        key, fits = found["key"].replace("\\", "").lower().replace("|", ":").lstrip("*:"), COMPARE[found["how"]]
+        return Compound((lambda one: key in one.attributes and fits(one.attributes[key], wanted),), "", (0, 1, 0))
+    if pseudo in ("root", "link", "any-link"):
+        test = (lambda one: one.tag == "html") if pseudo == "root" else (lambda one: "href" in one.attributes)
+        return Compound((test,), "", (0, 1, 0))
+    if pseudo in ("not", "is", "where"):
+        texts = [text.strip() for text in LISTED.findall(found["argument"] or "")]
+        inner = [one for text in texts[:MOST_LISTED] for one, end in [_compound(text)] if one and end == len(text)]
+        if not inner or len(inner) < len(texts):
+            return None
+        weight, is_not = max(one.weight for one in inner) if pseudo != "where" else (0, 0, 0), pseudo == "not"
+        return Compound((lambda one: is_not != any(_fits(compound, one) for compound in inner),), "", weight)
+    if pseudo in ("first-child", "first-of-type", "nth-child", "nth-of-type"):
+        wanted = {"odd": "2n+1", "even": "2n"}.get(argument, argument) if pseudo.startswith("nth") else "1"
+        if wanted and (nth := NTH.fullmatch(wanted)):
+            step = 0 if nth[1] is None else int(nth[1]) if nth[1][-1:].isdigit() else int(f"{nth[1]}1")
+            first, of_type = int((nth[2] or "0").replace(" ", "")), pseudo.endswith("type")
+            steps = range(first, 2**31, step) if step > 0 else range(first, 0, step) if step else (first,)
+            return Compound((lambda one: one.places[of_type] in steps,), "", (0, 1, 0))
+    return None
 
 
-def _fits(compound: Compound, tag: str, attributes: dict[str, str], is_first: bool) -> bool:
-    if (compound.tag and compound.tag != tag) or (compound.is_first and not is_first):
-        return False
-    for key, how, wanted in compound.tests:
-        value = attributes.get(key)
-        if value is None:
-            return False
-        match how:
-            case "=":
-                fits = value.strip() == wanted
-            case "~=":
-                fits = wanted in value.split()
-            case "|=":
-                fits = value == wanted or value.startswith(wanted + "-")
-            case "^=":
-                fits = wanted != "" and value.startswith(wanted)
-            case "$=":
-                fits = wanted != "" and value.endswith(wanted)
-            case "*=":
-                fits = wanted != "" and wanted in value
-            case _:
-                fits = True
-        if not fits:
-            return False
-    return True
+def _fits(compound: Compound, element: _Element) -> bool:
+    return all(test(element) for test in compound.tests)
 
 
 _State = tuple[int, Selector, int]  # number of the sheet, selector, and how many of its compounds have matched
@@ -236,12 +262,12 @@ _State = tuple[int, Selector, int]  # number of the sheet, selector, and how man
 class _Open:
     """An open element, and the states that go on with its descendants, its children, the next child, and later ones."""
 
-    __slots__ = "below", "children", "later", "n_children", "next"
+    __slots__ = "below", "children", "later", "n_children", "n_of_tag", "next"
 
     def __init__(self, below: dict[_State, None]) -> None:
         self.below = below  # dicts are used as ordered sets
         self.children, self.next, self.later = dict[_State, None](), dict[_State, None](), dict[_State, None]()
-        self.n_children = 0
+        self.n_children, self.n_of_tag = 0, Counter[str]()
 
 
 class Styles:
@@ -266,18 +292,19 @@ class Styles:
     def _match(self, tag: str, attributes: dict[str, str], found: dict[str, tuple[tuple[int, ...], str]]) -> None:
         parent = self.open[-1]
         states: list[_State] = [*parent.children, *parent.below, *parent.next, *parent.later]
-        keys = ["", tag, *("." + name for name in set(attributes.get("class", "").split()))]
-        keys += ["#" + attributes["id"].strip()] if "id" in attributes else []
+        parent.n_children, parent.n_of_tag[tag] = parent.n_children + 1, parent.n_of_tag[tag] + 1
+        places = parent.n_children, parent.n_of_tag[tag]
+        one = _Element(tag, attributes, attributes.get("class", "").split(), places)
+        keys = ["", tag, *(f".{name}" for name in set(one.classes)), f"#{attributes.get('id', '').strip()}"]
         for number, sheet in enumerate(self.sheets):
             for key in keys:
                 states += [(number, selector, 0) for selector in sheet.first.get(key, ())]
         self.tried += len(states)
-        element, is_first = _Open(parent.below), not parent.n_children
-        parent.next, parent.n_children = {}, parent.n_children + 1
+        element, parent.next = _Open(parent.below), {}
         self.open.append(element)
         for number, selector, step in states:
             compound = selector.compounds[step]
-            if not _fits(compound, tag, attributes, is_first):
+            if not _fits(compound, one):
                 continue
             state = (number, selector, step + 1)
             match compound.follows:
