@@ -89,6 +89,7 @@ def test_unicode_with_its_mark_is_read_without_a_word(language, encoding):
             for order in "lb"
         ),
         *((SENTENCES[language].replace("。", "。\n"), "utf-16-le") for language in ("ru", "zh", "ja", "ar")),
+        *((SENTENCES[language].replace(" ", ""), f"utf-16-{end}") for language in ("zh", "ja") for end in ("le", "be")),
         (SENTENCES["ja"], "iso2022_jp"),
         ("It was late.\n" * 30_000 + SENTENCES["ja"], "iso2022_jp"),
         (KOREAN, "iso2022_kr"),

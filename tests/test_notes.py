@@ -22,6 +22,8 @@ from robopoet.text import markup
         ("<p>So<a href='#_ftn4'>4</a> it<a href='b.html#fn-5'>5</a> is<a href='#cite_note-6'>[6]</a>.", "So it is."),
         ("<p>So<a href='#x9'>9</a> it is.<p>Chapter <a href='#x8'>8</a><aside epub:type=footnote id=x9>A note",
          "So it is.\n\nChapter 8\n\nA note"),
+        ("<p>So<a href='#note-a'><sup>a</sup></a> it<sup><a href='#fn_iv'>[iv]</a></sup> <a href='#note-i'>i</a>s"
+         "<a href='#b'><sup>b</sup></a>, M<sup>r</sup>", "So it isb, Mr"),
         ("<p>So <a href='#x9'>9</a> it is.<ol class=footnotes><li><a id=x9 href='#x'>9</a>. A note",
          "So it is.\n\nA note"),
     ],

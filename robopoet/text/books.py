@@ -25,6 +25,7 @@ CONVERTED = {
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".docx", ".odt", ".rtf"), "Calibre's ebook-convert"),
     ".doc": "soffice --convert-to docx, then Calibre's ebook-convert",
 }  # what makes a .txt or an .epub of these
+STARTS = {b"%PDF-": ".pdf", b"{\\rtf": ".rtf"}  # whatever the file's name
 COVER_LETTERS = 200  # the most on a cover; a longer page holds more than that
 
 
@@ -52,8 +53,9 @@ def read(
     losses = {} if losses is None else losses
     page_matter = Counter() if page_matter is None else page_matter
     suffix = PurePath(name).suffix.lower()
-    if suffix in CONVERTED:
-        raise DataError(f"{name}: is no text; convert it first, with {CONVERTED[suffix]}")
+    kind = suffix if suffix in CONVERTED else next((STARTS[start] for start in STARTS if content.startswith(start)), "")
+    if kind:
+        raise DataError(f"{name}: is no text; convert it first, with {CONVERTED[kind]}")
     if suffix == ".epub":
         return _epub(name, content, encoding, losses, page_matter)
     text, told = encodings.decode(name, content, encoding)

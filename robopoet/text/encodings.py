@@ -21,6 +21,9 @@ MARKS = {  # UTF-32 first, as the mark of UTF-16 begins that of UTF-32
     codecs.BOM_UTF16_BE: "utf-16",
 }
 MAY_BE_ASCII = ("utf-16", "utf-32", "utf-7", "iso2022", "hz")  # though the text is not
+# nearly all of a text in Chinese, Japanese or Korean; and what none in another encoding becomes in UTF-16
+EAST_ASIAN = re.compile(r"[\n\r -~\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffef]")
+KANA = re.compile(r"[\u3000-\u3002\u3041-\u30ff]")
 UTF_7 = re.compile(rb"\+[A-Za-z0-9+/]{3,}")
 DECLARED_IN = 2**10  # bytes in which a page declares its encoding
 SEARCHED, WEIGHED = 2**22, 2**14  # bytes from the first beyond ASCII in which words are sought to guess by, and found
@@ -157,6 +160,10 @@ def _unicode_or_escaped(content: bytes) -> str:
         controls = _count(content, CONTROLS)
         is_few = controls < len(content) / 4 if is_utf8(content) else content.count(b"\0") < content.count(b" ") / 2
         return "" if is_few else found
+    for encoding in ("utf-16-le", "utf-16-be"):  # without a space or line end
+        sample = content[:WEIGHED].decode(encoding, "replace")
+        if len(KANA.findall(sample)) > 0.01 * len(sample) and len(EAST_ASIAN.findall(sample)) > 0.9 * len(sample):
+            return encoding
     return found if found.startswith(MAY_BE_ASCII) else ""
 
 

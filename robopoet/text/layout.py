@@ -47,7 +47,9 @@ PICTURES = frozenset("image img svg".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
 NOTE_CHARS = 20  # length of the longest mark of a note or page number, spaces included
-NOTE_MARK = re.compile(r"(?P<opened>[\[({]?)(?:(?P<number>\d{1,4})|[*†‡§‖¶↩↑^#]{1,3}\ufe0e?)[\])}]?")
+NOTE_MARK = re.compile(
+    r"(?P<opened>[\[({]?)(?:(?P<number>\d{1,4})|(?P<letters>[a-z]|[ivx]{2,5})|[*†‡§‖¶↩↑^#]{1,3}\ufe0e?)[\])}]?"
+)
 
 FindSheets = Callable[[str], list[Sheet]]  # a style sheet, and what it imports, by the address in a link
 
@@ -257,9 +259,11 @@ class LaidOut:
         elif not (found := NOTE_MARK.fullmatch(text)):
             return False
         elif mark.kind == "raised":
-            is_mark = notes.marks_word(mark)
+            is_mark = not found["letters"] and notes.marks_word(mark)
         else:
             is_raised = self.raised > 0 or self.has_raised
+            if found["letters"] and not (is_raised and notes.leads_to_notes(mark.href)):
+                return False
             is_mark = notes.leads_to_note(mark, found["number"], bool(found["opened"]), is_raised, self.known)
             self.undecided |= set() if is_mark else {notes.target(mark.href)}
         if is_mark:

@@ -19,7 +19,7 @@ PAGE_NUMBERS, BARS, CONTENTS = "page numbers", "lines of navigation", "tables of
 _PAGE = r"(?:page|pg|pag|pagina|seiten?|folio|leaf)"
 # names of elements, without all but letters, that say that it is a page's number; and that only may say so
 NAMED_PAGE = re.compile(
-    rf"(?:doc|epub|print|tei|x)*(?:{_PAGE}(?:num(?:ber|ero|mer)?s?|no|nr|zahl|count|start|end|break|brk|mark(?:er)?|anchor|label)"
+    rf"(?:doc|ebookmaker|epub|print|tei|x)*(?:{_PAGE}(?:num(?:ber|ero|mer)?s?|no|nr|zahl|count|start|end|break|brk|mark(?:er)?|anchor|label)"
     rf"|num(?:ero|ber)?(?:de|of)?{_PAGE})"
 )
 MAYBE_PAGE = re.compile(rf"(?:doc|epub|print|tei|x|new)*{_PAGE}|pagination|pb|pgbrk")
