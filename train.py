@@ -86,7 +86,7 @@ class TrainConfig:
     ema: float = 0.0  # EMA decay; evaluation and best.pt use the average (0: off)
     min_lr: float = 0.0  # AdamW's learning rate after the decay; Muon's falls in proportion
     # evaluation and logs
-    eval_interval: int | None = None  # steps between evaluations, each of which saves (auto: ten a run, two an epoch)
+    eval_interval: int | None = None  # steps between evaluations, each of which saves (auto: ten a run)
     eval_iters: int = 0  # evaluate on this many batches, spread over the split (0: the full split)
     patience: int = 0  # stop after this many evaluations without a better val loss (0: never)
     log_interval: int = 10  # steps between status lines

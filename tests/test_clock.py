@@ -220,7 +220,7 @@ def test_config_yaml_repeats_a_run_of_minutes_with_its_plans(going, tmp_path):
 def test_a_killed_run_ends_in_time_with_what_was_spent_before(going, tmp_path, wall):
     out, began = tmp_path / "out", wall.now
     going(out, "--minutes=1", load=busy, kill=60)
-    going(out, "--minutes=1", "--init_from=auto", load=lambda now: 3, kill=80)
+    going(out, "--minutes=1", "--init_from=auto", load=lambda now: 3, kill=70)
     found = going(out, "--init_from=auto", load=lambda now: 2)
     assert 0.9 * 60 < wall.now - began < 1.05 * 60
     assert sorted(losses(found)) == list(range(1, found[-1]["iter"] + 1))

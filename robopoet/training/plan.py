@@ -149,14 +149,15 @@ def complete(cfg: Config, start: Start) -> Config:
 
 def finish(cfg: Config, windows_per_epoch: int) -> Config:
     """`cfg` with the max_iters that `epochs` asks for, a warmup that fits into the decay, and an eval_interval."""
-    per_epoch = windows_per_epoch / cfg.rows_per_step
-    steps = math.ceil(cfg.epochs * per_epoch) if cfg.epochs and not cfg.minutes else cfg.max_iters
+    steps = cfg.max_iters
+    if cfg.epochs and not cfg.minutes:
+        steps = math.ceil(cfg.epochs * windows_per_epoch / cfg.rows_per_step)
     last, warmup = cfg.lr_decay_iters or steps, cfg.warmup_iters
     if warmup > last:
         warmup = last // 10
         if "warmup_iters" in cfg.given:
             warn(f"warmup_iters: {cfg.warmup_iters} steps don't fit into {last}; the warmup takes {warmup}")
-    interval = cfg.eval_interval or evaluation_interval(steps, per_epoch)
+    interval = cfg.eval_interval or evaluation_interval(steps)
     return _change(cfg, max_iters=steps, warmup_iters=warmup, eval_interval=interval)
 
 
@@ -343,7 +344,7 @@ def _last(cfg: Config, most: float) -> int:
 
 def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, recipe: Recipe, clock: Clock) -> Config:
     """`cfg` with the steps, as many as the recipe's least, and the batches of an evaluation, that fit into the time."""
-    last, per_epoch = _last(cfg, most), meta.splits["train"].tokens / cfg.tokens_per_step
+    last = _last(cfg, most)
     steps = last if "max_iters" in cfg.given else min(last, int(clock.left_s / step_s))
     if math.isinf(step_s):
         raise ConfigError(less_memory(cfg))
@@ -352,7 +353,7 @@ def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, r
 
     def interval(steps: int) -> int:
         few = max(steps // recipe.evaluations, 1) if recipe.evaluations else None
-        return cfg.eval_interval or few or evaluation_interval(steps, per_epoch)
+        return cfg.eval_interval or few or evaluation_interval(steps)
 
     batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
     fits = max(int(EVALUATING * min(interval(steps), steps) * step_s / batch_s), 1)

@@ -15,7 +15,7 @@ from robopoet.machine import Machine
 from robopoet.training.log import Log, Meter
 from robopoet.training.run import Progress
 
-EVALUATIONS, LONGEST_INTERVAL = 10, 1000  # evaluations of a run, at least; steps between two, at most
+EVALUATIONS, LONGEST_INTERVAL = 10, 1000  # evaluations of a run, if no more than so many steps part them
 PLAN = re.compile(r"(\d{1,15}):(\d{1,15}):[1-9]\d{0,14}", re.ASCII)
 PLANNED, SAVE_S = 0.95, 0.5  # share of the minutes, without Python's start and end; seconds of a save, until measured
 LOOK, MEMORY = 0.01, 0.05  # shares of the minutes: between two measurements, and that one counts for
@@ -80,9 +80,9 @@ def bad_plans(plans: tuple[str, ...]) -> list[str]:
     return [f"plans: found {text!r}, must be {wanted}" for text, ok in zip(plans, right, strict=True) if not ok]
 
 
-def evaluation_interval(steps: int, steps_per_epoch: float) -> int:
-    """Steps between evaluations, so that they come at least every half epoch and ten times a run."""
-    return max(min(steps // EVALUATIONS, int(steps_per_epoch / 2), LONGEST_INTERVAL), 1)
+def evaluation_interval(steps: int) -> int:
+    """Steps between evaluations: a tenth of the run, however small the text, as each saves; in a long run fewer."""
+    return min(math.ceil(steps / EVALUATIONS), LONGEST_INTERVAL)
 
 
 class StepRows:
@@ -141,7 +141,6 @@ class Clock:
         epochs: the most that it may read (0: the last step stays). per_epoch: steps. What it planned after its
         checkpoint before it was killed it will plan again, at the same steps, and what it spent counts.
         """
-        self.per_epoch = per_epoch
         self.moves = self.minutes_s > 0 and epochs > 0
         self.most = max(math.ceil(epochs * per_epoch), max_iters)
         self.first, self.at = progress.iter_num, -1  # at: the step of the last measurement
@@ -193,8 +192,8 @@ class Clock:
 
     def interval(self, last: int, schedule: Schedule) -> int:
         """The eval_interval of a plan up to a last step: the schedule's if that was given."""
-        was_given = schedule.eval_interval != evaluation_interval(schedule.max_iters, self.per_epoch)
-        return schedule.eval_interval if was_given else evaluation_interval(last, self.per_epoch)
+        was_given = schedule.eval_interval != evaluation_interval(schedule.max_iters)
+        return schedule.eval_interval if was_given else evaluation_interval(last)
 
 
 def steps_within(most: float, pause: float, interval: Callable[[int], int]) -> int:
