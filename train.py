@@ -64,8 +64,8 @@ class TrainConfig:
     mlp: Literal["gelu", "swiglu"] = "gelu"  # GPT-2's MLP, or Llama's, whose third matrix gates the first
     n_kv_head: int | None = None  # heads of keys and values, which queries share (auto: n_head)
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float | None = None  # AdamW's peak learning rate (auto: 1e-2 beside Muon, 1e-3 alone)
+    optimizer: Literal["muon", "adamw", "adafactor"] = "muon"  # muon: AdamW beside it; adafactor: the least memory
+    learning_rate: float | None = None  # AdamW's peak learning rate (auto: 1e-2 beside Muon, 1e-3; Adafactor's 2e-3)
     muon_learning_rate: float = 0.02  # Muon's peak learning rate; follows the same schedule
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings (0: off)
     muon_weight_decay: float | None = None  # weight decay of the matrices that Muon trains (auto: weight_decay)
@@ -118,7 +118,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """AdamW's peak learning rate."""
-        return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3}[self.optimizer]
+        return self.learning_rate or {"muon": 1e-2, "adamw": 1e-3, "adafactor": 2e-3}[self.optimizer]
 
     @property
     def matrix_decay(self) -> float:
@@ -146,6 +146,8 @@ class TrainConfig:
             GPTConfig(**{key: getattr(self, key) for key in plan.SHAPE})
         except ValueError as e:
             found += str(e).splitlines()
+        if self.shard and self.optimizer == "adafactor":
+            found.append("shard: found true, but Adafactor's states can't be shared out; choose --optimizer=adamw")
         if self.decay_lr and self.min_lr > self.peak_lr:
             found.append(f"min_lr: found {self.min_lr}, must be at most learning_rate, {self.peak_lr}")
         if self.eval_only and self.init_from == "scratch":
@@ -198,12 +200,9 @@ def build_state(
     if cfg.recompute:
         recompute_blocks(model)
     sharded = cfg.shard and machine.world_size > 1
-    if sharded:
-        shard(model, machine)
-    else:
-        model.to(machine.device)
+    shard(model, machine) if sharded else model.to(machine.device)
     recorded = cfg.record and machine.device.type == "cuda" and machine.world_size == 1
-    recorded = recorded and not (cfg.sampled_softmax or cfg.recompute)
+    recorded = recorded and not (cfg.sampled_softmax or cfg.recompute or cfg.optimizer == "adafactor")
     if cfg.record and not recorded:
         warn("record: needs a CUDA device, a single process, sampled_softmax=0 and recompute=false; not recording")
     rates = {"lr": cfg.peak_lr, "weight_decay": cfg.weight_decay, "betas": (cfg.beta1, cfg.beta2)}
@@ -331,8 +330,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # --- model and optimizers
     model = make_model(cfg, meta.vocab_size, start)
     run = Run(Path(cfg.out_dir), configurator.values_of(cfg), meta, machine)
-    run.check_space(model, start.resumes, cfg.ema > 0)
     state = build_state(cfg, machine, model, split, meta)
+    run.check_space(model, state.optimizers, start.resumes, cfg.ema > 0)
 
     # --- resume, or start a new run
     run.teachers, run.licences = state.teachers.sha256 if state.teachers else {}, start.licences(meta)

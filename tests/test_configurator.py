@@ -360,7 +360,10 @@ def test_version_prints_what_a_bug_report_needs(capsys):
 
 @pytest.mark.parametrize(
     ("cls", "choices"),
-    [(train.TrainConfig, "[muon adamw]"), (sample.SampleConfig, "[auto tokens line sentence paragraph speech scene]")],
+    [
+        (train.TrainConfig, "[muon adamw adafactor]"),
+        (sample.SampleConfig, "[auto tokens line sentence paragraph speech scene]"),
+    ],
 )
 def test_help_prints_the_choices_of_a_key(cls, choices):
     assert choices in configurator.usage(cls)

@@ -152,7 +152,7 @@ def test_a_kill_between_writing_flushing_and_renaming_loses_nothing(tmp_path, sa
 # --- 15: what is not a number
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_updates_nothing_and_is_named(small, monkeypatch, optimizer, what, value):

@@ -142,8 +142,11 @@ def test_the_disk_must_hold_a_run_beside_the_earlier_ones(small, out, monkeypatc
     usage = shutil.disk_usage(out.parent)
     run(small)
     best, ckpt = (out / "best.pt").stat().st_size, (out / "ckpt.pt").stat().st_size
-    weights = 4 * sum(p.numel() for name, p in checkpoint.load(out / "best.pt")["model"].items() if "lm_" not in name)
-    whole = 10 * weights  # best.pt, and three times weights with two moments
+    content = checkpoint.load(out / "ckpt.pt")
+    weights = 4 * sum(p.numel() for name, p in content["model"].items() if "lm_" not in name)
+    states = [kept for each in content["optimizer_states"] for kept in each["state"].values()]
+    moments = 4 * sum(tensor.numel() for kept in states for tensor in kept.values())
+    whole = 4 * weights + 3 * moments  # best.pt, and three times weights with their moments
     assert refused(whole - best - 2 * ckpt - 1, init_from="resume")
     assert not refused(whole - best - 2 * ckpt, init_from="resume")
     assert refused(whole - 1) and not refused(whole)

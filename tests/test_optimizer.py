@@ -10,13 +10,21 @@ import torch
 import torch.nn as nn
 from conftest import LLAMA
 from peak import PeakMemory
+from transformers.optimization import Adafactor
 
 from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.files import convert
 from robopoet.machine import Machine
 from robopoet.training import memory, optimizer, run
-from robopoet.training.optimizer import Muon, Trouble, assign_owners, configure_optimizers, orthogonalize
+from robopoet.training.optimizer import (
+    Muon,
+    Trouble,
+    assign_owners,
+    configure_optimizers,
+    orthogonalize,
+    state_shapes,
+)
 from robopoet.weights.header import SavedOptimizer
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -43,7 +51,7 @@ def fill_grads(params: list[torch.nn.Parameter], step: int) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, **LLAMA)], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adafactor"])
 def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind, config):
     model = GPT(config)
     optimizers = configure_optimizers(model, Machine(CPU, torch.float32), kind, **RATES)
@@ -56,6 +64,26 @@ def test_every_parameter_is_in_just_one_group_and_only_matrices_decay(kind, conf
     in_muon = {id(p) for name, group in groups if name == "Muon" for p in group["params"]}
     blocks_matrices = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     assert in_muon == (blocks_matrices if kind == "muon" else set())
+
+
+def test_adafactor_steps_as_transformers_does_and_keeps_next_to_nothing():
+    torch.manual_seed(0)
+    ours, theirs = GPT(SMALL), GPT(SMALL)
+    theirs.load_state_dict(ours.state_dict())
+    [optimizer] = configure_optimizers(ours, Machine(CPU, torch.float32), "adafactor", **RATES | {"weight_decay": 0.0})
+    oracle = Adafactor(theirs.parameters(), RATES["lr"], scale_parameter=True, relative_step=False, warmup_init=False)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = 1e-5 * torch.randn(p.shape, generator=generator)  # as small as a large model's
+            q.grad = p.grad.clone()
+        optimizer.step()
+        oracle.step()
+        torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()))
+    states = optimizer.state_dict()["state"]
+    kept = {f"{i}.{name}": tensor.shape for i, state in states.items() for name, tensor in state.items()}
+    assert kept == state_shapes(optimizer)
+    assert sum(shape.numel() for shape in kept.values()) < 0.1 * ours.num_params()
 
 
 @pytest.mark.parametrize("dtype, muons", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])

@@ -153,11 +153,10 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     cfg = imagine(5, 20_000, start=ours)[0]
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.FROM_OURS.epochs + 1) * 20_000
-    for width, rate in ((576, 3e-4), (768, 2.2e-4), (2048, 8.4e-5)):  # half of it where the model is twice as wide
-        cfg = imagine(1000, 20_000, f"--n_embd={width}", "--epochs=10", start=theirs, vocab_size=49_173)[0]
-        assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size) == ("adamw", pytest.approx(rate, rel=0.02), 4)
-        assert (cfg.sampled_softmax, cfg.dropout) == (0, 0.1)  # as the config has them
-        assert cfg.eval_interval == cfg.max_iters // 4
+    cfg = imagine(1000, 20_000, "--epochs=10", start=theirs, vocab_size=49_173)[0]
+    assert (cfg.optimizer, cfg.peak_lr, cfg.batch_size) == ("adafactor", 2e-3, 4)
+    assert (cfg.sampled_softmax, cfg.dropout) == (0, 0.1)  # as the config has them
+    assert cfg.eval_interval == cfg.max_iters // 4
     busy = 5 * 60 / 15 / cost(train.TrainConfig(batch_size=1, block_size=256))
     cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least

@@ -54,7 +54,12 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
 
 @pytest.mark.parametrize(
     "optimizer, kind, dtype",
-    [("adamw", "learned", "float32"), ("muon", "learned", "bfloat16"), ("muon", "llama", "float32")],
+    [
+        ("adamw", "learned", "float32"),
+        ("muon", "learned", "bfloat16"),
+        ("muon", "llama", "float32"),
+        ("adafactor", "llama", "bfloat16"),
+    ],
 )
 def test_resuming_equals_an_uninterrupted_run(small, tmp_path, optimizer, kind, dtype):
     keys = small | KINDS[kind] | {"optimizer": optimizer, "dtype": dtype, "dropout": 0.2}

@@ -159,8 +159,8 @@ def test_ranks_that_read_the_same_rows_drop_other_numbers_of_them(small, monkeyp
     assert found[0] != found[1] == found[2]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_overflow_in_float16_stops_both_optimizers_and_lowers_the_scale(small, optimizer):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_an_overflow_in_float16_stops_every_optimizer_and_lowers_the_scale(small, optimizer):
     keys = small | {"optimizer": optimizer, "dtype": "float16"}
     cfg, machine, windows = TrainConfig(**keys), Machine(CPU.device, torch.float16), windows_of(keys)
     state = train.build_state(cfg, machine, train.make_model(cfg, 64))
@@ -284,6 +284,7 @@ def test_compiled_steps_on_cpu_learn_as_plain_ones(small, dtype, precision):
 
 
 def test_each_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given():
-    assert [TrainConfig(optimizer=kind).peak_lr for kind in ("muon", "adamw")] == [1e-2, 1e-3]
-    assert [TrainConfig(optimizer=kind, learning_rate=5e-4).peak_lr for kind in ("muon", "adamw")] == [5e-4, 5e-4]
+    kinds = "muon", "adamw", "adafactor"
+    assert [TrainConfig(optimizer=kind).peak_lr for kind in kinds] == [1e-2, 1e-3, 2e-3]
+    assert all(TrainConfig(optimizer=kind, learning_rate=5e-4).peak_lr == 5e-4 for kind in kinds)
     assert TrainConfig(optimizer="adamw", min_lr=5e-4, max_iters=10).schedule.lr_scale(99) == pytest.approx(0.5)

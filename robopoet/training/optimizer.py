@@ -121,11 +121,12 @@ def configure_optimizers(
     muon_weight_decay: float,
     recorded: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW on every parameter (kind "adamw"); or Muon on the matrices of the blocks, AdamW on the others ("muon").
+    """AdamW or Adafactor on every parameter (kind), or Muon on the matrices of the blocks and AdamW on the others.
 
-    lr, muon_lr: the peak learning rates, which each group keeps as "peak_lr" for the schedule. recorded: steps are
-    captured in a CUDA graph. Matrices and embeddings decay, vectors don't (Loshchilov and Hutter 2019,
-    arXiv:1711.05101).
+    Adafactor keeps a number for each row and column, not two for each weight, and its rate is a share of a tensor's
+    root mean square (Shazeer and Stern 2018, arXiv:1804.04235). lr, muon_lr: the peak learning rates, which each group
+    keeps as "peak_lr" for the schedule. recorded: steps are captured in a CUDA graph. Matrices and embeddings decay,
+    vectors don't (Loshchilov and Hutter 2019, arXiv:1711.05101).
     """
     hidden = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2} if kind == "muon" else set()
     others = [p for p in model.parameters() if id(p) not in hidden]
@@ -133,9 +134,12 @@ def configure_optimizers(
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = machine.device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, lr, betas, fused=fused, capturable=recorded)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if kind == "adafactor":
+        # PyTorch's own bound on a row's mean square, 1e-7, is above that of a large model's gradients
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))]
+    else:
+        fused = machine.device.type in ("cpu", "cuda")
+        optimizers = [torch.optim.AdamW(groups, lr, betas, fused=fused, capturable=recorded)]
     if hidden:
         matrices = [p for p in model.parameters() if id(p) in hidden]
         dtype = torch.float32 if machine.dtype is torch.float16 else machine.dtype  # float16 would overflow
@@ -148,10 +152,19 @@ def configure_optimizers(
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
-    """The shapes of what `optimizer`, Muon or AdamW, keeps once it has stepped: "3.exp_avg" is its parameter 3's."""
-    names = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq", "step")
+    """The shapes of what an optimizer of ours keeps once it has stepped: "3.exp_avg" is its parameter 3's."""
+
+    def kept(shape: torch.Size) -> dict[str, torch.Size]:
+        if isinstance(optimizer, Muon):
+            return {"momentum_buffer": shape}
+        if isinstance(optimizer, torch.optim.AdamW):
+            return {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
+        if len(shape) < 2:
+            return {"variance": shape, "step": torch.Size()}
+        return {"row_var": torch.Size([shape[0], 1]), "col_var": torch.Size([1, shape[1]]), "step": torch.Size()}
+
     params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
-    return {f"{i}.{name}": p.shape if name != "step" else torch.Size() for i, p in enumerate(params) for name in names}
+    return {f"{i}.{name}": shape for i, p in enumerate(params) for name, shape in kept(p.shape).items()}
 
 
 def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:

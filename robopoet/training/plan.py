@@ -41,8 +41,9 @@ EVALUATING = 0.05  # share of training's seconds, at most; beside busy programs 
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 WORTH = 0.8  # a smaller step must take at most this share of the larger one's time
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
-CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "learning_rate", "muon_learning_rate")
-CHOSEN += ("weight_decay", "muon_weight_decay", "max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
+CHOSEN = ("init_from", *SHAPE, "dropout", "batch_size", "sampled_softmax", "optimizer", "learning_rate")
+CHOSEN += ("muon_learning_rate", "weight_decay", "muon_weight_decay")
+CHOSEN += ("max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience")
 
 
 class Recipe(NamedTuple):
@@ -50,9 +51,8 @@ class Recipe(NamedTuple):
 
     epochs: passes after which a text teaches nothing more. cpu_rows: rows of a step on a CPU, at most. least, enough:
     a run has at least the first number of steps; below the second a smaller model, or fewer rows, learn more. keys: of
-    the config. scaled_rate: AdamW's, times the model's width (0: as in keys). is_regularised: whether dropout by the
-    passes, and a sampled softmax, gain; what never learned with dropout can't do with it. evaluations: about so many,
-    as each saves gigabytes (0: as many as of any run).
+    the config. is_regularised: whether dropout by the passes, and a sampled softmax, gain; what never learned with
+    dropout can't do with it. evaluations: about so many, as each saves a large model (0: as many as of any run).
     """
 
     epochs: int
@@ -60,7 +60,6 @@ class Recipe(NamedTuple):
     least: int
     enough: int
     keys: dict[str, Any]
-    scaled_rate: float = 0.0
     is_regularised: bool = True
     evaluations: int = 0
 
@@ -68,8 +67,7 @@ class Recipe(NamedTuple):
 FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
 FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
 # others' models are large: a step of 8 rows may take a minute, and the first one gains
-# the rate was measured at a width of 576; moved to others as by Yang et al. 2022, arXiv:2203.03466
-FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adamw"}, 3e-4 * 576, is_regularised=False, evaluations=4)
+FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adafactor"}, is_regularised=False, evaluations=4)
 
 
 def _change(cfg: Config, **values: Any) -> Config:
@@ -225,8 +223,6 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     on_cpu = machine.device.type == "cpu"
     recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
     cfg = _choose(cfg, **recipe.keys)
-    if recipe.scaled_rate:
-        cfg = _choose(cfg, learning_rate=float(f"{recipe.scaled_rate / cfg.n_embd:.2g}"))
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
     rows = recipe.cpu_rows if on_cpu else 32
     if start.content is None:

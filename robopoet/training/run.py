@@ -215,7 +215,9 @@ def _restore_optimizer(
     kept = {f"{i}.{name}": tensor for i, state in saved.state.items() for name, tensor in state.items()}
     checkpoint.check_tensors(kept, state_shapes(optimizer), what, path, (torch.float32,))
     for name, tensor in kept.items():
-        least, most = {"step": (0, steps), "exp_avg_sq": (0, math.inf)}.get(name.split(".")[1], (-math.inf, math.inf))
+        kind = name.split(".")[1]
+        least = -math.inf if kind in ("exp_avg", "momentum_buffer") else 0
+        most = steps if kind == "step" else math.inf
         if not ((tensor >= least) & (tensor <= most)).all():
             raise CheckpointError(f"{path}: {what}: {name} is below {least} or above {most}")
     params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
@@ -336,7 +338,7 @@ class Run:
             return tensor
         return gathered.cpu() if self.machine.is_main else None
 
-    def check_space(self, model: GPT, resumes: bool, averages: bool) -> None:
+    def check_space(self, model: GPT, optimizers: list[torch.optim.Optimizer], resumes: bool, averages: bool) -> None:
         """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written.
 
         averages: whether the run keeps an average of its weights.
@@ -344,7 +346,8 @@ class Run:
         if not self.machine.is_main:
             return
         weights = 4 * model.num_params()
-        needed = weights + 3 * (3 + averages) * weights  # two moments beside the weights
+        states = 4 * sum(shape.numel() for each in optimizers for shape in state_shapes(each).values())
+        needed = weights + 3 * ((1 + averages) * weights + states)
         replaced = [self.out / name for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if resumes]
         found = [path.stat() for path in replaced if path.exists()]
         there = sum(file.st_size for file in found if file.st_nlink == 1)  # else an earlier run keeps it
