@@ -42,7 +42,7 @@ class PrepareConfig:
     """The keys of prepare.py."""
 
     corpus: str = ""  # a folder with a corpus.yaml; --input takes it too
-    input: tuple[str, ...] = ()  # your books, .epub .html .txt .md .jsonl .jsonl.gz .parquet: files, globs or folders
+    input: tuple[str, ...] = ()  # your books: .epub .docx .odt .fb2 .html .txt .md .jsonl .parquet, globs or folders
     encoding: str = ""  # how your books are encoded, such as cp1252 (default: UTF-8, or else what fits each book best)
     out: str = ""  # where the bins go (default: the corpus's folder)
     tokenizer: str = "auto"  # bpe (trained on this text), char, gpt2, a checkpoint's; auto: the base model's, or bpe

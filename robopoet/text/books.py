@@ -1,4 +1,4 @@
-"""Books as people have them: plain text in any encoding, HTML and EPUB.
+"""Books as people have them: plain text in any encoding, HTML, EPUB, and writers' manuscripts.
 
 Every file is untrusted: nothing is fetched, and of the entities that a page declares only short ones are expanded.
 """
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from robopoet.errors import DataError
-from robopoet.text import encodings, epub
+from robopoet.text import encodings, epub, manuscripts
 from robopoet.text.cleaning import count_letters
 from robopoet.text.layout import LaidOut
 from robopoet.text.markup import lay_out
@@ -21,10 +21,10 @@ from robopoet.text.styles import Sheets
 HTML = (".html", ".htm", ".xhtml")
 PAGE = re.compile(r"\s*(?:<\?xml[^>]{0,200}>\s*)?<(?:!doctype )?html\b", re.I)  # how a page begins, whatever its name
 CONVERTED = {
-    ".pdf": "pdftotext -layout FILE.pdf FILE.txt",
-    **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".docx", ".odt", ".rtf"), "Calibre's ebook-convert"),
-    ".doc": "soffice --convert-to docx, then Calibre's ebook-convert",
-}  # what makes a .txt or an .epub of these
+    ".pdf": "pdftotext FILE.pdf FILE.txt",
+    **dict.fromkeys((".mobi", ".azw", ".azw3"), "Calibre's ebook-convert"),
+    **dict.fromkeys((".doc", ".rtf"), "soffice --convert-to docx FILE"),
+}  # what makes of these what is read
 STARTS = {b"%PDF-": ".pdf", b"{\\rtf": ".rtf"}  # whatever the file's name
 COVER_LETTERS = 200  # the most on a cover; a longer page holds more than that
 
@@ -58,6 +58,11 @@ def read(
         raise DataError(f"{name}: is no text; convert it first, with {CONVERTED[kind]}")
     if suffix == ".epub":
         return _epub(name, content, encoding, losses, page_matter)
+    if name.lower().endswith(manuscripts.MANUSCRIPTS):
+        found = manuscripts.read_manuscript(name, content, encoding)
+        losses |= {path: Loss(*loss) for path, loss in found.lost.items()}
+        page_matter.update(found.counts)
+        return found.text, found.told
     text, told = encodings.decode(name, content, encoding)
     if suffix not in HTML and not PAGE.match(text):
         return text, told

@@ -5,6 +5,7 @@ unpacks to more than BOOK_BYTES.
 """
 
 import codecs
+import contextlib
 import html.entities
 import io
 import posixpath
@@ -12,6 +13,7 @@ import re
 import unicodedata
 import urllib.parse
 import zipfile
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from robopoet.errors import DataError, describe
@@ -68,18 +70,25 @@ def sheet_key(page: str, href: str) -> str:
 
 def read_book(name: str, content: bytes) -> Book:
     """The pages and style sheets of the EPUB `name`; raises DataError."""
+    with opened(name, content, "EPUB") as members:
+        return _book_of(name, members)
+
+
+@contextlib.contextmanager
+def opened(name: str, content: bytes, kind: str) -> Iterator["Members"]:
+    """The members of the archive `name`; whatever reading them raises becomes a DataError. kind: what it should be."""
     if (members := content.count(MEMBER)) > MOST_MEMBERS:  # zipfile would make an object of each
         raise DataError(f"{name}: holds {members:,} files, may hold at most {MOST_MEMBERS:,}; refused")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return _book_of(name, _Members(name, archive, len(content)))
+            yield Members(name, archive, len(content))
     except DataError:
         raise
     except Exception as e:  # on damage, zipfile and lxml raise a dozen classes
-        raise DataError(f"{name}: is damaged or no EPUB ({describe(e)}); get the file again") from None
+        raise DataError(f"{name}: is damaged or no {kind} ({describe(e)}); get the file again") from None
 
 
-class _Members:
+class Members:
     """The files in an archive, read up to a limit for all of them."""
 
     def __init__(self, name: str, archive: zipfile.ZipFile, size: int):
@@ -116,7 +125,7 @@ class _Members:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"<\0")):
             content = content.decode("utf-16", "replace").encode()
         content = content.removeprefix(codecs.BOM_UTF8).lstrip()
-        content = re.sub(rb"<(?![\w/!?])|&(?:(\w{1,32});|(?!#))", _reference, content)
+        content = mended(content)
         encoding = "utf-8" if is_utf8(content) else None  # None: what the file declares
         parser = etree.XMLParser(
             target=_Elements(), encoding=encoding, resolve_entities=False, no_network=True, recover=True
@@ -140,6 +149,11 @@ def _key(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
+def mended(content: bytes) -> bytes:
+    """XML whose authors took it for HTML, with each & and < as XML has it."""
+    return re.sub(rb"<(?![\w/!?])|&(?:(\w{1,32});|(?!#))", _reference, content)
+
+
 def _reference(match: re.Match[bytes]) -> bytes:
     """A mark as XML has it: HTML's names of characters become numbers, and & and < that stand for themselves names."""
     if match[1] is None:
@@ -157,7 +171,7 @@ class _Elements:
         self.found: list[tuple[str, dict[str, str]]] = []
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        self.found.append((_local(tag), {_local(key): _value(value) for key, value in attributes.items()}))
+        self.found.append((local_name(tag), {local_name(key): _value(value) for key, value in attributes.items()}))
 
     def close(self) -> list[tuple[str, dict[str, str]]]:
         return self.found
@@ -167,11 +181,11 @@ def _value(attribute: str) -> str:
     return attribute.replace("&#38;", "&").strip()  # lxml leaves this one as it is where it resolves no entities
 
 
-def _local(name: str) -> str:
+def local_name(name: str) -> str:
     return re.split("[}:]", name)[-1].lower()
 
 
-def _book_of(name: str, members: _Members) -> Book:
+def _book_of(name: str, members: Members) -> Book:
     """The pages, in the order that the package gives (EPUB 3.3, sections 4.2.6.3 and 5), and the style sheets."""
     root, package = _package(name, members)
     items: dict[str, dict[str, str]] = {}
@@ -221,7 +235,7 @@ def _book_of(name: str, members: _Members) -> Book:
     return Book(list(found.values()), sheets)
 
 
-def _package(name: str, members: _Members) -> tuple[str, list[tuple[str, dict[str, str]]]]:
+def _package(name: str, members: Members) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     """The path of the book's package, which lists its files, and the elements of that."""
     folders = sorted((path for path in members.paths if _key(path).endswith(_key(CONTAINER))), key=len)
     folder = folders[0][: -len(CONTAINER)] if folders else ""  # often the zip holds a folder that holds the book
@@ -240,7 +254,7 @@ def _package(name: str, members: _Members) -> tuple[str, list[tuple[str, dict[st
     return roots[0], members.elements(roots[0])
 
 
-def _find(members: _Members, root: str, href: str) -> str:
+def _find(members: Members, root: str, href: str) -> str:
     """The member that the package at `root` means by `href`; "" if there is none."""
     folder, href = posixpath.dirname(root.replace("\\", "/")), href.replace("\\", "/")
     for path in (href, re.split("[?#]", href, maxsplit=1)[0]):
@@ -266,7 +280,7 @@ def _is_text(item: dict[str, str]) -> bool:
     return not media or "html" in media or "xml" in media.partition("+")[0] or media.startswith("text/")
 
 
-def _page(members: _Members, path: str, role: str, media: str) -> Page:
+def _page(members: Members, path: str, role: str, media: str) -> Page:
     """The member at `path`, if it holds text, whatever its media type says."""
     content = members.read(path)
     start = content[:1000].replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n")

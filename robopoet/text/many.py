@@ -56,7 +56,7 @@ def has_ending(path: str, suffixes: str | tuple[str, ...]) -> bool:
 
 def stem(path: str) -> str:
     """The name of the file at `path` without its extension, such as .txt or .jsonl.gz."""
-    return Path(path[: -len(".gz")] if has_ending(path, ".jsonl.gz") else path).stem
+    return Path(path.rpartition(".")[0] if has_ending(path, (".jsonl.gz", ".fb2.zip")) else path).stem
 
 
 JSON_TEXT = re.compile(r"\s*\[?\s*\{\s*\"\w")

@@ -27,7 +27,7 @@ import msgspec
 from robopoet import files
 from robopoet.errors import DataError, describe, warn
 from robopoet.files import Positive, Sha256, did_you_mean_path, replacing
-from robopoet.text import books
+from robopoet.text import books, manuscripts
 from robopoet.text.epub import UNPACKED, UNPACKED_FLOOR, sheet_key
 from robopoet.text.many import (
     JSON_LINES,
@@ -53,7 +53,8 @@ TABLES = {  # what holds texts among other things -> how to write them alone
     ".srt": "what is said alone, as sed -E '/^[0-9]*\\r?$|-->/d' FILE > new.txt writes it",
 }
 TABLES |= {kind: TABLES[".csv"].replace("FILE", f"FILE, sep='{sep}'") for kind, sep in ((".tsv", "\\t"), (".ssv", ";"))}
-TEXTS = (".txt", ".md", *books.HTML, ".epub", *JSON_LINES, PARQUET)  # the files that are read from a folder
+# the files that are read from a folder
+TEXTS = (".txt", ".md", *books.HTML, ".epub", *manuscripts.MANUSCRIPTS, *JSON_LINES, PARQUET)
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=1000)]
 
