@@ -168,8 +168,11 @@ def test_marks_that_nobody_sees_are_left_out_where_a_script_does_not_need_them(t
 
 def test_hostile_text_takes_time_linear_in_its_length():
     with within(20):
-        for unit in ("\f", "a-\n", "\xad ", "\u200b", "x", "1\f", "-\n", "A  1\f", " \f\n", "x\xad\n"):
-            typeset.running_text(unit * 200_000)
+        for unit in ("\f", "a-\n", "\xad ", "\u200b", "x", "1\f", "-\n", "A  1\f", " \f\n", "x\xad\n", "1\n",
+                     "Index\n", "Index\nx\n", ".", "[Pg 1]"):  # fmt: skip
+            typeset.running_text(unit * 100_000)
+        names = "".join(f"x{i}\nIndex\n" for i in range(5_000))
+        typeset.running_text(names + names)
 
 
 def test_how_much_of_each_was_left_out_is_told_unless_nothing_is_cleaned(tmp_path, capsys):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from robopoet.errors import DataError
 from robopoet.text import encodings, epub, manuscripts
-from robopoet.text.cleaning import count_letters
+from robopoet.text.cleaning import count_letters, tell_controls
 from robopoet.text.layout import LaidOut
 from robopoet.text.markup import lay_out
 from robopoet.text.styles import Sheets
 
 HTML = (".html", ".htm", ".xhtml")
-PAGE = re.compile(r"\s*(?:<\?xml[^>]{0,200}>\s*)?<(?:!doctype )?html\b", re.I)  # how a page begins, whatever its name
+# how a page begins, whatever its name
+PAGE = re.compile(r"\ufeff?\s*(?:<\?xml[^>]{0,200}>\s*)?<(?:!doctype )?html\b", re.I)
 CONVERTED = {
     ".pdf": "pdftotext FILE.pdf FILE.txt",
     **dict.fromkeys((".mobi", ".azw", ".azw3"), "Calibre's ebook-convert"),
@@ -76,10 +77,7 @@ def read(
 
 def _without_zeros(source: str, told: str) -> tuple[str, str]:
     """A page without NUL, of which its parser would make a character, and what is to be told of it."""
-    if not (zeros := source.count("\0")):
-        return source, told
-    more = f"holds control codes, left out: {zeros:,}"
-    return source.replace("\0", ""), f"{told}; {more}" if told else more
+    return source.replace("\0", ""), tell_controls(told, source.count("\0"))
 
 
 def _epub(

@@ -79,6 +79,11 @@ def count_controls(text: str) -> int:
     return len(encoded) - len(encoded.translate(None, CONTROL_CODES))
 
 
+def tell_controls(told: str, n: int, fate: str = "left out") -> str:
+    """`told`, and that a text holds `n` control codes, if it does."""
+    return "; ".join(filter(None, (told, f"holds control codes, {fate}: {n:,}" if n else "")))
+
+
 def _without_trailing_space(text: str) -> str:
     """`text` with LF line ends and without white space at the ends of lines."""
     text = plain(text)

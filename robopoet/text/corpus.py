@@ -165,7 +165,7 @@ def documents(manifest: Manifest) -> Iterator[Document]:
                     advice = "it is no text, or in another encoding: name its --encoding"
                     raise DataError(f"{place}: {controls:,} of its {len(raw):,} characters are control codes; {advice}")
                 fate = "learnt (clean: none)" if cleaning.count_controls(text) else "left out"
-                told = "; ".join(filter(None, (told, f"holds control codes, {fate}: {controls:,}")))
+                told = cleaning.tell_controls(told, controls, fate)
             flaw = flaw if text else NO_TEXT
             yield Document(name, source.style, text, raw, place, told, losses, flaw, found + Counter(page_matter))
 

@@ -59,7 +59,7 @@ def stem(path: str) -> str:
     return Path(path.rpartition(".")[0] if has_ending(path, (".jsonl.gz", ".fb2.zip")) else path).stem
 
 
-JSON_TEXT = re.compile(r"\s*\[?\s*\{\s*\"\w")
+JSON_TEXT = re.compile(r"\s*+\[?\s*+\{\s*+\"\w")
 SUBTITLE = re.compile(r"^[\d:.,]{5,12} --> [\d:.,]{5,12}", re.M)
 COLUMN = re.compile(r"[^\W\d]\w{0,30}")  # its name in a table
 COLUMNS, FEWEST_ROWS = 0.95, 6  # the least share of rows that have as many as their names; the least rows of a table
@@ -69,7 +69,7 @@ def table_kind(text: str) -> str:
     """The extension of a file that holds what `text` does if that is a table, JSON or subtitles, else ""."""
     head = text[:HEAD_CHARS].replace("\r\n", "\n").replace("\r", "\n")
     if JSON_TEXT.match(head):
-        return ".jsonl" if re.match(r"\s*\{.*\}\s*\n\s*\{", head) else ".json"
+        return ".jsonl" if re.match(r"\s*+\{.*\}[ \t]*\n\s*+\{", head) else ".json"
     if len(SUBTITLE.findall(head)) >= FEWEST_STAMPED:
         return ".srt"
     for mark, kind in ((",", ".csv"), (";", ".ssv"), ("\t", ".tsv")):

@@ -9,7 +9,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 TRIED = 3_000_000  # the most comparisons of an element with a part of a selector on a page: some seconds
@@ -64,7 +64,6 @@ class _Element(NamedTuple):
 
     tag: str
     attributes: Mapping[str, str]
-    classes: list[str]
     places: tuple[int, int]
 
 
@@ -218,23 +217,21 @@ def _compound(text: str, place: int = 0) -> tuple[Compound | None, int]:
 
 
 def _simple(found: re.Match[str]) -> Compound | None:
-    """The compound that a simple selector alone is."""
-    tag, wanted = (found["tag"] or "").lower(), (found["value"] or "").strip("\"'")
-    pseudo, argument = (found["pseudo"] or "").lower(), (found["argument"] or "").strip().lower()
+    """The compound that a simple selector alone is, if that can be told where an element starts."""
+    tag, pseudo = (found["tag"] or "").lower(), (found["pseudo"] or "").lower()
     if tag:
         return Compound((lambda one: one.tag == tag,), tag, (0, 0, 1)) if tag != "*" else Compound()
-    if found["cls"]:
-        cls = re.sub(r"\\(.)", r"\1", found["cls"])
-        return Compound((lambda one: cls in one.classes,), f".{cls}", (0, 1, 0))
-    if found["id"]:
-        id = re.sub(r"\\(.)", r"\1", found["id"])
-        return Compound((lambda one: one.attributes.get("id", "").strip() == id,), f"#{id}", (1, 0, 0))
-    if found["key"]:
-        key, fits = found["key"].replace("\\", "").lower().replace("|", ":").lstrip("*:"), COMPARE[found["how"]]
-        return Compound((lambda one: key in one.attributes and fits(one.attributes[key], wanted),), "", (0, 1, 0))
-    if pseudo in ("root", "link", "any-link"):
-        test = (lambda one: one.tag == "html") if pseudo == "root" else (lambda one: "href" in one.attributes)
-        return Compound((test,), "", (0, 1, 0))
+    if not pseudo:
+        named = re.sub(r"\\(.)", r"\1", found["cls"] or found["id"] or "")
+        if found["cls"]:
+            key, how, wanted, name = "class", "~=", named, f".{named}"
+        elif found["id"]:
+            key, how, wanted, name = "id", "=", named, f"#{named}"
+        else:
+            key = found["key"].replace("\\", "").lower().replace("|", ":").lstrip("*:")
+            how, wanted, name = found["how"], (found["value"] or "").strip("\"'"), ""
+        fits, weight = COMPARE[how], (1, 0, 0) if key == "id" else (0, 1, 0)
+        return Compound((lambda one: key in one.attributes and fits(one.attributes[key], wanted),), name, weight)
     if pseudo in ("not", "is", "where"):
         texts = [text.strip() for text in LISTED.findall(found["argument"] or "")]
         inner = [one for text in texts[:MOST_LISTED] for one, end in [_compound(text)] if one and end == len(text)]
@@ -243,7 +240,8 @@ def _simple(found: re.Match[str]) -> Compound | None:
         weight, is_not = max(one.weight for one in inner) if pseudo != "where" else (0, 0, 0), pseudo == "not"
         return Compound((lambda one: is_not != any(_fits(compound, one) for compound in inner),), "", weight)
     if pseudo in ("first-child", "first-of-type", "nth-child", "nth-of-type"):
-        wanted = {"odd": "2n+1", "even": "2n"}.get(argument, argument) if pseudo.startswith("nth") else "1"
+        argument = (found["argument"] or "").strip().lower() if pseudo.startswith("nth") else "1"
+        wanted = {"odd": "2n+1", "even": "2n"}.get(argument, argument)
         if wanted and (nth := NTH.fullmatch(wanted)):
             step = 0 if nth[1] is None else int(nth[1]) if nth[1][-1:].isdigit() else int(f"{nth[1]}1")
             first, of_type = int((nth[2] or "0").replace(" ", "")), pseudo.endswith("type")
@@ -259,15 +257,16 @@ def _fits(compound: Compound, element: _Element) -> bool:
 _State = tuple[int, Selector, int]  # number of the sheet, selector, and how many of its compounds have matched
 
 
+@dataclass(slots=True)
 class _Open:
     """An open element, and the states that go on with its descendants, its children, the next child, and later ones."""
 
-    __slots__ = "below", "children", "later", "n_children", "n_of_tag", "next"
-
-    def __init__(self, below: dict[_State, None]) -> None:
-        self.below = below  # dicts are used as ordered sets
-        self.children, self.next, self.later = dict[_State, None](), dict[_State, None](), dict[_State, None]()
-        self.n_children, self.n_of_tag = 0, Counter[str]()
+    below: dict[_State, None]  # dicts are used as ordered sets
+    children: dict[_State, None] = field(default_factory=dict)
+    next: dict[_State, None] = field(default_factory=dict)
+    later: dict[_State, None] = field(default_factory=dict)
+    tags: Counter[str] = field(default_factory=Counter)  # how many children have each name
+    n_children: int = 0
 
 
 class Styles:
@@ -292,10 +291,15 @@ class Styles:
     def _match(self, tag: str, attributes: dict[str, str], found: dict[str, tuple[tuple[int, ...], str]]) -> None:
         parent = self.open[-1]
         states: list[_State] = [*parent.children, *parent.below, *parent.next, *parent.later]
-        parent.n_children, parent.n_of_tag[tag] = parent.n_children + 1, parent.n_of_tag[tag] + 1
-        places = parent.n_children, parent.n_of_tag[tag]
-        one = _Element(tag, attributes, attributes.get("class", "").split(), places)
-        keys = ["", tag, *(f".{name}" for name in set(one.classes)), f"#{attributes.get('id', '').strip()}"]
+        parent.n_children, parent.tags[tag] = parent.n_children + 1, parent.tags[tag] + 1
+        places = parent.n_children, parent.tags[tag]
+        one = _Element(tag, attributes, places)
+        keys = [
+            "",
+            tag,
+            *(f".{name}" for name in set(attributes.get("class", "").split())),
+            f"#{attributes.get('id', '').strip()}",
+        ]
         for number, sheet in enumerate(self.sheets):
             for key in keys:
                 states += [(number, selector, 0) for selector in sheet.first.get(key, ())]

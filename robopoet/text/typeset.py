@@ -33,7 +33,7 @@ WEB_ADDRESS = re.compile(r"\bwww\.|://|\w\.(?:com|net|org)\b", re.I)
 PAGE_END = re.compile(r"^(.*)\n{1,3}[ \t\-–—\[(]{0,80}(\d{1,4})[ \t\-–—\])]{0,80}\n{1,3}[ \t]{0,80}(.)", re.M)
 CUT_LINES, PAGE_CHARS = 0.4, 600  # the least share of them that stand within sentences; the least text on a page
 PAGE_MARK = re.compile(r"(?P<space>(?<=\s))?[\[{](?:Pg|Page)\.? ?(\d{1,4})[\]}](?(space) ?)")
-CONTENTS_TITLE = re.compile(rf"^[^\w\n]*(?:{'|'.join(CONTENTS_TITLES)})[^\w\n]*$", re.M | re.I)
+CONTENTS_TITLE = re.compile(rf"^[^\w\n]*+(?:{'|'.join(CONTENTS_TITLES)})[^\w\n]*$", re.M | re.I)
 OTHER_ENTRIES = 3  # lines after which a table ends if none is a heading of the text
 ENTRY_NUMBER = re.compile(
     r"\W*(?:(?:chapter|chapitre|kapitel|capítulo|capitolo|глава|rozdział|book|part|act|canto)\b\W*)?(?:[ivxlcdm]+\b|\d+)?\W*"
@@ -158,12 +158,9 @@ def _without_pages(text: str, counts: Counter[str]) -> str:
             del pages[i][edge]
             pages[i] = _trimmed(pages[i])
     pages = [page for page in pages if page] or [[""]]
-    if not (is_paper and counts[HEADS] + counts[PAGE_NUMBERS]):  # verse may end a page without a full stop, too
-        ends = [
-            "\n" if _is_cut(page) and after[0].lstrip()[:1].islower() else "\n\n" for page, after in pairwise(pages)
-        ]
-        return "".join("\n".join(page) + end for page, end in zip(pages, [*ends, "\n"], strict=True))
-    return "".join("\n".join(page) + _break(page, after) for page, after in zip(pages, [*pages[1:], [""]], strict=True))
+    is_paper &= counts[HEADS] + counts[PAGE_NUMBERS] > 0
+    ends = [_break(page, after, is_paper) for page, after in pairwise(pages)]
+    return "".join("\n".join(page) + end for page, end in zip(pages, [*ends, "\n"], strict=True))
 
 
 def _trimmed(lines: list[str]) -> list[str]:
@@ -214,9 +211,9 @@ def _furniture(
     return found
 
 
-def _break(page: list[str], after: list[str]) -> str:
+def _break(page: list[str], after: list[str], is_paper: bool) -> str:
     """What parts the last line of a page from the page after it: a paragraph may go on there."""
-    if _is_cut(page):
-        return "\n"
+    if _is_cut(page) or not is_paper:  # verse may end a page without a full stop, too
+        return "\n" if is_paper or (_is_cut(page) and after[0].lstrip()[:1].islower()) else "\n\n"
     is_short = len(page[-1]) < SHORT_LINE * max(map(len, page))
     return "\n\n" if is_short or after[0][:1].isspace() or not "".join(after[1:2]).strip() else "\n"
