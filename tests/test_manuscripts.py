@@ -69,7 +69,10 @@ LONG = "It was late, and nobody who had been on the road that night would speak 
         (line(LONG) + "<p><r><tab/><t>So  it</t><br/><t> went.</t></r></p>", f"{LONG}\n\nSo  it\n went."),
         ("<p><r><t>I</t></r></p>" + line("  had"), "I\n  had"),
         ("<p><pPr><tabs><tab/></tabs></pPr><r><t>a</t><tab/><t>b</t><br type='page'/><t>c</t></r></p>", "a\tb\n\nc"),
-        ("<p><r><t>re</t><noBreakHyphen/><t>do su</t><softHyphen/><t>per\xa0\xadman</t></r></p>", "re-do super man"),
+        (
+            "<p><r><t>re</t><noBreakHyphen/><t>do su</t><softHyphen/><t>per\xa0\xad\x0bman</t></r></p>",
+            "re-do super man",
+        ),
         ("<p><r><sym font='Symbol' char='F061'/><sym font='Wingdings' char='F04A'/><sym char='00e9'/></r></p>", "αé"),
         (line("No ") + line("I", "<pPr><framePr dropCap='drop'/></pPr>") + line("t was."), "No\nIt was."),
         (line("It ", "<pPr><rPr><del/></rPr></pPr>") + line("was."), "It was."),
@@ -266,6 +269,7 @@ def test_mutated_manuscripts_raise_nothing_but_data_errors():
 def test_manuscripts_are_taken_from_a_folder_with_their_losses(tmp_path):
     note = word("footnotes", prefixed("<footnote>" + line("A note.") + "</footnote>"))
     (tmp_path / "Book.DOCX").write_bytes(docx(line(LONG), {"word/footnotes.xml": note}))
+    (tmp_path / "~$Book.docx").write_bytes(b"\x05Alice" + b" " * 156)  # Word's, while that is open
     (tmp_path / "book.odt").write_bytes(odt(f"<text:p>{LONG}</text:p>"))
     (tmp_path / "tale.fb2.zip").write_bytes(zipped({"a.fb2": fb2("<body><section><p>It was.</p></section></body>")}))
     manifest = corpus.manifest_of_files((str(tmp_path),))

@@ -182,7 +182,8 @@ def own_files(patterns: tuple[str, ...]) -> list[str]:
 
 def _texts_below(folder: str) -> list[str]:
     found = _glob(os.path.join(glob.escape(folder), "**", "*"))
-    found = [path for path in found if not os.path.isdir(path)]
+    # Word marks a document that is open with a file ~$NAME
+    found = [path for path in found if not os.path.isdir(path) and not os.path.basename(path).startswith("~$")]
     texts = [path for path in found if has_ending(path, (*TEXTS, *books.CONVERTED))]
     if not texts:
         raise DataError(f"--input: {folder}: holds no {', '.join(TEXTS)} and no corpus.yaml; name one that does")
