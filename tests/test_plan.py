@@ -162,6 +162,12 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
 
 
+@pytest.mark.parametrize("start", [NEW, Start({"model_extra": {}}, None, False)])
+def test_time_that_a_text_leaves_is_spent_on_evaluating_it_in_full(imagine, start):
+    assert imagine(500, 100_000, start=start)[0].eval_iters == 0
+    assert imagine(5, 3_000_000, start=start)[0].eval_iters > 0
+
+
 def test_fewer_rows_are_taken_only_if_they_save_time(imagine, monkeypatch):
     monkeypatch.setitem(globals(), "cost", lambda cfg: 15.0)  # as where two threads wait for a busy core
     theirs = Start({"model_extra": {}}, None, False)

@@ -38,6 +38,7 @@ STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many passes
 FORGETS = 0.7  # passes within which the embeddings' weight decay forgets
 EVALUATING = 0.05  # share of training's seconds, at most; beside busy programs the last takes 15 times as long
+SPARE = 0.5  # share of the time that the steps leave, for evaluations, if that is more
 SAMPLED = 2048  # ids of a sampled softmax on a CPU, if the vocabulary has at least twice as many
 WORTH = 0.8  # a smaller step must take at most this share of the larger one's time
 TRIAL_S, LONG_S = 2.0, 6.0  # seconds of a measurement, and of a step that is measured once
@@ -352,7 +353,9 @@ def _fill(cfg: Config, meta: Meta, step_s: float, batch_s: float, most: float, r
         return cfg.eval_interval or few or evaluation_interval(steps)
 
     batches = math.ceil(meta.splits["val"].tokens / (cfg.batch_size * cfg.block_size))
-    fits = max(int(EVALUATING * min(interval(steps), steps) * step_s / batch_s), 1)
+    apart = min(interval(steps), steps)
+    spare_s = (clock.left_s - steps * step_s) * apart / steps  # for each evaluation, if the text ends before the time
+    fits = max(int(max(EVALUATING * apart * step_s, SPARE * spare_s) / batch_s), 1)
     clock.pause = (min(batches, fits) * batch_s + SAVE_S) / step_s
     within = steps_within(clock.left_s / step_s, clock.pause, interval)
     steps = last if "max_iters" in cfg.given else min(last, within)
