@@ -39,10 +39,11 @@ OUTSIDE_NAMES = notes.REFERENCES | frozenset(
 UNCOUNTED = frozenset(
     "annotation annotation-xml audio canvas head iframe noembed script style template title video".split()
 )
-# outside if most of their letters are in links; or as bars, if they are short
-CONTENTS_NAMES = frozenset("doc-toc landmarks lot loi page-list toc".split())
-BAR_NAMES = frozenset("docnav navfooter navheader".split())  # DocBook's
-LINKS_NAMES = frozenset("nav navbar navigation pagination breadcrumb breadcrumbs pager prevnext".split())
+LISTS = {  # outside if most of their letters are in links; or as bars, which are DocBook's, if they are short
+    "contents": frozenset("doc-toc landmarks lot loi page-list toc".split()),
+    "bar": frozenset("docnav navfooter navheader".split()),
+    "links": frozenset("nav navbar navigation pagination breadcrumb breadcrumbs pager prevnext".split()),
+}
 PICTURES = frozenset("image img svg".split())
 HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())  # a class says how they look, not what they are
 WHOLE = frozenset("html body main article".split())  # hold the work, whatever their class
@@ -128,8 +129,8 @@ class LaidOut:
             self.places.setdefault(id, len(self.pieces))
         if not self.outside and (tag == "noteref" or not notes.REFERENCES.isdisjoint(outside)):
             self.was_mark, self.started_line = True, self.lines > 0 or not self.pieces
-        is_hidden = style.get("display", "none" if "hidden" in attributes else "") == "none" and tag not in WHOLE
-        is_hidden |= style.get("visibility") == "hidden" and tag not in WHOLE
+        display = style.get("display", "none" if "hidden" in attributes else "")
+        is_hidden = tag not in WHOLE and (display == "none" or style.get("visibility") == "hidden")
         self._start_sheet(tag, attributes)
         if tag in PICTURES and not (self.outside or is_hidden) and (letter := initials.of_picture(attributes)):
             self._add_picture(letter)
@@ -138,12 +139,9 @@ class LaidOut:
                 self.counts[matter.BARS if tag == "nav" else matter.PAGE_NUMBERS] += 1
             self.outside += 1
             return
-        if not CONTENTS_NAMES.isdisjoint(names + classes):
-            self._mark("contents")
-        elif tag not in WHOLE and not BAR_NAMES.isdisjoint(classes):
-            self._mark("bar")
-        elif tag not in WHOLE and not LINKS_NAMES.isdisjoint(names + classes):
-            self._mark("links")
+        kind = next((kind for kind in LISTS if not LISTS[kind].isdisjoint(names + classes)), "")
+        if kind and (kind == "contents" or tag not in WHOLE):
+            self._mark(kind)
         if tag not in HEADINGS and tag not in WHOLE and (number := matter.page_number(attributes, names + classes)):
             self._mark("page")
             self.page_numbers.append(number)
@@ -210,7 +208,7 @@ class LaidOut:
         state = len(self.pieces), self.chars, self.lines, self.is_spaced, self.letters, self.linked, self.links
         in_note = self.note_depth > 0
         self.marks.append(notes.Mark(self.depth, *state, self.n_links, before[-4:], href, in_note, kind))
-        self.counted += kind in ("contents", "bar", "links")
+        self.counted += kind in LISTS
 
     def _return(self, mark: notes.Mark) -> None:
         """Leave out what was laid out since `mark`."""
@@ -244,7 +242,7 @@ class LaidOut:
 
     def _end_mark(self, mark: notes.Mark, box: _Box) -> bool:
         """Leave out what was laid out since `mark` if it is what its element may be; whether it was."""
-        if mark.kind in ("contents", "bar", "links"):
+        if mark.kind in LISTS:
             return self._end_links(mark)
         number = self.page_numbers.pop() if mark.kind == "page" else None
         if self.chars - mark.chars > NOTE_CHARS:  # joining longer links would take long where they are nested
