@@ -79,6 +79,7 @@ CHAPTERS = "CHAPTER I.\n\nThe Fox\n\nIt was.\n\nII. The hen\n\nSo.\n\nChapter 3.
 )
 def test_a_table_of_contents_whose_lines_are_the_headings_of_the_text_is_left_out(table):
     assert typeset.running_text(f"Book\n\n{table}{CHAPTERS}") == (f"Book\n\n{CHAPTERS}", {"tables of contents": 1})
+    assert typeset.running_text(f"{CHAPTERS}\n{table}By me") == (f"{CHAPTERS}\nBy me", {"tables of contents": 1})
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_hostile_text_takes_time_linear_in_its_length():
                      "Index\n", "Index\nx\n", ".", "[Pg 1]"):  # fmt: skip
             typeset.running_text(unit * 100_000)
         names = "".join(f"x{i}\nIndex\n" for i in range(5_000))
-        typeset.running_text(names + names)
+        typeset.running_text(names + names + names.replace("\n", "\nx\n"))
 
 
 def test_how_much_of_each_was_left_out_is_told_unless_nothing_is_cleaned(tmp_path, capsys):

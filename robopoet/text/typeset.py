@@ -33,6 +33,7 @@ WEB_ADDRESS = re.compile(r"\bwww\.|://|\w\.(?:com|net|org)\b", re.I)
 PAGE_END = re.compile(r"^(.*)\n{1,3}[ \t\-–—\[(]{0,80}(\d{1,4})[ \t\-–—\])]{0,80}\n{1,3}[ \t]{0,80}(.)", re.M)
 CUT_LINES, PAGE_CHARS = 0.4, 600  # the least share of them that stand within sentences; the least text on a page
 PAGE_MARK = re.compile(r"(?P<space>(?<=\s))?[\[{](?:Pg|Page)\.? ?(\d{1,4})[\]}](?(space) ?)")
+MOST_TABLES = 100  # the most tables of contents that a text is searched for
 CONTENTS_TITLE = re.compile(rf"^[^\w\n]*+(?:{'|'.join(CONTENTS_TITLES)})[^\w\n]*$", re.M | re.I)
 OTHER_ENTRIES = 3  # lines after which a table ends if none is a heading of the text
 ENTRY_NUMBER = re.compile(
@@ -117,11 +118,11 @@ def _without_contents(text: str, counts: Counter[str]) -> str:
     for i in reversed(range(len(names))):
         again[i], places[names[i]] = places.get(names[i], 0), i
     gone: set[int] = set()
-    for title in (i for i, line in enumerate(filled) if CONTENTS_TITLE.fullmatch(lines[line])):
+    for title in [i for i, line in enumerate(filled) if CONTENTS_TITLE.fullmatch(lines[line])][:MOST_TABLES]:
         last, n_entries, stop, i = title, 0, len(names), title + 1
         while i < stop and i - last <= OTHER_ENTRIES:
-            if names[i] and again[i]:
-                last, n_entries, stop = i, n_entries + 1, min(stop, again[i])
+            if names[i] and (again[i] or places[names[i]] < title):  # a French book has its table at the end
+                last, n_entries, stop = i, n_entries + 1, min(stop, again[i] or stop)
             i += 1
         after = filled[last + 1] if last + 1 < len(filled) else len(lines)
         is_whole = 2 * n_entries >= last - title and after > filled[last] + 1  # and a blank line ends it
