@@ -195,7 +195,7 @@ def test_own_files_have_their_stems_as_styles(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.text(max_size=30), st.text(max_size=30)), max_size=8))
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.text(min_size=1, max_size=30), st.text(max_size=30)), max_size=8))
 def test_a_survey_counts_as_the_documents_held_in_memory(entries):
     docs = [Document(f"d{i}", style, text, raw) for i, (style, text, raw) in enumerate(entries)]
     with patch.object(cleaning, "COUNTED_CHARS", 7):

@@ -243,11 +243,17 @@ def test_a_gzip_file_in_several_parts_is_read_to_its_end(tmp_path):
     ],
     ids=lambda line: line[:30].decode(errors="replace"),
 )
-def test_a_bad_line_is_named_in_one_line(tmp_path, name, line):
-    write_lines(tmp_path / name, LINES[1] + line + b"\n" + LINES[2])
-    with pytest.raises(DataError, match=rf"{name}: line 2: ") as caught:
-        read_all(corpus.manifest_of_files((str(tmp_path),)))
-    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+def test_a_bad_line_is_left_out_and_named_and_more_than_a_hundredth_of_them_stop(tmp_path, name, line):
+    manifest = corpus.manifest_of_files((str(write_lines(tmp_path / name, LINES[1] + line + b"\n" + LINES[2])),))
+    found = corpus.survey(corpus.documents(manifest))
+    [warning] = found.warnings
+    assert warning.startswith(f"{tmp_path / name}: line 2: ") and warning.endswith("; left out")
+    assert len(warning.removeprefix(str(tmp_path))) < 300 and found.n_documents == 2
+    assert {part.name for part, _ in corpus.parts(corpus.documents(manifest), manifest, found)} == {"bad:1", "bad:3"}
+    write_lines(tmp_path / name, LINES[1] + 2 * (line + b"\n"))
+    with pytest.raises(DataError, match=rf"{name}: line 2: .*; so are 2 of 3 documents") as caught:
+        corpus.survey(corpus.documents(manifest))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 FLAWED = {

@@ -57,7 +57,7 @@ class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
     told: what is to be told about its encoding. losses: by file, the letters that it has and raw has not. flaw: what
-    was replaced in it, or that it is a line without text, which goes to no split. page_matter: how much of each kind is
+    was replaced in it, or why it has no text and goes to no split. page_matter: how much of each kind is
     left out.
     """
 
@@ -166,7 +166,7 @@ def documents(manifest: Manifest) -> Iterator[Document]:
                     raise DataError(f"{place}: {controls:,} of its {len(raw):,} characters are control codes; {advice}")
                 fate = "learnt (clean: none)" if cleaning.count_controls(text) else "left out"
                 told = cleaning.tell_controls(told, controls, fate)
-            flaw = flaw if text else NO_TEXT
+            flaw = flaw or ("" if text else NO_TEXT)
             yield Document(name, source.style, text, raw, place, told, losses, flaw, found + Counter(page_matter))
 
 
@@ -204,13 +204,13 @@ def survey(docs: Iterable[Document]) -> Survey:
     odd, losses, copies = _Warnings("are not all text in UTF-8"), _Warnings("lost much"), _Warnings("are copies")
     empty, damaged = _Warnings("hold no text"), _Warnings("are damaged")
     works: list[tuple[float, int]] = []
-    n_documents = n_bytes = letters = raw_letters = 0
+    read = n_documents = n_bytes = letters = raw_letters = 0
     page_matter: Counter[str] = Counter()
-    for doc in docs:
+    for read, doc in enumerate(docs, 1):
         page_matter.update(doc.page_matter)
         if doc.flaw:
             (empty if doc.flaw == NO_TEXT else damaged).add(f"{doc.place}: {doc.flaw}")
-        if doc.flaw == NO_TEXT:
+        if not doc.text:
             continue
         _hash(digest, doc)
         n_documents += 1
@@ -235,12 +235,10 @@ def survey(docs: Iterable[Document]) -> Survey:
             copies.add(f"{doc.place}: is the same text as {places[text]}; leave one out, or it counts twice")
         elif len(places) < COMPARED:
             places[text] = doc.place
+    if damaged.count > max(1, DAMAGED * read):
+        raise DataError(f"{damaged.first[0]}; so are {damaged.count:,} of {read:,} documents; write the file again")
     if empty.count and not n_documents:
         raise DataError(f"{empty.first[0].removesuffix(NO_TEXT)}holds no text, nor does any other")
-    if damaged.count > max(1, DAMAGED * n_documents):
-        raise DataError(
-            f"{damaged.first[0]}; so are {damaged.count:,} of {n_documents:,} documents; write the file as UTF-8 again"
-        )
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
     warnings = (*empty.lines(), *damaged.lines(), *odd.lines(), *losses.lines(), *copies.lines())
     return Survey(
@@ -314,7 +312,7 @@ def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterat
     shares, whole = manifest.splits, short_works(found, manifest.splits)
     exact = all(source.clean == "none" for source in manifest.sources)  # cut at the very character
     digest = hashlib.sha256()
-    for i, doc in enumerate(doc for doc in docs if doc.flaw != NO_TEXT):
+    for i, doc in enumerate(doc for doc in docs if doc.text):
         _hash(digest, doc)
         draw = _draw(doc)
         if found.n_documents > MANY_DOCUMENTS:

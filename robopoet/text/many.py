@@ -44,7 +44,7 @@ class RawDocument(NamedTuple):
     text: str
     told: str = ""  # what is to be told about its encoding
     losses: Mapping[str, books.Loss] = MappingProxyType({})  # by file: the letters that it has and the text has not
-    flaw: str = ""  # what was replaced in it
+    flaw: str = ""  # what was replaced in it, or why it has no text
     is_line: bool = False  # whether its file holds several, or only page matter, so that it may be skipped
     page_matter: Mapping[str, int] = MappingProxyType({})  # how much of each kind was left out
 
@@ -139,8 +139,11 @@ def json_lines(path: str) -> Iterator[RawDocument]:
                 try:
                     text = files.decode_json(line, _Line, where, DataError, advice).text if line.strip() else ""
                 except DataError:
-                    text = files.decode_json(_repaired(line), _Line, where, DataError, advice).text
                     flaw = "is not all text: what is damaged is replaced with U+FFFD"
+                    try:
+                        text = files.decode_json(_repaired(line), _Line, where, DataError, advice).text
+                    except DataError as e:
+                        text, flaw = "", f"{str(e).removeprefix(f'{where}: ')}; left out"
                 yield RawDocument(where, f"{name}:{number}", text or "", flaw=flaw, is_line=True)
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: line {number + 1}: is truncated or damaged ({e}); get the file again") from None
