@@ -168,6 +168,12 @@ def test_time_that_a_text_leaves_is_spent_on_evaluating_it_in_full(imagine, star
     assert imagine(5, 3_000_000, start=start)[0].eval_iters > 0
 
 
+@pytest.mark.parametrize("tokens, argv, rows", [(30_000, [], 4), (14_000, [], 2), (14_000, ["--epochs=2"], 4)])
+def test_a_small_text_is_read_in_smaller_steps(imagine, tokens, argv, rows):
+    cfg = imagine(500, tokens, "--block_size=256", *argv, start=Start({"model_extra": {}}, None, False))[0]
+    assert cfg.batch_size == rows and cfg.max_iters >= plan.FROM_OTHERS.enough
+
+
 def test_fewer_rows_are_taken_only_if_they_save_time(imagine, monkeypatch):
     monkeypatch.setitem(globals(), "cost", lambda cfg: 15.0)  # as where two threads wait for a busy core
     theirs = Start({"model_extra": {}}, None, False)

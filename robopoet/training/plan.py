@@ -225,14 +225,15 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
     cfg = _choose(cfg, **recipe.keys)
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
-    rows = recipe.cpu_rows if on_cpu else 32
+    epochs = cfg.epochs or recipe.epochs
+    rows, most = recipe.cpu_rows if on_cpu else 32, epochs * tokens
     if start.content is None:
         rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
+    elif recipe is FROM_OTHERS and most < recipe.enough * rows * cfg.block_size:
+        rows //= 2
     cfg = _choose(cfg, batch_size=rows, patience=6)
     samples = on_cpu and recipe.is_regularised and meta.vocab_size >= 2 * SAMPLED
     cfg = _choose(cfg, sampled_softmax=SAMPLED if samples else 0)
-    epochs = cfg.epochs or recipe.epochs
-    most = epochs * tokens
     seconds = functools.cache(functools.partial(_seconds, trial, machine))
     ways: list[dict[str, int]] = []
     if start.content is None and not cfg.given.intersection(SIZES):
