@@ -57,8 +57,7 @@ class Document:
     """One work. text: cleaned. raw: the text before cleaning. place: its file, and its line if that holds several.
 
     told: what is to be told about its encoding. losses: by file, the letters that it has and raw has not. flaw: what
-    was replaced in it, or why it has no text and goes to no split. page_matter: how much of each kind is
-    left out.
+    was replaced in it, or why it has no text and goes to no split. page_matter: how much of each kind is left out.
     """
 
     name: str
@@ -204,9 +203,10 @@ def survey(docs: Iterable[Document]) -> Survey:
     odd, losses, copies = _Warnings("are not all text in UTF-8"), _Warnings("lost much"), _Warnings("are copies")
     empty, damaged = _Warnings("hold no text"), _Warnings("are damaged")
     works: list[tuple[float, int]] = []
-    read = n_documents = n_bytes = letters = raw_letters = 0
+    n_read = n_documents = n_bytes = letters = raw_letters = 0
     page_matter: Counter[str] = Counter()
-    for read, doc in enumerate(docs, 1):
+    for doc in docs:
+        n_read += 1
         page_matter.update(doc.page_matter)
         if doc.flaw:
             (empty if doc.flaw == NO_TEXT else damaged).add(f"{doc.place}: {doc.flaw}")
@@ -235,8 +235,8 @@ def survey(docs: Iterable[Document]) -> Survey:
             copies.add(f"{doc.place}: is the same text as {places[text]}; leave one out, or it counts twice")
         elif len(places) < COMPARED:
             places[text] = doc.place
-    if damaged.count > max(1, DAMAGED * read):
-        raise DataError(f"{damaged.first[0]}; so are {damaged.count:,} of {read:,} documents; write the file again")
+    if damaged.count > max(1, DAMAGED * n_read):
+        raise DataError(f"{damaged.first[0]}; so are {damaged.count:,} of {n_read:,} documents; write the file again")
     if empty.count and not n_documents:
         raise DataError(f"{empty.first[0].removesuffix(NO_TEXT)}holds no text, nor does any other")
     characters = "".join(map(chr, np.flatnonzero(found).tolist()))
