@@ -1,4 +1,4 @@
-"""Serve a trained model over HTTP, as programs expect it: OpenAI's completions.
+"""Serve a trained model over HTTP, as programs expect it: OpenAI's completions and chats.
 
 python serve.py out/demo/best.pt
 curl localhost:8000/v1/completions -H 'content-type: application/json' \

@@ -85,6 +85,13 @@ def test_the_openai_package(served, model_pt):
     assert e.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(**keys | {"model": "gpt-4"})
+    said = {"model": "mine", "messages": [{"role": "user", "content": "The queen"}], "seed": 5, "temperature": 0.8}
+    chat = client.chat.completions.create(**said, max_completion_tokens=30, logprobs=True, extra_body={"until": "tokens"})
+    assert chat.choices[0].message.content == whole.choices[0].text and chat.choices[0].logprobs.content
+    parts = list(client.chat.completions.create(**said, max_tokens=30, stream=True, extra_body={"until": "tokens"}))
+    assert "".join(part.choices[0].delta.content for part in parts) == whole.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="this server does not have it"):
+        client.chat.completions.create(**said, response_format={"type": "json_object"})
 
 
 def test_lm_evaluation_harness_gives_the_log_likelihoods_of_the_export(served, model_pt, tmp_path, monkeypatch):

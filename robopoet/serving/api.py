@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from robopoet.errors import CheckpointError
+from robopoet.serving.chat import read_chat
 from robopoet.serving.engine import Engine
 from robopoet.serving.guard import refusal
 from robopoet.serving.protocol import Limits, Reply, RequestError, model_ids, read_request
@@ -44,6 +45,7 @@ class Api:
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/health", self.health),
             *([Route("/", self.index)] if page else []),
         ]
@@ -85,8 +87,15 @@ class Api:
         """GET /: the model as one HTML file."""
         return Response(self.page, media_type="text/html")
 
-    async def completions(self, request: Request) -> "Response | Completion":
+    async def completions(self, request: Request) -> "Completion":
         """POST /v1/completions."""
+        return await self._generate(request, read_request)
+
+    async def chat(self, request: Request) -> "Completion":
+        """POST /v1/chat/completions."""
+        return await self._generate(request, read_chat)
+
+    async def _generate(self, request: Request, read: Callable[..., Reply]) -> "Completion":
         raw = await self._read(request)
         if self.requests >= self.limits.max_rows + self.limits.max_waiting:
             raise RequestError(f"{self.requests} requests are running or waiting; try again later", 429)
@@ -94,7 +103,7 @@ class Api:
         self.requests += 1
         try:
             takes_long = len(raw) > LARGE or b"max_copy" in raw  # the first of these sorts the training text
-            reply = await asyncio.to_thread(read_request, *arguments) if takes_long else read_request(*arguments)
+            reply = await asyncio.to_thread(read, *arguments) if takes_long else read(*arguments)
             return Completion(self, reply)
         except BaseException:
             self.requests -= 1

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from robopoet.text.tokenizer import END
 from robopoet.writing.decode import Row, Rows, prompt_logprobs
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
@@ -48,7 +49,8 @@ class Choice:
 
     prompt: its ids; the same list for all that share it. number: of its random stream. max_tokens: 0 only scores the
     prompt. top: how many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell
-    the prompt's too. gain: called in the event loop. cancelled: nobody waits for it any more. request: its first text.
+    the prompt's too. gain: called in the event loop. also_ends: an id that stands for <|endoftext|>. cancelled: nobody
+    waits for it any more. request: its first text.
     paused: its rows while they are out of the engine's. turn_start: the tokens it had when it last got its rows.
     """
 
@@ -60,6 +62,7 @@ class Choice:
     top: int | None
     scores_prompt: bool
     gain: Callable[[Gain], None]
+    also_ends: int | None = None
     cancelled: bool = False
     tags: list[int | None] = field(default_factory=lambda: [None])
     weights: torch.Tensor | None = None  # each style's share of the blend, (S,)
@@ -243,6 +246,10 @@ class Engine(threading.Thread):
         told = [choice for choice in by_place if choice.top is not None]
         own = [blended(logits[[row.place for row in choice.rows]], choice.weights) for choice in told]
         logprobs = dict(zip(told, torch.cat(own).log_softmax(-1), strict=True)) if told else {}
+        for choice in by_place:
+            if choice.also_ends is not None:
+                places, end = [row.place for row in choice.rows], self.poet.tokenizer.specials[END]
+                logits[places, end] = torch.logaddexp(logits[places, end], logits[places, choice.also_ends])
         if len(by_place) < len(logits):  # some are blends
             logits = logits[[row.place for choice in by_place for row in choice.rows]]
         sampler(logits)

@@ -53,7 +53,7 @@ class RequestError(ValueError):
     def param(self) -> str | None:
         """The key of a request that the message names: a decoder's somewhere, all others as their first word."""
         decoded, key = re.match(r"(?:request: .*?(?:unknown field `|\$\.)(\w+)|(\w+):)?", str(self)).groups()
-        return decoded or (key if key in Body.__struct_fields__ else None)
+        return decoded or (key if self.status in (400, 404) and key != "request" else None)
 
 
 def error_body(e: RequestError) -> bytes:
@@ -116,12 +116,20 @@ def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
     """A request's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
     try:
         body = files.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
-        return _check(body, poet, name, limits)
+        refuse_what_we_lack(body, ["suffix"] if body.suffix else [])
+        within("logprobs", body.logprobs or 0, 0, MOST_TOP)
+        return make_reply(body, poet, name, limits)
     except (ConfigError, DataError) as e:
         raise RequestError(str(e)) from None
 
 
-def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
+def make_reply(
+    body: Any, poet: Poet, name: str, limits: Limits, kind: "type[Reply] | None" = None, also_ends: int | None = None
+) -> "Reply":
+    """The reply, of this kind, to a Body; raises RequestError, ConfigError or DataError for what is wrong with it.
+
+    also_ends: a token that ends a text as <|endoftext|> does.
+    """
     style = body.style or ""
     if body.model is None:
         raise RequestError(f"model: is missing; GET /v1/models lists them, the first is {name}")
@@ -132,11 +140,9 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
         if style not in ("", named):
             raise RequestError(f"style: found {style[:100]!r}, but the model is {body.model}; give one")
         style = named
-    _refuse_what_we_lack(body)
     max_tokens, n = 16 if body.max_tokens is None else body.max_tokens, 1 if body.n is None else body.n
     within("max_tokens", max_tokens, 0, limits.max_tokens)
     within("n", n, 1, limits.max_choices)
-    within("logprobs", body.logprobs or 0, 0, MOST_TOP)
     given = {key: value for key in SETTINGS if (value := getattr(body, key)) is not None}
     given |= {"style": style, "stop": [body.stop] if isinstance(body.stop, str) else body.stop or []}
     given |= {"seed": secrets.randbits(52) if body.seed is None else body.seed, "max_new_tokens": max(max_tokens, 1)}
@@ -145,7 +151,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
     poet.copied(settings, "")  # raises if max_copy needs a training text that is not there
     prompts = _prompts(body.prompt)
     within("prompt: texts times n", len(prompts) * n, 1, limits.max_choices)
-    reply = Reply(body.model, poet, bool(body.stream), settings.seed)
+    reply = (kind or Reply)(body.model, poet, bool(body.stream), settings.seed)
     reply.tells_usage = bool(body.stream_options and body.stream_options.include_usage)
     for i, prompt in enumerate(prompts):
         drawn = settings if body.seed is not None else replace(settings, seed=settings.seed + i)
@@ -158,7 +164,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> "Reply":
             raise RequestError(message, code="context_length_exceeded")
         reply.prompt_tokens += len(ids) if prompt else 0
         for number in range(n):
-            choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain)
+            choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain, also_ends)
             reply.add(choice, text if body.echo else "")
     return reply
 
@@ -169,10 +175,10 @@ def within(what: str, value: int, low: int, high: int) -> None:
         raise RequestError(f"{what}: found {value:,}, must be at least {low:,} and at most {high:,}")
 
 
-def _refuse_what_we_lack(body: Any) -> None:
-    """Raise RequestError for keys of OpenAI's that ask for something that this server does not do."""
-    asked = [key for key in ("suffix", "presence_penalty", "frequency_penalty", "logit_bias") if getattr(body, key)]
-    asked += ["best_of"] if body.best_of not in (None, 1, body.n) else []
+def refuse_what_we_lack(body: Any, asked: list[str]) -> None:
+    """Raise RequestError for the keys `asked`, and others of OpenAI's, that want what this server does not do."""
+    asked = asked + [key for key in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(body, key)]
+    asked += ["best_of"] if getattr(body, "best_of", None) not in (None, 1, body.n) else []
     if asked:
         raise RequestError(f"{asked[0]}: this server does not have it; leave it out", code="unsupported")
     if body.stream_options and not body.stream:
@@ -216,6 +222,12 @@ class Text:
     tokens: list[tuple[Scored, int]] = field(default_factory=list)  # with their offsets in the text
     offset: int = 0  # characters before the next token
     finish: str | None = None
+    is_begun: bool = False  # whether its first part was sent
+
+    def take_tokens(self) -> list[tuple[Scored, int]]:
+        """The tokens since the last call."""
+        taken, self.tokens = self.tokens, []
+        return taken
 
 
 class Reply:
@@ -223,6 +235,9 @@ class Reply:
 
     error: what went wrong, instead of texts. is_done: whether all texts are whole.
     """
+
+    id_prefix = "cmpl"
+    kind = streamed_kind = "text_completion"
 
     def __init__(self, model: str, poet: Poet, streams: bool, seed: int):
         self.tok, self.streams, self.tells_usage = poet.tokenizer, streams, False
@@ -233,8 +248,8 @@ class Reply:
         self._changed: dict[Choice, None] = {}
         self._names = {id: name for name, id in self.tok.specials.items()}
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.streamed_kind if streams else self.kind,
             "created": int(datetime.now(UTC).timestamp()),
             "model": model,
             "system_fingerprint": f"robopoet-{VERSION}-{poet.sha256[:12]}-{str(poet.machine.dtype)[6:]}",
@@ -295,24 +310,28 @@ class Reply:
 
     def _take(self, text: Text) -> dict[str, Any]:
         """A choice of the response with what its text has gained."""
-        parts, text.parts, tokens, text.tokens = text.parts, [], text.tokens, []
-        logprobs = self._logprobs(tokens) if text.asks else None
-        return {"text": "".join(parts), "index": text.index, "logprobs": logprobs, "finish_reason": text.finish}
+        parts, text.parts = text.parts, []
+        return self.choice(text, "".join(parts))
+
+    def choice(self, text: Text, gained: str) -> dict[str, Any]:
+        """A choice of the response, which takes the text's tokens."""
+        logprobs = self._logprobs(text.take_tokens()) if text.asks else None
+        return {"text": gained, "index": text.index, "logprobs": logprobs, "finish_reason": text.finish}
 
     def _logprobs(self, tokens: list[tuple[Scored, int]]) -> dict[str, list[Any]]:
         """OpenAI's legacy form: the sampled token is among the likeliest in any case."""
         top = [
-            None if token.logprob is None else {self._name(id): p for id, p in (*token.top, token[:2])}
+            None if token.logprob is None else {self.name(id): p for id, p in (*token.top, token[:2])}
             for token, _ in tokens
         ]
         return {
-            "tokens": [self._name(token.id) for token, _ in tokens],
+            "tokens": [self.name(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
             "top_logprobs": top,
             "text_offset": [offset for _, offset in tokens],
         }
 
-    def _name(self, id: int) -> str:
+    def name(self, id: int) -> str:
         """A token's text; bytes that are no whole characters as bytes:\\xe2\\x80, as OpenAI's."""
         if id >= len(self.tok.tokens):
             return self._names.get(id, f"<|{id}|>")

@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
+from robopoet.text.chat import template
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
 from robopoet.weights import huggingface
 from robopoet.weights.architectures import architecture_of
@@ -45,7 +46,6 @@ LAYOUTS = {  # an architecture's name, here and in llama.cpp -> its tensors
         "", NAMES, {C_ATTN: ATTENTION, C_FC: (".ffn_gate.", ".ffn_up.")}, paired=ATTENTION[:2], biases=False
     ),
 }
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat is a text to continue
 NEVER = b"\xff"  # is in no UTF-8
 
 
@@ -136,7 +136,7 @@ def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
     writer.add_eos_token_id(end)
     writer.add_eot_token_id(end)
     writer.add_array("tokenizer.ggml.suppress_tokens", [id for name, id in tok.specials.items() if name != END])
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template(tok))
 
 
 def _tensors(model: GPT, vocab_size: int, dtype: ExportDtype) -> dict[str, Weight]:

@@ -19,6 +19,7 @@ from robopoet import files
 from robopoet.errors import CheckpointError, DataError, describe
 from robopoet.files import did_you_mean_path
 from robopoet.text import tokenizer, tokenizer_json
+from robopoet.text.chat import template
 from robopoet.text.tokenizer import END
 from robopoet.text.tokenizer_json import Foreign
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
@@ -197,6 +198,7 @@ def export(
             **special,
             "padding_side": "left",  # a batch's rows are continued at their right
             "clean_up_tokenization_spaces": False,
+            "chat_template": template(tok),
         },
         "tokenizer": tokenizer_json.to_huggingface(tok),
     }
