@@ -147,7 +147,7 @@ def test_a_stream_has_the_same_text_and_log_probabilities_and_says_who_speaks_on
         ({"response_format": {"type": "json_object"}}, "response_format", "does not have it"),
         ({"tools": [{"type": "function"}]}, "tools", "does not have it"),
         ({"modalities": ["text", "audio"]}, "modalities", "does not have it"),
-        ({"logit_bias": {"1": 2}}, "logit_bias", "does not have it"),
+        ({"logit_bias": {"99": 2}}, "logit_bias", "from 0 to 32"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"max_tokens": 10**7}, "max_tokens", "at most 4,096"),

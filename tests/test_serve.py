@@ -266,7 +266,7 @@ def test_routes_and_wrong_ones(served):
         ({"temperature": -1}, "temperature", "found -1"),
         ({"temperature": "hot"}, "temperature", "got `str`"),
         ({"top_p": 0}, "top_p", "found 0"),
-        ({"top_k": -1}, "top_k", "found -1"),
+        ({"top_k": -2}, "top_k", "found -2"),
         ({"n": 0}, "n", "found 0"),
         ({"n": 10**9}, "n", "found 1,000,000,000"),
         ({"max_tokens": -1}, "max_tokens", "found -1"),
@@ -290,9 +290,12 @@ def test_routes_and_wrong_ones(served):
         ({"prompt": ["a", "b"], "n": 65}, "prompt", "at most 128"),
         ({"suffix": "x"}, "suffix", "does not have it"),
         ({"best_of": 3}, "best_of", "does not have it"),
-        ({"logit_bias": {"1": 2}}, "logit_bias", "does not have it"),
-        ({"presence_penalty": 0.1}, "presence_penalty", "does not have it"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty", "does not have it"),
+        ({"logit_bias": {"33": 2}}, "logit_bias", "from 0 to 32"),
+        ({"logit_bias": {"a": 2}}, "logit_bias", "got `str`"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "at most 100"),
+        ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "at most 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "at least -2"),
         ({"stream_options": {}}, "stream_options", "needs stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "x", "unknown field"),
     ],
@@ -305,10 +308,28 @@ def test_a_wrong_key_is_refused_by_name(served, keys, param, said):
     assert error["param"] == param and said in error["message"] and "\n" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    "keys", [{"presence_penalty": 2.0, "frequency_penalty": 0.7}, {"frequency_penalty": -1.0}, {"logit_bias": {"9": 9}}]
+)
+def test_penalties_and_biases_are_those_of_a_loop_over_full_forward_passes(served, keys):
+    poet, ids, first = served.poet, served.poet.tokenizer.encode("o romeo"), 7
+    while len(ids) < 16:
+        logits = poet.model(torch.tensor([ids]))[0][0, -1]
+        for id in range(len(logits)):
+            count = ids[first:].count(id)
+            logits[id] -= keys.get("frequency_penalty", 0) * count + keys.get("presence_penalty", 0) * (count > 0)
+            logits[id] += keys.get("logit_bias", {}).get(str(id), 0)
+        logits[poet.forbidden] = -math.inf
+        ids.append(int(logits.argmax()))
+    found = [served.choices(max_tokens=9, temperature=0, **more)[0]["text"] for more in (keys, {})]
+    assert found[0] == poet.tokenizer.decode_bytes(ids[first:]).decode() != found[1]
+    assert [choice["text"] for choice in served.choices(max_tokens=9, temperature=0, n=2, **keys)] == found[:1] * 2
+
+
 def test_neutral_values_are_taken(served):
     neutral = {"suffix": None, "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0}
     nothing = dict.fromkeys("max_tokens n stop seed stream logprobs echo temperature top_p style until".split())
-    assert len(served.choices("a", **neutral | nothing, user="me")) == 1
+    assert len(served.choices("a", **neutral | nothing, user="me", top_k=-1)) == 1
     assert len(served.choices("a", n=2, best_of=2)) == 2
 
 

@@ -86,7 +86,9 @@ def test_the_openai_package(served, model_pt):
     with pytest.raises(openai.NotFoundError):
         client.completions.create(**keys | {"model": "gpt-4"})
     said = {"model": "mine", "messages": [{"role": "user", "content": "The queen"}], "seed": 5, "temperature": 0.8}
-    chat = client.chat.completions.create(**said, max_completion_tokens=30, logprobs=True, extra_body={"until": "tokens"})
+    chat = client.chat.completions.create(
+        **said, max_completion_tokens=30, logprobs=True, extra_body={"until": "tokens"}
+    )
     assert chat.choices[0].message.content == whole.choices[0].text and chat.choices[0].logprobs.content
     parts = list(client.chat.completions.create(**said, max_tokens=30, stream=True, extra_body={"until": "tokens"}))
     assert "".join(part.choices[0].delta.content for part in parts) == whole.choices[0].text

@@ -5,7 +5,7 @@ import queue
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,20 @@ class Gain(NamedTuple):
     is_prompt: bool = False
 
 
+@dataclass
+class Bias:
+    """What is added to the logits of a text, (V,) float32: OpenAI's penalties lower those of the ids that it holds."""
+
+    logits: torch.Tensor
+    presence: float
+    frequency: float
+
+    def take(self, ids: Sequence[int]) -> None:
+        """Lower the last of the text's ids."""
+        is_new = ids.index(ids[-1]) == len(ids) - 1
+        self.logits[ids[-1]] -= self.frequency + self.presence * is_new
+
+
 @dataclass(eq=False)
 class Choice:
     """A text to generate, and where its gains go.
@@ -63,6 +77,7 @@ class Choice:
     scores_prompt: bool
     gain: Callable[[Gain], None]
     also_ends: int | None = None
+    bias: Bias | None = None
     cancelled: bool = False
     tags: list[int | None] = field(default_factory=lambda: [None])
     weights: torch.Tensor | None = None  # each style's share of the blend, (S,)
@@ -246,10 +261,7 @@ class Engine(threading.Thread):
         told = [choice for choice in by_place if choice.top is not None]
         own = [blended(logits[[row.place for row in choice.rows]], choice.weights) for choice in told]
         logprobs = dict(zip(told, torch.cat(own).log_softmax(-1), strict=True)) if told else {}
-        for choice in by_place:
-            if choice.also_ends is not None:
-                places, end = [row.place for row in choice.rows], self.poet.tokenizer.specials[END]
-                logits[places, end] = torch.logaddexp(logits[places, end], logits[places, choice.also_ends])
+        logits = self._shifted(logits)
         if len(by_place) < len(logits):  # some are blends
             logits = logits[[row.place for choice in by_place for row in choice.rows]]
         sampler(logits)
@@ -265,9 +277,25 @@ class Engine(threading.Thread):
                 traceback.print_exc()
                 self._fail(choice)
 
+    def _shifted(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of all rows, (rows, V), with what texts have beside the model's: a second end, and a bias."""
+        asking = [choice for choice in self.running if choice.also_ends is not None or choice.bias]
+        if asking:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        for choice in asking:
+            places = [row.place for row in choice.rows]
+            if choice.also_ends is not None:
+                end = self.poet.tokenizer.specials[END]
+                logits[places, end] = torch.logaddexp(logits[places, end], logits[places, choice.also_ends])
+            if choice.bias:
+                logits[places] += choice.bias.logits
+        return logits
+
     def _push(self, choice: Choice, token: Scored) -> None:
         """Append a token to a text; it leaves if that was its last."""
         text, finish = choice.passage.push(token.id), ""
+        if choice.bias:
+            choice.bias.take(choice.passage.ids)
         if choice.passage.done:
             finish = "stop"
         elif len(choice.passage.ids) == choice.max_tokens:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
+import torch
 
 from robopoet import VERSION, files
 from robopoet.errors import ConfigError, DataError, bounds
-from robopoet.serving.engine import Choice, Gain, Scored
+from robopoet.serving.engine import Bias, Choice, Gain, Scored
 from robopoet.text.tokenizer import StreamDecoder
 from robopoet.writing.passage import Settings, make_settings
 from robopoet.writing.poet import Poet
 
+MOST_BIASED = 300  # ids of `logit_bias`: OpenAI's limit
 MOST_TOP = 5  # likeliest tokens that `logprobs` may ask for: OpenAI's limit
 
 
@@ -88,7 +90,7 @@ OPENAI = {  # the keys of a request that are no settings of ours
     "suffix": str,
     "presence_penalty": float,
     "frequency_penalty": float,
-    "logit_bias": dict[str, float],
+    "logit_bias": dict[int, float],
 }
 SETTINGS = {key: kind for key, kind in get_type_hints(Settings).items() if key not in ("stop", "max_new_tokens")}
 DEFAULTS = {"until": "tokens", "temperature": 1.0, "top_p": 1.0}  # OpenAI's, not sample.py's
@@ -116,7 +118,8 @@ def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
     """A request's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
     try:
         body = files.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
-        refuse_what_we_lack(body, ["suffix"] if body.suffix else [])
+        lacking = {"suffix": body.suffix, "best_of": body.best_of not in (None, 1, body.n)}
+        refuse_what_we_lack(body, [key for key, is_asked in lacking.items() if is_asked])
         within("logprobs", body.logprobs or 0, 0, MOST_TOP)
         return make_reply(body, poet, name, limits)
     except (ConfigError, DataError) as e:
@@ -144,6 +147,7 @@ def make_reply(
     within("max_tokens", max_tokens, 0, limits.max_tokens)
     within("n", n, 1, limits.max_choices)
     given = {key: value for key in SETTINGS if (value := getattr(body, key)) is not None}
+    given |= {"top_k": 0} if body.top_k == -1 else {}  # vLLM's way to say all
     given |= {"style": style, "stop": [body.stop] if isinstance(body.stop, str) else body.stop or []}
     given |= {"seed": secrets.randbits(52) if body.seed is None else body.seed, "max_new_tokens": max(max_tokens, 1)}
     settings = make_settings(DEFAULTS | given)
@@ -165,20 +169,36 @@ def make_reply(
         reply.prompt_tokens += len(ids) if prompt else 0
         for number in range(n):
             choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain, also_ends)
+            choice.bias = _bias(body, poet)
             reply.add(choice, text if body.echo else "")
     return reply
 
 
-def within(what: str, value: int, low: int, high: int) -> None:
+def _bias(body: Any, poet: Poet) -> Bias | None:
+    """What a text's logits get; None if nothing was asked for."""
+    presence, frequency, biases = body.presence_penalty or 0.0, body.frequency_penalty or 0.0, body.logit_bias or {}
+    within("presence_penalty", presence, -2, 2)
+    within("frequency_penalty", frequency, -2, 2)
+    within("logit_bias: number of ids", len(biases), 0, MOST_BIASED)
+    if not (presence or frequency or biases):
+        return None
+    logits = torch.zeros(poet.model.config.vocab_size, device=poet.machine.device)
+    for id, value in biases.items():
+        if not 0 <= id < len(logits):
+            raise RequestError(f"logit_bias: found {id:,}, must be token ids from 0 to {len(logits) - 1:,}")
+        within("logit_bias", value, -100, 100)
+        logits[id] = value
+    return Bias(logits, presence, frequency)
+
+
+def within(what: str, value: float, low: int, high: int) -> None:
     """Raise RequestError unless low <= value <= high."""
     if not low <= value <= high:
         raise RequestError(f"{what}: found {value:,}, must be at least {low:,} and at most {high:,}")
 
 
 def refuse_what_we_lack(body: Any, asked: list[str]) -> None:
-    """Raise RequestError for the keys `asked`, and others of OpenAI's, that want what this server does not do."""
-    asked = asked + [key for key in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(body, key)]
-    asked += ["best_of"] if getattr(body, "best_of", None) not in (None, 1, body.n) else []
+    """Raise RequestError for the keys `asked`, which want what this server does not do, and for lone options."""
     if asked:
         raise RequestError(f"{asked[0]}: this server does not have it; leave it out", code="unsupported")
     if body.stream_options and not body.stream:
