@@ -97,7 +97,7 @@ def test_a_run_of_minutes_goes_on_from_it_and_another_start_may_be_given(smollm2
         return yaml.safe_load((tmp_path / name / "config.yaml").read_text())
 
     found = run("first")
-    assert found["init_from"] == "smollm2" and 1 < found["block_size"] <= 256 and found["optimizer"] == "adafactor"
+    assert found["init_from"] == "smollm2" and 1 < found["block_size"] <= 1024 and found["optimizer"] == "adafactor"
     assert found["norm"] == "rmsnorm" and found.get("dropout", 0.1) == 0.0
     content = checkpoint.load(tmp_path / "first" / "best.pt")
     assert any("smollm2" in licence for licence in content["licences"])

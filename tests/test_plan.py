@@ -23,7 +23,7 @@ from robopoet.training.run import Start
 from robopoet.weights import bases, checkpoint
 
 CPU = Machine(torch.device("cpu"), torch.float32)
-NEW = Start(None, None, False)
+NEW, THEIRS = Start(None, None, False), Start({"model_extra": {}}, None, False)
 FLOPS = 50e9  # a second, of the machine that the tests imagine
 
 
@@ -38,13 +38,13 @@ def imagine(monkeypatch):
     """Choose for an imagined text on an imagined machine; returns the config, the text, and how long the choice took.
 
     tokens: of the text. load: a step takes so many times as long, each third one twice that. memory: of the largest
-    step, in seconds it would take. tried: gets each config that is timed.
+    step, in seconds it would take. tried: gets each config that is timed. context: of the checkpoint.
     """
     wall = SimpleNamespace(now=0.0)
     for module in (plan, schedule):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: wall.now))
 
-    def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None, vocab_size=4095):
+    def choose(minutes, tokens, *argv, start=NEW, load=1.0, memory=math.inf, tried=None, vocab_size=4095, context=None):
         def trial(cfg):
             if tried is not None:
                 tried.append(cfg)
@@ -59,6 +59,7 @@ def imagine(monkeypatch):
         splits = {"train": SimpleNamespace(tokens=tokens), "val": SimpleNamespace(tokens=tokens // 20)}
         imagined = SimpleNamespace(splits=splits, vocab_size=vocab_size)
         cfg = configurator.parse(train.TrainConfig, [f"--minutes={minutes}", *argv])
+        cfg = plan._change(cfg, block_size=context or cfg.block_size)  # as a checkpoint's is taken
         begin = wall.now
         return (
             plan.fit_minutes(cfg, start, imagined, schedule.Clock(cfg.minutes, CPU), trial),
@@ -154,30 +155,36 @@ def test_weights_to_start_from_take_gentle_rates(imagine):
     assert (cfg.optimizer, cfg.learning_rate, cfg.muon_learning_rate) == ("muon", 3e-3, 0.01)
     assert cfg.max_iters * 8 * cfg.block_size <= (plan.FROM_OURS.epochs + 1) * 20_000
     cfg = imagine(1000, 20_000, "--epochs=10", start=theirs, vocab_size=49_173)[0]
-    assert (cfg.optimizer, cfg.peak_lr, cfg.batch_size) == ("adafactor", 2e-3, 4)
+    assert (cfg.optimizer, cfg.peak_lr, cfg.batch_size) == ("adafactor", 2e-3, 1)
     assert (cfg.sampled_softmax, cfg.dropout) == (0, 0.1)  # as the config has them
     assert cfg.eval_interval == cfg.max_iters // 4
     busy = 5 * 60 / 15 / cost(train.TrainConfig(batch_size=1, block_size=256))
-    cfg = imagine(5, 20_000, start=theirs, load=busy)[0]  # few steps are better than none
+    cfg = imagine(5, 20_000, start=theirs, load=busy, context=256)[0]  # few steps are better than none
     assert plan.FROM_OTHERS.least <= cfg.max_iters < plan.FROM_NOTHING.least
 
 
-@pytest.mark.parametrize("start", [NEW, Start({"model_extra": {}}, None, False)])
+@pytest.mark.parametrize("start", [NEW, THEIRS])
 def test_time_that_a_text_leaves_is_spent_on_evaluating_it_in_full(imagine, start):
     assert imagine(500, 100_000, start=start)[0].eval_iters == 0
     assert imagine(5, 3_000_000, start=start)[0].eval_iters > 0
 
 
-@pytest.mark.parametrize("tokens, argv, rows", [(30_000, [], 4), (14_000, [], 2), (14_000, ["--epochs=2"], 4)])
-def test_a_small_text_is_read_in_smaller_steps(imagine, tokens, argv, rows):
-    cfg = imagine(500, tokens, "--block_size=256", *argv, start=Start({"model_extra": {}}, None, False))[0]
-    assert cfg.batch_size == rows and cfg.max_iters >= plan.FROM_OTHERS.enough
+@pytest.mark.parametrize("tokens, context", [(100_000, 1024), (14_000, 14_000 // 20 - 1), (2_000, 99)])
+def test_a_pretrained_model_reads_the_longest_rows_that_the_text_has_for_it(imagine, tokens, context):
+    cfg = imagine(500, tokens, start=THEIRS, context=2048)[0]
+    assert (cfg.batch_size, cfg.block_size) == (1, context) and cfg.max_iters >= 18
 
 
-def test_fewer_rows_are_taken_only_if_they_save_time(imagine, monkeypatch):
+def test_a_slow_machine_reads_shorter_rows(imagine):
+    shape = ["--n_layer=30", "--n_embd=576"]
+    slow = 10 * 60 / 60 / cost(train.TrainConfig(n_layer=30, n_embd=576, batch_size=1, block_size=256))
+    cfg = imagine(10, 100_000, *shape, start=THEIRS, context=2048, load=slow)[0]
+    assert (cfg.batch_size, cfg.block_size) == (1, 256) and cfg.max_iters >= plan.FROM_OTHERS.least
+
+
+def test_shorter_rows_are_taken_only_if_they_save_time(imagine, monkeypatch):
     monkeypatch.setitem(globals(), "cost", lambda cfg: 15.0)  # as where two threads wait for a busy core
-    theirs = Start({"model_extra": {}}, None, False)
-    assert imagine(5, 20_000, start=theirs)[0].batch_size == 4
+    assert imagine(5, 20_480, start=THEIRS, context=2048)[0].block_size == 1023
 
 
 def test_embeddings_forget_within_an_epoch_and_matrices_decay_gently(imagine):

@@ -32,7 +32,6 @@ OWN = ("out_dir", "init_from", "eval_only", "split")  # keys that no checkpoint 
 SIZES = ("n_layer", "n_head", "n_embd")
 LADDER = ((2, 3, 192), (3, 3, 192), (4, 4, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 SMALLER = ((1, 2, 128), (1, 1, 64))  # where the first gets too few steps, as on a busy machine
-CONTEXT = 256  # tokens of a row
 TOKENS_A_WEIGHT, REREAD_A_WEIGHT = 1.5, 0.5  # for each of the blocks: read in the time; of a text, in all its passes
 STEPS_AN_EPOCH = 40  # at least, from scratch: fewer rows a step if need be
 DROPOUT = ((2, 0.0), (4, 0.1), (16, 0.2), (math.inf, 0.3))  # up to so many passes
@@ -50,14 +49,17 @@ CHOSEN += ("max_iters", "warmup_iters", "eval_interval", "eval_iters", "patience
 class Recipe(NamedTuple):
     """What a run of minutes takes by what it starts from.
 
-    epochs: passes after which a text teaches nothing more. cpu_rows: rows of a step on a CPU, at most. least, enough:
-    a run has at least the first number of steps; below the second a smaller model, or fewer rows, learn more. keys: of
-    the config. is_regularised: whether dropout by the passes, and a sampled softmax, gain; what never learned with
-    dropout can't do with it. evaluations: about so many, as each saves a large model (0: as many as of any run).
+    epochs: passes after which a text teaches nothing more. context: the most tokens of a row. cpu_rows, gpu_rows: the
+    most rows of a step. least, enough: a run has at least the first number of steps; below the second a smaller model,
+    or fewer or shorter rows, learn more. keys: of the config. is_regularised: whether dropout by the passes, and a
+    sampled softmax, gain; what never learned with dropout can't do with it. evaluations: about so many, as each saves a
+    large model (0: as many as of any run).
     """
 
     epochs: int
+    context: int
     cpu_rows: int
+    gpu_rows: int
     least: int
     enough: int
     keys: dict[str, Any]
@@ -65,10 +67,10 @@ class Recipe(NamedTuple):
     evaluations: int = 0
 
 
-FROM_NOTHING = Recipe(24, 4, 10, 40, {"positions": "rotary", "block_size": CONTEXT})
-FROM_OURS = Recipe(3, 8, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
-# others' models are large: a step of 8 rows may take a minute, and the first one gains
-FROM_OTHERS = Recipe(1, 4, 3, 20, {"optimizer": "adafactor"}, is_regularised=False, evaluations=4)
+FROM_NOTHING = Recipe(24, 256, 4, 32, 10, 40, {"positions": "rotary", "block_size": 256})
+FROM_OURS = Recipe(3, 256, 8, 32, 10, 40, {"learning_rate": 3e-3, "muon_learning_rate": 0.01})
+# others' models are large, a step may take a minute, and the first one gains; they can use a long context
+FROM_OTHERS = Recipe(1, 1024, 1, 1, 3, 20, {"optimizer": "adafactor"}, is_regularised=False, evaluations=4)
 
 
 def _change(cfg: Config, **values: Any) -> Config:
@@ -224,13 +226,11 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
     on_cpu = machine.device.type == "cpu"
     recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
     cfg = _choose(cfg, **recipe.keys)
-    cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, CONTEXT, meta.splits["val"].tokens - 1)))
+    cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, recipe.context, meta.splits["val"].tokens - 1)))
     epochs = cfg.epochs or recipe.epochs
-    rows, most = recipe.cpu_rows if on_cpu else 32, epochs * tokens
+    rows, most = recipe.cpu_rows if on_cpu else recipe.gpu_rows, epochs * tokens
     if start.content is None:
         rows = max(min(rows, tokens // (STEPS_AN_EPOCH * cfg.block_size)), 1)
-    elif recipe is FROM_OTHERS and most < recipe.enough * rows * cfg.block_size:
-        rows //= 2
     cfg = _choose(cfg, batch_size=rows, patience=6)
     samples = on_cpu and recipe.is_regularised and meta.vocab_size >= 2 * SAMPLED
     cfg = _choose(cfg, sampled_softmax=SAMPLED if samples else 0)
@@ -240,6 +240,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         cfg = _climb(cfg, most, clock, seconds)
         ways = _shapes(cfg, SMALLER)
     ways += [{"batch_size": rows >> halvings} for halvings in range(1, rows.bit_length())]
+    ways += [{"block_size": size} for size in (512, 256) if size < cfg.block_size]
     while ways and clock.left_s / seconds(cfg)[0] < min(_last(cfg, most), recipe.enough):
         smaller = _choose(cfg, **ways.pop(0))
         if seconds(smaller)[0] > WORTH * seconds(cfg)[0]:  # what takes the time is something else
