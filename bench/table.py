@@ -40,8 +40,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
     "books": (
         "Your own books",
-        "Books that nothing was tuned on, but for the number of passes from smollm2, chosen on Botchan: prepare.py, "
-        "then train.py --minutes, nothing else. Bits/byte of the best step on what the run evaluates of the val split; "
+        "Books that nothing was tuned on, but for what a start from smollm2 takes: its optimizer's rate was chosen on "
+        "60 KB of the lectures and Paradise Lost, its passes and the length of its rows on Botchan. prepare.py, then "
+        "train.py --minutes, nothing else. Bits/byte of the best step on what the run evaluates of the val split; "
         "best: where in the run that was; seconds from start to end; shape: layers x width; PPMd and KN, Kneser-Ney, "
         "of the test split after the same text. The base model, of data/base, has read Shakespeare's play before, in "
         "another edition.",
