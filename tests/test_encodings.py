@@ -201,6 +201,7 @@ def test_a_guessed_encoding_is_told_and_can_be_overruled(tmp_path):
 
 
 @pytest.mark.parametrize("unit", [b"x", b"\xe9", b"\xe9 ", b"x\xe9\n", b"+AOk", b"\x1b", b"~{", b"\0"])
+@pytest.mark.slow
 def test_hostile_bytes_take_time_linear_in_their_number(unit):
     with within(10):
         for content in (unit * (2**20 // len(unit)), b"\xe9\n" + unit * (2**20 // len(unit)) + b"\xe9"):

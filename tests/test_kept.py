@@ -31,7 +31,7 @@ CPU = ["--device=cpu", "--dtype=float32"]
 ADDED = {
     "config": ("licences",),
     "generation_config": ("pad_token_id",),
-    "tokenizer_config": ("pad_token", "padding_side"),
+    "tokenizer_config": ("pad_token", "padding_side", "chat_template"),
 }
 HEADINGS = (
     "Trained on these texts, or from these weights, with their licences:",

@@ -172,6 +172,7 @@ def test_a_page_is_prepared_again_when_its_style_sheet_changes(tmp_path, capsys)
     assert sum(s.characters for s in read_meta(tmp_path / "bins").splits.values()) == 9 * len("Roses\nare red\n\n") - 1
 
 
+@pytest.mark.slow
 def test_hostile_style_sheets_take_no_long_time():
     with within(60):
         for css in ("a{" * 10**5, "'\\'" * 10**5, "a," * 10**5 + "b{display:block}", "[a=" * 10**5 + "{display:none}",

@@ -167,6 +167,7 @@ def test_marks_that_nobody_sees_are_left_out_where_a_script_does_not_need_them(t
     assert typeset.running_text(text) == (seen or text, counts)
 
 
+@pytest.mark.slow
 def test_hostile_text_takes_time_linear_in_its_length():
     with within(20):
         for unit in ("\f", "a-\n", "\xad ", "\u200b", "x", "1\f", "-\n", "A  1\f", " \f\n", "x\xad\n", "1\n",
