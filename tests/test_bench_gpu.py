@@ -197,7 +197,7 @@ def make_lab(tmp_path, **changes) -> Lab:
 
 @pytest.mark.slow
 def test_when_its_time_is_up_all_that_a_stage_started_is_ended(tmp_path):
-    lab = make_lab(tmp_path, deadline=time.monotonic() + 3)
+    lab = make_lab(tmp_path, deadline=time.monotonic() + 8)
     child = "import time; print('child', flush=True); time.sleep(300)"
     parent = f"import subprocess, sys; print('here', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     start = time.monotonic()
