@@ -82,6 +82,7 @@ class Lab:
         """
         print(f"  python {' '.join(re.sub(r'=/.*/', '=', arg) for arg in command)}", flush=True)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        environment |= {"PYTHONUNBUFFERED": "1"}  # so that an error is the last line
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=os.environ | environment, start_new_session=True, **pipes
         )
