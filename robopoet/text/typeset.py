@@ -18,6 +18,7 @@ HYPHENS, SOFT_HYPHENS, ZERO_WIDTHS = "hyphens at line ends", "soft hyphens", "ze
 
 CUT_PAGES = 0.2  # the share of page ends within sentences from which on form feeds part pages of paper, not chapters
 FEWEST_PAGES, NUMBERED_PAGES = 3, 0.3  # that agree; the least share of pages that have a number at the same edge
+LONGEST_HEAD = 300  # the longest running head
 SHORT_LINE = 0.8  # how long a line that ends a paragraph is at most, as a share of the longest
 HYPHENATED_LINES = 0.005  # the share of lines that end with a hyphen from which on a text was set with hyphens
 SENTENCE_END = re.compile(r"[.!?…:;][\"'”’»)\]]*\s*\Z")
@@ -154,7 +155,7 @@ def _without_pages(text: str, counts: Counter[str]) -> str:
     pages = [page for part in text.split("\f") if (page := _trimmed(part.split("\n")))]
     is_paper = len(pages) >= FEWEST_PAGES and sum(map(_is_cut, pages[:-1])) >= CUT_PAGES * (len(pages) - 1)
     for edge in (0, -1, 0, -1):  # twice, for a head and a number
-        edges = {i: page[edge] for i, page in enumerate(pages) if page}
+        edges = {i: page[edge] for i, page in enumerate(pages) if page and len(page[edge]) <= LONGEST_HEAD}
         for i in _furniture(edges, edge == -1, is_paper, pages, counts):
             del pages[i][edge]
             pages[i] = _trimmed(pages[i])
