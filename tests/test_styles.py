@@ -84,7 +84,7 @@ PREFIXED = [  # with what means HTML
     ("<h:html xmlns:h='http://www.w3.org/1999/xhtml'><h:style>h|p &gt; h|b{display:block}</h:style><h:p>a<h:b>b",
      "a\nb"),
 ]  # fmt: skip
-CAPITALS = [  # which are joined to their words
+CAPITALS = [  # drop capitals are joined to their words
     ("<p><img src='o.png' alt='O'/>nce upon a time.</p><p><span class='dropcap'>T</span>he end.</p><div class=dc>"
      "W</div><p>hen.</p>", "Once upon a time.\n\nThe end.\n\nWhen."),
     ("<p><img alt=A> long time</p><p><img alt='A picture'>x<p><img alt=C></p><p>Copyright<p><img alt=T>HE caf<img "

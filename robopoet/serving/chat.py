@@ -41,7 +41,8 @@ class Message(msgspec.Struct):
 
 
 ONLY_COMPLETIONS = "prompt", "echo", "suffix", "best_of"
-IGNORED = "metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls reasoning_effort"
+IGNORED = "metadata", "parallel_tool_calls", "prompt_cache_key", "reasoning_effort", "safety_identifier"
+IGNORED += "service_tier", "store", "verbosity"
 # what asks for nothing, of the keys that ask for something that this server does not do
 NEUTRAL = {
     "response_format": ({"type": "text"},),
@@ -56,7 +57,7 @@ CHAT_KEYS = {
     "max_completion_tokens": int,
     "logprobs": bool,
     "top_logprobs": int,
-    **dict.fromkeys(("verbosity", *IGNORED.split(), *NEUTRAL), Any),
+    **dict.fromkeys((*IGNORED, *NEUTRAL), Any),
 }
 ChatBody = msgspec.defstruct(
     "ChatBody", [(key, kind | None, None) for key, kind in CHAT_KEYS.items()], forbid_unknown_fields=True, kw_only=True

@@ -63,9 +63,9 @@ class Choice:
 
     prompt: its ids; the same list for all that share it. number: of its random stream. max_tokens: 0 only scores the
     prompt. top: how many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell
-    the prompt's too. gain: called in the event loop. also_ends: an id that stands for <|endoftext|>. cancelled: nobody
-    waits for it any more. request: its first text.
-    paused: its rows while they are out of the engine's. turn_start: the tokens it had when it last got its rows.
+    the prompt's too. gain: called in the event loop. also_ends: an id that stands for <|endoftext|>. bias: added
+    to its logits. cancelled: nobody waits for it any more. request: its first text. paused: its rows while the
+    engine lacks them. turn_start: the tokens it had when it last got its rows.
     """
 
     prompt: list[int]

@@ -260,7 +260,8 @@ class _OpenDocument(_Reader):
     def paths(members: Members) -> list[str]:
         if any(tag.startswith("encrypt") for tag, _ in _elements(members, "META-INF/manifest.xml")):
             raise DataError(f"{members.name}: has a password; open it and save it without one")
-        return ["content.xml", *filter(None, [members.find("styles.xml")])]  # which has the running heads
+        heads = members.find("styles.xml")  # the running heads stand there
+        return ["content.xml", heads] if heads else ["content.xml"]
 
     def meaning(self, name: str, attributes: dict[str, str]) -> Outside | None:
         is_hidden = attributes.get("display") == "none"
