@@ -13,8 +13,11 @@ import configurator
 import prepare
 import train
 from model import GPT, GPTConfig
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer
+from robopoet.training import plan
+from robopoet.training.run import find_start
 from robopoet.weights import bases, checkpoint, huggingface, pretrained
 from sample import Poet
 
@@ -113,3 +116,23 @@ def test_a_run_without_minutes_learns_without_dropout_if_the_model_did(smollm2, 
     assert checkpoint.load(tmp_path / "run" / "best.pt")["config"]["dropout"] == 0.0
     train.main(configurator.parse(train.TrainConfig, [*keys, f"--out_dir={tmp_path}/own", "--dropout=0.2"]))
     assert checkpoint.load(tmp_path / "own" / "best.pt")["config"]["dropout"] == 0.2
+
+
+def test_a_run_without_minutes_takes_rates_and_rows_for_a_model_that_knows_much(smollm2, tmp_path):
+    prepared(tmp_path, "book", BOOK, "--tokenizer=smollm2")
+    keys = [f"--dataset={tmp_path}/book", "--init_from=smollm2", "--max_iters=1", "--device=cpu"]
+
+    def chosen(*argv: str) -> dict:
+        cfg = configurator.parse(train.TrainConfig, [*keys, *argv])
+        found = vars(plan.complete(cfg, find_start(cfg.init_from, tmp_path / "none", False)))
+        return {key: found[key] for key in ("optimizer", "learning_rate", "block_size", "batch_size")}
+
+    assert chosen() == {"optimizer": "adafactor", "learning_rate": None, "block_size": 512, "batch_size": 2}
+    given = ["--optimizer=muon", "--block_size=16"]
+    assert chosen(*given) == {"optimizer": "muon", "learning_rate": 3e-4, "block_size": 16, "batch_size": 64}
+    assert chosen("--batch_size=3")["batch_size"] == 3
+    assert chosen("--shard=true")["optimizer"] == "adamw"
+    with pytest.raises(CheckpointError, match="n_head: the checkpoint has 2, the config 12; leave it out"):
+        chosen("--n_head=12")
+    with pytest.raises(ConfigError, match=r"n_embd: found 256, must be divisible by n_head, 12"):
+        chosen("--init_from=auto", "--n_head=12", f"--out_dir={tmp_path}/none")

@@ -112,11 +112,14 @@ def from_base(cfg: Config) -> Config:
 def complete(cfg: Config, start: Start) -> Config:
     """`cfg` with the keys that were not given taken from the checkpoint.
 
-    A resumed run and an evaluation take every key, a new run the model's shape. Raises CheckpointError if a given key
-    contradicts that shape; only a new run may shorten block_size.
+    A resumed run and an evaluation take every key, a new run the model's shape, and if that is not ours rates and
+    rows. Raises CheckpointError if a given key contradicts that shape; only a new run may shorten block_size.
     """
     if start.content is None:
-        return _change(cfg, init_from="scratch")  # auto found nothing
+        cfg = _change(cfg, init_from="scratch")  # auto found nothing
+        if problems := cfg.problems():
+            raise ConfigError("\n  ".join(problems))
+        return cfg
     if start.resumes and not cfg.eval_only:
         read_run(start.content, start.path)  # raises if there is none
     given = cfg.given | _differing(cfg).keys()
@@ -128,12 +131,16 @@ def complete(cfg: Config, start: Start) -> Config:
         taken["dropout"] = shape["dropout"]
     problems = []
     for key in given.intersection(SHAPE):
-        may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
+        may_shorten = key == "block_size" and not start.resumes and 2 <= cfg.block_size < taken[key]
         if getattr(cfg, key) != taken[key] and not may_shorten:
             theirs, ours = written(taken[key]), written(getattr(cfg, key))
             problems.append(f"{key}: the checkpoint has {theirs}, the config {ours}; leave it out")
     if problems:
         raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
+    if not (start.resumes or cfg.eval_only or _is_ours(start)):
+        taken |= _gentle(
+            cfg, cfg.block_size if "block_size" in given else min(shape["block_size"], FROM_OTHERS.context)
+        )
     if (start.resumes or cfg.eval_only) and _is_ours(start):
         saved = convert(start.config, type(cfg), start.path, CheckpointError, "its config is damaged")
         taken = values_of(saved) | taken
@@ -146,6 +153,14 @@ def complete(cfg: Config, start: Start) -> Config:
     if problems := cfg.problems():
         raise CheckpointError(f"{start.path}: " + "; ".join(problems))
     return cfg
+
+
+def _gentle(cfg: Config, block_size: int) -> dict[str, Any]:
+    """Rows and rates for others' models, which learn much in few steps; those for a new model would undo it."""
+    optimizer = cfg.optimizer if "optimizer" in cfg.given else "adamw" if cfg.shard else FROM_OTHERS.keys["optimizer"]
+    rates = {} if optimizer == "adafactor" else {"learning_rate": 3e-4, "muon_learning_rate": 6e-3}
+    rows = max(FROM_OTHERS.context // block_size, 1)
+    return rates | {"optimizer": optimizer, "block_size": block_size, "batch_size": rows}
 
 
 def finish(cfg: Config, windows_per_epoch: int) -> Config:
