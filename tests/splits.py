@@ -6,7 +6,7 @@ import numpy as np
 
 from robopoet import files
 from robopoet.errors import DataError
-from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta
+from robopoet.text.dataset import FORMAT, SPLITS, Meta, Span, SplitMeta
 from robopoet.text.tokenizer import END, CharTokenizer
 
 STYLES = {"alice": 60_001, "king": 60_002}
@@ -14,15 +14,17 @@ VOCAB = 60_003
 TOKENIZER = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 60_000))), [END, "<|alice|>", "<|king|>"])
 
 
-def write_split(folder, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0) -> Meta:
-    """A train.bin of random ids with documents of these (style, length), and empty other bins; returns their meta."""
+def write_split(
+    folder: Path, docs: list[tuple[str, int]], styles: dict[str, int] = STYLES, seed: int = 0, name: str = "train"
+) -> Meta:
+    """A bin of random ids with documents of these (style, length), and empty other bins; returns their meta."""
     tokens = np.random.default_rng(seed).integers(0, 60_000, sum(n for _, n in docs)).astype("<u2")
     stops = np.cumsum([n for _, n in docs]).tolist()
     spans = tuple(
         Span(f"d{i}", style, stop - n, stop) for i, ((style, n), stop) in enumerate(zip(docs, stops, strict=True))
     )
-    splits = {name: describe(folder / f"{name}.bin", tokens[:0], ()) for name in ("val", "test")}
-    splits["train"] = describe(folder / "train.bin", tokens, spans)
+    splits = {each: describe(folder / f"{each}.bin", tokens[:0], ()) for each in SPLITS}
+    splits[name] = describe(folder / f"{name}.bin", tokens, spans)
     return Meta(FORMAT, "", "0" * 64, VOCAB, styles, ("alice: MIT",), splits, TOKENIZER.saved)
 
 

@@ -47,6 +47,17 @@ def test_a_split_shorter_than_a_window_and_its_target_is_refused(tmp_path):
     assert TrainWindows(split, T, 1, 0.0).rows(0, 5)[0].tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("on_device_bytes", [0, 2**30])
+def test_an_evaluation_takes_a_split_shorter_than_a_window(tmp_path, monkeypatch, on_device_bytes):
+    monkeypatch.setattr(windows, "ON_DEVICE_BYTES", on_device_bytes)
+    with pytest.raises(DataError, match=r"val\.bin: has 1 tokens.* 2; add text$"):
+        open_split(tmp_path, "val", write_split(tmp_path, [("alice", 1)], name="val"), T, CPU)
+    split = open_split(tmp_path, "val", write_split(tmp_path, [("alice", 3)], name="val"), T, CPU)
+    (batch,) = windows.eval_batches(split, windows.EvalPlan(T, 2), CPU)
+    _, second, third = np.fromfile(split.path, dtype="<u2").tolist()
+    assert batch.inputs[0, 1] == second and batch.targets.tolist() == [[second, third] + [-1] * (T - 2)]
+
+
 @pytest.fixture(params=[2**30, 0], ids=["in memory", "on the disk"])
 def on_disk(request, monkeypatch) -> bool:
     """Whether bins stay on the disk, as large ones do."""

@@ -337,7 +337,10 @@ def test_mistakes_are_told_before_training(small, tmp_path):
     wrong = {
         "nowhere' is not prepared": {"dataset": str(tmp_path / "nowhere")},
         r"out_dir: .* can't be written": {"out_dir": str(tmp_path / "file" / "out")},
-        "must have at least block_size": {"block_size": 100_000, "out_dir": str(tmp_path / "new")},
+        "must have at least 100001; add text or lower block_size": {
+            "block_size": 100_000,
+            "out_dir": str(tmp_path / "new"),
+        },
         "nothere.pt: not found": {"init_from": str(tmp_path / "nothere.pt")},
         "n_layer: the checkpoint has 2, the config 3": {"init_from": "resume", "n_layer": 3},
         "optimizer: the checkpoint has muon": {"init_from": "resume", "optimizer": "adamw"},

@@ -89,14 +89,13 @@ def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
     """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes.
 
-    That is known at once of a small bin; a large one is verified while it is in use.
+    That is known at once of a small bin; a large one is verified while it is in use. Training needs a whole window,
+    an evaluation one target.
     """
     split, found = meta.splits[name], open_bin(folder, name, meta)
-    if split.tokens < block_size + 1:
-        raise DataError(
-            f"{found.path}: has {split.tokens} tokens, must have at least block_size + 1 = {block_size + 1}; "
-            "add text or lower block_size"
-        )
+    wanted, way = (block_size + 1, "add text or lower block_size") if name == "train" else (2, "add text")
+    if split.tokens < wanted:
+        raise DataError(f"{found.path}: has {split.tokens} tokens, must have at least {wanted}; {way}")
     tokens: torch.Tensor | Bin = found
     if 2 * split.tokens <= ON_DEVICE_BYTES:
         ids = found.load().astype(np.int16)  # same bits; few operations take uint16
