@@ -5,12 +5,15 @@ curl localhost:8000/v1/completions -H 'content-type: application/json' \
     -d '{"model": "demo", "prompt": "JULIET", "max_tokens": 60}'
 """
 
+import contextlib
 import functools
 import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,23 +82,29 @@ def listen(cfg: ServeConfig) -> socket.socket:
         ) from None
 
 
-def make_server(poet: Poet, cfg: ServeConfig) -> Any:
-    """A uvicorn.Server for this model, to run on a listening socket; raises ConfigError where a package is missing."""
+def make_server(cfg: ServeConfig, poet: Poet | None, status: str = "loading") -> Any:
+    """A uvicorn.Server to run on a listening socket: for this model or, without one, to tell everybody this status.
+
+    Raises ConfigError where a package is missing.
+    """
     try:
         import uvicorn
         from starlette.middleware.cors import CORSMiddleware
 
-        from robopoet.serving.api import Api, RequestLog, make_index
-        from robopoet.serving.connection import Connection
+        from robopoet.serving.api import Api, RequestLog, StandIn, make_index
+        from robopoet.serving.connection import Connection, Server
         from robopoet.serving.guard import Guard
+        from robopoet.serving.metrics import Tally
     except ImportError as e:
         raise ConfigError(f"serve.py needs {e.name}: pip install starlette uvicorn h11") from None
     most = max(8, (portable.most_open_files() - OWN_FILES) // 2)
-    engine = Engine(poet, cfg.max_rows)
-    api = Api(engine, cfg.name or model_name(cfg.checkpoint), cfg, make_index(poet))
-    guarded = Guard(api.app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
+    app, tally = StandIn(status), Tally()
+    if poet:
+        name = cfg.name or model_name(cfg.checkpoint)
+        app = Api(Engine(poet, cfg.max_rows), name, cfg, tally, make_index(poet)).app
+    guarded = Guard(app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
     config = uvicorn.Config(
-        RequestLog(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",))),
+        RequestLog(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",)), tally),
         http=functools.partial(Connection, most),
         backlog=max(1, most // 4),  # asyncio accepts so many before one of them is counted
         ws="none",
@@ -106,15 +115,29 @@ def make_server(poet: Poet, cfg: ServeConfig) -> Any:
         server_header=False,
         headers=[("x-frame-options", "DENY"), ("x-content-type-options", "nosniff")],
     )
-    return uvicorn.Server(config)
+    return Server(config, functools.partial(standing_in, cfg, "ending")) if poet else uvicorn.Server(config)
+
+
+@contextlib.contextmanager
+def standing_in(cfg: ServeConfig, status: str, listener: socket.socket) -> Iterator[None]:
+    """Meanwhile, tell everybody that the model is "loading", or the server "ending"."""
+    server = make_server(cfg, None, status)
+    thread = threading.Thread(target=server.run, args=([listener.dup()],), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def main(cfg: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
     listener = listen(cfg)
-    poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
-    _ = poet.sha256  # hashing takes a while: now, not in the first request
-    server = make_server(poet, cfg)
+    with standing_in(cfg, "loading", listener):
+        poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+        _ = poet.sha256  # hashing takes a while: now, not in the first request
+        server = make_server(cfg, poet)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, and raises them again when it has ended
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]

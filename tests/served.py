@@ -22,7 +22,7 @@ class Served:
         self.poet = Poet(str(path), "cpu", dtype)
         cfg = ServeConfig(checkpoint=str(path), name="tiny", **{"port": 0} | keys)
         assert cfg.problems() == []
-        self.listener, self.server = listen(cfg), make_server(self.poet, cfg)
+        self.listener, self.server = listen(cfg), make_server(cfg, self.poet)
         app = self.server.config.app
         while not hasattr(app, "router"):
             app = app.app

@@ -56,7 +56,7 @@ def test_a_stream_ends_once_where_its_texts_are_whole_before_its_head_is_sent(se
             await asyncio.sleep(0.001)
 
     served.api.requests += 1
-    asyncio.run(Completion(served.api, reply)({}, asyncio.Event().wait, send))
+    asyncio.run(Completion(served.api, reply, time.perf_counter())({}, asyncio.Event().wait, send))
     assert b"".join(sent).count(b"data: [DONE]") == 1 and sent[-1].endswith(b"data: [DONE]\n\n")
 
 
@@ -219,7 +219,7 @@ def test_config_problems_are_named(path):
 def test_a_missing_package_is_named(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"serve\.py needs uvicorn: pip install"):
-        make_server(Poet(str(path), "cpu", "float32"), ServeConfig())
+        make_server(ServeConfig(), Poet(str(path), "cpu", "float32"))
 
 
 def test_the_servers_end_cuts_requests_with_an_error_and_no_traceback(path, capfd):

@@ -53,7 +53,7 @@ def test_what_a_web_page_sends_unasked_is_refused(served, headers, status, said)
     assert answer.status_code == status and said in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("place", ["/", "/health", "/v1/models", "/v1/models/tiny"])
+@pytest.mark.parametrize("place", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny"])
 def test_a_rebound_name_reads_nothing(served, place):
     assert send(served, {"host": "rebound.example"}, "GET", place).status_code == 403
     assert send(served, {"origin": "https://evil.example"}, "GET", place).status_code == 403
@@ -70,11 +70,23 @@ def test_names_of_this_machine_and_allowed_ones_are_served(served, host):
         ).is_success
 
 
+ASKED = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,authorization"}
+
+
+@pytest.mark.parametrize("place", ["/v1/completions", "/v1/chat/completions"])
+def test_a_browser_that_asks_for_a_page_before_it_sends_is_told(path, place):
+    """It asks without a key, and then reads with the page why a wrong one is refused."""
+    with Served(path, allow_origins=("https://mine.example",), api_key="k") as server:
+        allowed = send(server, {"origin": "https://mine.example"} | ASKED, "OPTIONS", place)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://mine.example"
+        assert "POST" in allowed.headers["access-control-allow-methods"]
+        assert allowed.headers["access-control-allow-headers"] == "content-type,authorization"
+        assert send(server, {"origin": "https://evil.example"} | ASKED, "OPTIONS", place).status_code == 400
+        answer = send(server, JSON | {"origin": "https://mine.example"}, place=place)
+        assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://mine.example"
+
+
 def test_an_allowed_page_may_read_and_no_page_may_frame(served):
-    asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,authorization"}
-    allowed = send(served, {"origin": "https://mine.example"} | asked, "OPTIONS")
-    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://mine.example"
-    assert send(served, {"origin": "https://evil.example"} | asked, "OPTIONS").status_code == 400
     answer = send(served, JSON | {"origin": "https://mine.example"})
     assert answer.headers["access-control-allow-origin"] == "https://mine.example"
     assert send(served, {}, "GET", "/").headers["x-frame-options"] == "DENY"
@@ -97,13 +109,15 @@ def test_a_key_is_asked_for_as_openais_clients_send_it(path, monkeypatch, capfd,
     with Served(path, host="0.0.0.0") as server:
         for wrong in (None, b"Bearer", b"Bearer wrong", b"Basic " + key.encode(), b"Bearer \xff"):
             headers = {b"authorization": wrong} if wrong else {}
-            for method, place in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/v1/x")):
+            for place in ("/v1/models", "/v1/completions", "/v1/x", "/metrics"):
+                method = "POST" if place == "/v1/completions" else "GET"
                 answer = send(server, headers | {b"content-type": b"application/json"}, method, place)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         right = {b"authorization": b"bearer " + key.encode(), b"content-type": b"application/json"}
         assert send(server, right).is_success  # a scheme's case does not matter: RFC 9110, section 11.1
         right[b"authorization"] = b"Bearer " + key.encode()
-        assert send(server, right).is_success and send(server, right, "GET", "/v1/models").is_success
+        assert all(send(server, right, "GET", place).is_success for place in ("/v1/models", "/metrics"))
+        assert send(server, right).is_success
         assert server.http.get("/health").is_success and server.http.get("/").is_success
         assert send(server, right | {b"host": b"rebound.example"}).status_code == 403
     assert key not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """serve.py as a process of its own, and the clients that people use: the openai package and lm-evaluation-harness."""
 
+import contextlib
 import json
 import os
 import signal
@@ -37,12 +38,11 @@ class Process:
         self.process = subprocess.Popen([*command, *keys], cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{port}"
         for _ in range(600):
-            try:
-                httpx.get(f"{self.url}/health")
-                return
-            except httpx.TransportError:
-                assert self.process.poll() is None
-                time.sleep(0.1)
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health").is_success:
+                    return
+            assert self.process.poll() is None
+            time.sleep(0.1)
 
     def end(self) -> str:
         self.process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -21,13 +21,15 @@ from robopoet.errors import CheckpointError
 from robopoet.serving.chat import read_chat
 from robopoet.serving.engine import Engine
 from robopoet.serving.guard import refusal
+from robopoet.serving.metrics import Tally
 from robopoet.serving.protocol import Limits, Reply, RequestError, model_ids, read_request
 from robopoet.weights import checkpoint, html
 from robopoet.writing.poet import Poet
 
 LARGE = 50_000  # bytes of a body that is parsed and tokenized beside the event loop
 DISCARDED = 4  # times the most that a body may have, which are read before it is refused
-ENDED = RequestError("the server ends; send the request again", 503)  # grace_s is over, and uvicorn cancels its tasks
+LOADING = RequestError("the model is loading; send the request again", 503)
+ENDED = RequestError("the server ends; send the request again", 503)
 EVENT_S = 0.02  # between two events of a stream: sending each token by itself would take longer than generating it
 
 
@@ -37,8 +39,9 @@ class Api:
     name: of the model. page: the HTML that GET / returns, if there is one.
     """
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, page: bytes = b""):
+    def __init__(self, engine: Engine, name: str, limits: Limits, tally: Tally, page: bytes = b""):
         self.engine, self.poet, self.name, self.limits, self.page = engine, engine.poet, name, limits, page
+        self.tally = tally
         self.requests = 0  # that are being answered
         self.started = int(datetime.now(UTC).timestamp())
         routes = [
@@ -47,6 +50,7 @@ class Api:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/health", self.health),
+            Route("/metrics", self.metrics),
             *([Route("/", self.index)] if page else []),
         ]
         handlers = {
@@ -83,6 +87,17 @@ class Api:
         busy = {"requests": self.requests, "rows": len(engine.rows.rows), "max_rows": engine.rows.max_rows}
         return _json({"status": "ok" if alive else "failed"} | busy, 200 if alive else 503)
 
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: what Prometheus reads."""
+        rows = self.engine.rows
+        gauges = {
+            "requests_running": (self.requests, "Requests that are being answered."),
+            "requests_waiting": (self.engine.waiting_requests, "Requests of which a text waits for a row."),
+            "rows": (len(rows.rows), "Rows of the batch that are taken."),
+            "max_rows": (rows.max_rows, "Rows of the batch."),
+        }
+        return Response(self.tally.text(**gauges), media_type="text/plain; version=0.0.4")
+
     async def index(self, request: Request) -> Response:
         """GET /: the model as one HTML file."""
         return Response(self.page, media_type="text/html")
@@ -96,6 +111,7 @@ class Api:
         return await self._generate(request, read_chat)
 
     async def _generate(self, request: Request, read: Callable[..., Reply]) -> "Completion":
+        start = time.perf_counter()
         raw = await self._read(request)
         if self.requests >= self.limits.max_rows + self.limits.max_waiting:
             raise RequestError(f"{self.requests} requests are running or waiting; try again later", 429)
@@ -104,7 +120,7 @@ class Api:
         try:
             takes_long = len(raw) > LARGE or b"max_copy" in raw  # the first of these sorts the training text
             reply = await asyncio.to_thread(read, *arguments) if takes_long else read(*arguments)
-            return Completion(self, reply)
+            return Completion(self, reply, start)
         except BaseException:
             self.requests -= 1
             raise
@@ -140,16 +156,18 @@ class Api:
 
 
 class Completion:
-    """A response that generates while it is sent, and stops when its client leaves."""
+    """A response that generates while it is sent, and stops when its client leaves. start: when its request arrived."""
 
-    def __init__(self, api: Api, reply: Reply):
+    def __init__(self, api: Api, reply: Reply, start: float):
         self.api, self.reply, self.choices, self.is_left = api, reply, [*reply.texts], False
+        self.start, self.counted = start, 0  # tokens that the metrics have
         self.news = asyncio.Event()
-        reply.wake = self.news.set
+        reply.wake = self._gain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, within the time that it has."""
-        self.send, self.sent = send, 0
+        self.send, self.sent, self.is_whole = send, 0, False
+        self.api.tally.prompt_tokens += self.reply.prompt_tokens
         watcher = asyncio.create_task(self._watch(receive))
         self.api.engine.submit(self.choices)
         try:
@@ -158,6 +176,8 @@ class Completion:
                     await self._stream()
                 elif response := await self._whole():
                     await response(scope, receive, self._send)
+            if self.is_whole and not self.reply.error:
+                self.api.tally.request_s.observe(time.perf_counter() - self.start)
         except TimeoutError:
             await self._cut(RequestError(f"the request took over {self.api.limits.request_s:g} s", 504), scope, receive)
         except asyncio.CancelledError:
@@ -170,10 +190,19 @@ class Completion:
             read, generated = self.reply.prompt_tokens, self.reply.completion_tokens
             scope["note"] = f"{len(self.choices)} texts, {read} tokens read, {generated} generated{left}"
 
+    def _gain(self) -> None:
+        """Count the tokens that were generated, and wake what sends them."""
+        tally, generated = self.api.tally, self.reply.completion_tokens
+        if generated and not self.counted:
+            tally.first_token_s.observe(time.perf_counter() - self.start)
+        tally.generated_tokens += generated - self.counted
+        self.counted = generated
+        self.news.set()
+
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.is_left = True
+        self.is_left = not self.is_whole  # else it is uvicorn's word that all is sent
         self.api.engine.cancel(self.choices)
         self.news.set()
 
@@ -198,6 +227,7 @@ class Completion:
                 await asyncio.sleep(0 if done else EVENT_S)
 
     async def _send(self, message: Message) -> None:
+        self.is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self.send(message)
         self.sent += 1
 
@@ -210,11 +240,28 @@ class Completion:
             await self._send({"type": "http.response.body", "body": self.reply.chunks(), "more_body": False})
 
 
-class RequestLog:
-    """Prints a line on stderr for each request, never what it says; answers those that the server's end cuts off."""
+class StandIn:
+    """Answers, where there is no model to ask, that it is "loading", or that the server is "ending"."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, status: Literal["loading", "ending"]):
+        self.status = status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Tell /health the status, and refuse everything else."""
+        if scope["type"] == "http":
+            refused = refusal({"loading": LOADING, "ending": ENDED}[self.status])
+            answer = _json({"status": self.status}, 503) if scope["path"] == "/health" else refused
+            await answer(scope, receive, send)
+
+
+class RequestLog:
+    """Prints a line on stderr for each request, never what it says, and counts it.
+
+    Answers those that the server's end cuts off.
+    """
+
+    def __init__(self, app: ASGIApp, tally: Tally):
+        self.app, self.tally = app, tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and print its line when it is answered."""
@@ -235,7 +282,9 @@ class RequestLog:
         finally:
             note = f", {scope['note']}" if "note" in scope else ""
             path = scope["path"][:60].encode("unicode_escape").decode()
-            line = f"{scope['method']} {path} {status or 'unanswered'} in {time.perf_counter() - start:.3f} s{note}"
+            told, endpoint = str(status or "unanswered"), scope.get("endpoint")
+            self.tally.requests[endpoint.__name__ if endpoint else "none", told] += 1
+            line = f"{scope['method']} {path} {told} in {time.perf_counter() - start:.3f} s{note}"
             print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 

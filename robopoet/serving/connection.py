@@ -1,14 +1,35 @@
-"""uvicorn's HTTP connections, bounded in time and number; h11 bounds what stands before, in and behind a body."""
+"""uvicorn's server and its HTTP connections, bounded in time and number.
 
+h11 bounds what stands before, in and behind a body.
+"""
+
+import contextlib
+import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from robopoet.errors import warn
 from robopoet.serving.protocol import RequestError, error_body
 
 FULL_S = 60.0  # between two lines that say that all connections are taken
+
+
+class Server(uvicorn.Server):
+    """A server on whose socket `ending(socket)` goes on to answer, while it finishes what runs."""
+
+    def __init__(self, config: uvicorn.Config, ending: Callable[[socket.socket], contextlib.AbstractContextManager]):
+        super().__init__(config)
+        self.ending = ending
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End once all requests are answered, or their time is over."""
+        is_busy = sockets and self.server_state.tasks
+        with self.ending(sockets[0]) if is_busy else contextlib.nullcontext():
+            await super().shutdown(sockets)
 
 
 class Connection(H11Protocol):

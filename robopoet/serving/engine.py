@@ -112,6 +112,11 @@ class Engine(threading.Thread):
         self.sampler: Sampler | None = None  # samples for all that run; made again when one joins or leaves
         self.stopping = False
 
+    @property
+    def waiting_requests(self) -> int:
+        """Requests that have texts without rows."""
+        return self.inbox.qsize() + len(self.waiting)
+
     def submit(self, choices: list[Choice]) -> None:
         """Queue these texts; called in the event loop."""
         self.loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ HEADERS = {
     408: {"connection": "close"},
     413: {"connection": "close"},
     429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
 }
 
 
@@ -26,7 +27,7 @@ def refusal(e: RequestError, headers: Mapping[str, str] | None = None) -> Respon
 class Guard:
     """Refuses requests with a foreign Host (a name that was rebound to this machine) or Origin, or without the key.
 
-    hosts, origins: what is allowed beside this machine's own. key: asked for under /v1; "" for none.
+    hosts, origins: what is allowed beside this machine's own. key: asked for under /v1 and for /metrics; "" for none.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str], key: str):
@@ -47,7 +48,7 @@ class Guard:
             return RequestError(f"origin: found {origin[:100]!r}, which serve.py --allow_origins would allow", 403)
         scheme, _, token = headers.get("authorization", "").partition(" ")
         known = scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self.key)
-        if self.key and scope["path"].startswith("/v1") and not known:
+        if self.key and scope["path"].startswith(("/v1", "/metrics")) and not known:
             return RequestError("authorization: must be Bearer and the server's API key", 401, code="invalid_api_key")
         return None
 
