@@ -56,10 +56,13 @@ def describe_machine(machine: Machine) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model, from /proc/cpuinfo on Linux, else from Python."""
+    """The processor's model, from /proc/cpuinfo on Linux, else from Python, and the widest products that torch has."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    model = found[1].strip() if found else platform.processor() or platform.machine()
+    matrices = {"AMX": torch.cpu._is_amx_tile_supported, "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported}
+    widest = (name for name, is_supported in matrices.items() if is_supported())
+    return f"{model}, {next(widest, torch.backends.cpu.get_cpu_capability())}"
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ["efficiency", *before, f"{r['speedup']['median'] / r['ranks']:.0%}"],
             ["all-reduce alone, of a step", *before, f"{share:.1%}"],
         ]
-        blocks.append((r["config"], rows))
+        blocks.append((f"{r['config']}\n{r['machine']['dtype']}", rows))
     return side_by_side([f"{ranks} rank{'s' * (ranks > 1)}" for ranks in counts], blocks)
 
 

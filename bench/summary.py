@@ -11,6 +11,7 @@ from bench.learn import times_sooner
 ROOT = Path(__file__).parents[1]
 Results = list[dict[str, Any]]
 ORDER = ("min", "median", "max")
+PEERS = ("nanoGPT", "tuned", "transformers")
 
 FILES = {  # in reading order: a file or a folder -> what it does
     "model.py": "GPT-2's architecture: forward pass, loss, KV cache",
@@ -35,37 +36,51 @@ def find(results: Results, kind: str, **keys: Any) -> Results:
 
 
 def main_rows(results: Results) -> list[list[str]]:
-    """The README's rows: RoboPoet, nanoGPT, nanoGPT tuned by hand, transformers; in brackets RoboPoet's lead."""
+    """The README's rows: RoboPoet's figure, its lead over each of PEERS, and where that lead is least."""
     rows = []
     for config in ("robopoet_adamw", "gpt2"):
-        for r in find(results, "train_speed", config=config, dtype="bfloat16")[:1]:
-            cells = {name == "nanoGPT": _lead(p["tok_per_sec"], p["ratio"]) for name, p in r["peers"].items()}
-            size = f"train {r['parameters'] / 1e6:,.1f}M parameters, tokens/s"
-            rows.append([size, _whole(r["tok_per_sec"]), cells.get(True, ""), cells.get(False, ""), ""])
-    for r in find(results, "learn", config="robopoet"):
-        if r.get("goal") and None not in r["goal"]["seconds"]:
-            ours, theirs, loss = (spread(r["goal"][key]) for key in ("seconds", "peer_seconds", "loss"))
-            cells = [_whole(ours), _lead(theirs, times_sooner(r)), "", ""]
-            rows.append([f"seconds to val loss {loss['median']:.2f}", *cells])
+        by_machine = {}
+        for r in sorted(find(results, "train_speed", config=config), key=lambda r: r["machine"]["dtype"] == "float32"):
+            leads = {name if name == "nanoGPT" else "tuned": p["ratio"] for name, p in r["peers"].items()}
+            by_machine.setdefault(r["machine"]["device"], (r["tok_per_sec"], leads))  # bfloat16 where there is any
+            size = f"train {r['parameters'] / 1e6:,.1f}M, tokens/s"
+        rows += [_row(size, by_machine)] if by_machine else []
+    sooner = [
+        r for r in find(results, "learn", config="robopoet") if r.get("goal") and None not in r["goal"]["seconds"]
+    ]
+    for r in sooner:
+        ours, loss = (spread(r["goal"][key]) for key in ("seconds", "loss"))
+        by_machine = {r["machine"]["device"]: (ours, {"nanoGPT": times_sooner(r)})}
+        rows.append(_row(f"seconds to val loss {loss['median']:.2f}", by_machine))
+    for passages in (1, 32):
+        by_machine = {}
+        for r in find(results, "sample_speed", model="robopoet"):
+            case = next(case for case in r["cases"] if case["passages"] == passages)  # the shortest
+            by_machine.setdefault(r["machine"]["device"], (case["speed"]["RoboPoet"], case["ratio"]))
+        what = "a passage" if passages == 1 else f"{passages} at once"
+        rows += [_row(f"write {what}, tokens/s", by_machine)] if by_machine else []
     learned = [r["ours"] for r in find(results, "learn", corpus="robopoet") if "test_bpb" in r["ours"]]
     for ours in sorted(learned, key=lambda ours: ours["bpb"]["median"])[:1]:
         shown = " / ".join(f"{ours[key]['median']:.2f}" for key in ("bpb", "test_bpb"))
-        rows.append(["least bits per byte, val / test", shown, "", "", ""])
-    for r in find(results, "sample_speed", model="robopoet")[:1]:
-        for case in r["cases"][:2]:
-            speed, ratio = case["speed"], case["ratio"]
-            peers = [_lead(speed[name], ratio[name]) if name in ratio else "" for name in ("nanoGPT", "transformers")]
-            what = "a passage" if case["passages"] == 1 else f"{case['passages']} at once"
-            rows.append([f"generate {what}, tokens/s", _whole(speed["RoboPoet"]), peers[0], "", peers[1]])
+        seeds = len(ours["curves"])
+        what = f"least bits/byte, {seeds} seed{'s' * (seeds > 1)}"
+        rows.append([what, shown, *[""] * len(PEERS), ""])
     return rows
 
 
-def _whole(figure: dict[str, float]) -> str:
-    return f"{figure['median']:,.0f}"
+def _row(what: str, by_machine: dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]]) -> list[str]:
+    """What was measured on each machine, and the leads there, as ranges of medians; the machine of the least lead."""
+    cells = [_range([ours["median"] for ours, _ in by_machine.values()], ",.0f")]
+    for peer in PEERS:
+        cells.append(_range([leads[peer]["median"] for _, leads in by_machine.values() if peer in leads], ".1f", "x"))
+    least = min(by_machine, key=lambda device: by_machine[device][1]["nanoGPT"]["median"])
+    return [what, *cells, re.sub(r"\(R\)|AMD |Intel|Processor", "", least).strip()]
 
 
-def _lead(figure: dict[str, float], ratio: dict[str, float]) -> str:
-    return f"{_whole(figure)} ({ratio['median']:.1f}x)"
+def _range(values: list[float], form: str, unit: str = "") -> str:
+    """The least and the largest of some values, one of them if they look the same, or nothing without any."""
+    ends = dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))) if values else ()
+    return "–".join(ends) + unit * bool(ends)
 
 
 def losses(results: Results) -> Iterator[str]:
@@ -146,9 +161,7 @@ def results_block(results: Results) -> str:
     """The README's rows of results, and where RoboPoet loses."""
     parts = []
     if rows := main_rows(results):
-        machine = next(r["machine"] for kind in ("train_speed", "sample_speed", "learn") for r in find(results, kind))
-        header = [f"{machine['device']}, {machine['threads']} threads", "RoboPoet", "nanoGPT", "tuned by hand"]
-        parts.append(markdown([*header, "transformers"], rows))
+        parts.append(markdown(["", "RoboPoet", *(f"/ {peer}" for peer in PEERS), "least on"], rows))
     parts.append(f"**Where it loses, or proves little**\n\n{bullets(losses(results))}")
     return "\n\n".join(parts) + "\n"
 

@@ -5,6 +5,7 @@ python -m bench.table --write
 python -m bench.table --check
 """
 
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,8 +152,11 @@ def read_results() -> Results:
 
 
 def tables() -> str:
-    """A section for each kind of result: for each device its table, remarks, and the commands that measured it."""
-    results, parts = read_results(), []
+    """Contents, then a section for each kind of result: a device's table, remarks, and the commands behind it."""
+    results = read_results()
+    headings = [heading for kind, (heading, *_) in SECTIONS.items() if any(r["kind"] == kind for r in results)]
+    links = ", ".join(f"[{heading}](#{anchor(heading)})" for heading in headings)
+    parts = [textwrap.fill(f"{links}.", 100, break_on_hyphens=False, break_long_words=False) + "\n"]
     for kind, (heading, introduction, table) in SECTIONS.items():
         found = [r for r in results if r.get("kind") == kind]
         if found:
@@ -163,6 +167,11 @@ def tables() -> str:
             parts += [f"### {device}\n"] * (len(devices) > 1) + [table(of_device) + "\n", *remarks(kind, of_device)]
             parts.append("\n".join(["```sh", *map(command, of_device), "```\n"]))
     return "\n".join(parts)
+
+
+def anchor(heading: str) -> str:
+    """The link to a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def remarks(kind: str, results: Results) -> list[str]:

@@ -303,7 +303,10 @@ SETTINGS = {"temperature": 1.0, "repetition_penalty": 1.0, "max_copy": 0}  # whe
 
 def table(results: list[dict[str, Any]]) -> str:
     """The Markdown tables of these results: bits per byte, passages, and what a wrong style's tag costs."""
-    tables = [coders_table(results)]
+    corpora: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in results:
+        corpora.setdefault(tuple(r["styles"]), []).append(r)
+    tables = [coders_table(found) for found in corpora.values()]
     for style in dict.fromkeys(style for r in results for style in r["styles"]):
         alike: dict[str, list[dict[str, Any]]] = {}  # runs that are compared with the same people's passages
         for r in results:
