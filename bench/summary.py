@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.common import bullets, markdown, spread
+from bench.common import markdown, spread
 from bench.learn import times_sooner
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,8 @@ FILES = {  # in reading order: a file or a folder -> what it does
     "robopoet/text": "corpora, cleaning, tokenizers, batches",
     "robopoet/training": "behind the loop: optimizers, evaluation, log, resuming",
     "robopoet/weights": "checkpoints: ours, nanoGPT's, Hugging Face's",
+    "robopoet/weights/poet.js": "the page's model and sampler, in JavaScript",
+    "robopoet/weights/poet.html": "the page",
     "robopoet/writing": "generation, the sampler, passages, sessions, originality",
     "robopoet/serving": "many requests in one step of the model, behind an API",
     "robopoet": "fast operations, the machine, CUDA graphs, typed input",
@@ -85,8 +87,6 @@ def _range(values: list[float], form: str, unit: str = "") -> str:
 
 def losses(results: Results) -> Iterator[str]:
     """Where RoboPoet loses, leads by little or proves little, a line each."""
-    if not any(r["machine"].get("memory_gb") for r in results):
-        yield "No GPU has run it yet: every figure here is a CPU's. `python -m bench.gpu` is ready for the first."
     yield from _training_losses(find(results, "train_speed"))
     yield from _sampling_losses(find(results, "sample_speed"))
     yield from _writing_losses(find(results, "writing"))
@@ -158,12 +158,14 @@ def _writing_losses(results: Results) -> Iterator[str]:
 
 
 def results_block(results: Results) -> str:
-    """The README's rows of results, and where RoboPoet loses."""
+    """The README's rows of results, and what they leave open."""
     parts = []
     if rows := main_rows(results):
         parts.append(markdown(["", "RoboPoet", *(f"/ {peer}" for peer in PEERS), "least on"], rows))
-    parts.append(f"**Where it loses, or proves little**\n\n{bullets(losses(results))}")
-    return "\n\n".join(parts) + "\n"
+    weak = "[Where it loses, or proves little](bench/RESULTS.md#where-it-loses-or-proves-little)."
+    if not any(r["machine"].get("memory_gb") for r in results):
+        weak = f"**No GPU has run it yet**: these are CPUs; `python -m bench.gpu` is ready for the first.\n{weak}"
+    return "\n\n".join([*parts, weak]) + "\n"
 
 
 def lines_of(name: str) -> int:

@@ -37,6 +37,7 @@ from bench import (
 from bench.summary import Results
 from robopoet.errors import ConfigError
 
+LOSSES = "Where it loses, or proves little"
 SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's kind -> heading, introduction, table
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
     "books": (
@@ -154,9 +155,12 @@ def read_results() -> Results:
 def tables() -> str:
     """Contents, then a section for each kind of result: a device's table, remarks, and the commands behind it."""
     results = read_results()
-    headings = [heading for kind, (heading, *_) in SECTIONS.items() if any(r["kind"] == kind for r in results)]
+    headings = [LOSSES] + [
+        heading for kind, (heading, *_) in SECTIONS.items() if any(r["kind"] == kind for r in results)
+    ]
     links = ", ".join(f"[{heading}](#{anchor(heading)})" for heading in headings)
     parts = [textwrap.fill(f"{links}.", 100, break_on_hyphens=False, break_long_words=False) + "\n"]
+    parts.append(f"## {LOSSES}\n\n{common.bullets(summary.losses(results))}\n")
     for kind, (heading, introduction, table) in SECTIONS.items():
         found = [r for r in results if r.get("kind") == kind]
         if found:
