@@ -42,11 +42,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     "demo": ("Finished runs", "Losses in nats per token.", demo.table),
     "books": (
         "Your own books",
-        "Books that nothing was tuned on, but for what a start from smollm2 takes: its optimizer's rate was chosen on "
-        "60 KB of the lectures and Paradise Lost, its passes and the length of its rows on Botchan. prepare.py, then "
-        "train.py --minutes, nothing else. Bits/byte of the best step on what the run evaluates of the val split; "
-        "best: where in the run that was; seconds from start to end; shape: layers x width; PPMd and KN, Kneser-Ney, "
-        "of the test split after the same text. The base model, of data/base, has read Shakespeare's play before, in "
+        "prepare.py, then train.py --minutes, nothing else. Nothing was tuned on these books, with one exception: the "
+        "rate of a start from smollm2 was chosen on 60 KB of the lectures and of Paradise Lost, its passes and the "
+        "length of its rows on Botchan. val, test: bits/byte of the best step; PPMd and KN, Kneser-Ney, need theirs "
+        "for the test split after they have read the rest. best: where in the run the best step was; s: seconds from "
+        "start to end; shape: layers x width. The base model, of data/base, has read Shakespeare's play before, in "
         "another edition.",
         books.table,
     ),
@@ -112,9 +112,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "writing": (
         "Writing",
-        "Bits per byte, beside an n-gram model and compressors that have read the train split. Then passages "
-        "beside human text from the test split: means, and the human 1st to 99th percentile. The last "
-        "row: passages within that range by every measure.",
+        "Bits per byte of the test split, beside an n-gram model and compressors that have read the rest. Then what "
+        "was measured of passages, and of people's text from the test split: means, and the range that 98% of "
+        "people's passages lie in. The last row: the share of passages that lie in it by every measure.",
         writing.table,
     ),
     "copying": (
@@ -125,8 +125,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "window": (
         "Beyond the first block",
-        "Val loss in nats per token of long stretches, read token by token as sample.py generates, and with a window "
-        "that moves on by half a block and is read again; the time of a step for all rows, means over a block.",
+        "Val loss in nats per token of stretches longer than a block. They are read token by token, as sample.py "
+        "generates; and with a window that moves on by half a block and is then read again. The time is that of a step "
+        "for all rows, its mean over a block.",
         window.table,
     ),
     "torture": ("Torture", "A run that is killed, stopped and damaged, compared with an unbroken one.", torture.table),
