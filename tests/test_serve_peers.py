@@ -1,4 +1,4 @@
-"""serve.py as a process of its own, and the clients that people use: the openai package and lm-evaluation-harness."""
+"""serve.py as a process of its own, and the clients that people use: curl, openai, llm, lm-evaluation-harness."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import KINDS, REPO, TEXT, save_random
 
+import serve
 from robopoet.text.tokenizer import BPETokenizer
 from robopoet.weights import checkpoint, huggingface
 from robopoet.writing.poet import Poet
@@ -94,6 +95,35 @@ def test_the_openai_package(served, model_pt):
     assert "".join(part.choices[0].delta.content for part in parts) == whole.choices[0].text
     with pytest.raises(openai.BadRequestError, match="this server does not have it"):
         client.chat.completions.create(**said, response_format={"type": "json_object"})
+
+
+def test_the_command_of_the_servers_own_header(served):
+    command = next(text for text in serve.__doc__.split("\n\n") if "curl" in text).partition("\n")[2]
+    command = command.replace("localhost:8000", served.url).replace("demo", "mine")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["usage"]["completion_tokens"] > 0, done.stderr + done.stdout
+
+
+def test_the_llm_command(served, model_pt, tmp_path):
+    pytest.importorskip("llm")
+    book = {"model_id": "book", "model_name": "mine", "api_base": f"{served.url}/v1", "completion": True}
+    chat = book | {"model_id": "chat", "completion": False}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([book, chat]))
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+
+    def llm(*args: str) -> str:
+        command = [sys.executable, "-m", "llm", *args]
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode().removesuffix("\n")
+
+    options = "-o seed 5 -o temperature 0.8 -o max_tokens 30".split()
+    settings = {"max_new_tokens": 30, "seed": 5, "temperature": 0.8, "top_p": 1.0}
+    poet = Poet(str(model_pt), "cpu", "float32")
+    for model, until, more in (("book", "tokens", ["--no-stream"]), ("chat", "auto", [])):
+        (expected,) = poet.write("The queen", **settings, until=until)
+        assert "The queen" + llm("-m", model, *options, *more, "The queen") == expected
+    assert llm("-m", "chat", *options, "--continue", "and so")
 
 
 def test_lm_evaluation_harness_gives_the_log_likelihoods_of_the_export(served, model_pt, tmp_path, monkeypatch):

@@ -80,6 +80,9 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> Reply:
     within("top_logprobs", body.top_logprobs or 0, 0, MOST_LIKELIEST)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs: needs logprobs")
+    for key in ("max_completion_tokens", "max_tokens"):
+        if (tokens := getattr(body, key)) is not None:
+            within(key, tokens, 1, limits.max_tokens)
     turns = [_turn(message, poet) for message in body.messages]
     most = min(poet.model.config.block_size, limits.max_tokens)
     shared = {key: getattr(body, key) for key in CHAT_KEYS if key in Body.__struct_fields__}
