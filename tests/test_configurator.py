@@ -353,9 +353,10 @@ def test_version_prints_what_a_bug_report_needs(capsys):
     with pytest.raises(SystemExit) as end:
         parse(train.TrainConfig, ["config/nope.yaml", "--version"])
     assert end.value.code == 0
-    assert re.fullmatch(r"RoboPoet \d+\.\d+\.\d+, torch \S+, Python \S+\n", capsys.readouterr().out)
-    project = tomllib.loads((files.HOME / "pyproject.toml").read_text())["project"]
-    assert project["version"] == VERSION
+    assert re.fullmatch(rf"RoboPoet {re.escape(VERSION)}, torch \S+, Python \S+\n", capsys.readouterr().out)
+    project = tomllib.loads((files.HOME / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "robopoet.VERSION"}}
 
 
 @pytest.mark.parametrize(
