@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import common, summary, table
+from robopoet import VERSION
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "bench/RESULTS.md", "bench/PASSAGES.md")
@@ -33,6 +34,13 @@ def test_the_links_of_a_document_lead_to_a_heading_that_stands_once(name):
         if heading:
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
             assert list(map(table.anchor, headings)).count(heading) == 1, link
+
+
+def test_the_changelog_tells_what_this_version_has():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120 and [line for line in lines if len(line) > 100] == []
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings[0] == "## Unreleased" and headings[1].startswith(f"## {VERSION} - ")
 
 
 def test_a_wrapped_command_has_the_same_arguments():
