@@ -205,8 +205,11 @@ def written(value: Any) -> Any:
     return "auto" if value is None else list(value) if isinstance(value, tuple) else value
 
 
-def change(cfg: Any, key: str, text: str) -> Any:
-    """A copy of `cfg` with `key` set to the value of `text`; raises ConfigError when it can't have that value."""
+def change(cfg: Any, key: str, text: str | list[str]) -> Any:
+    """A copy of `cfg` with `key` set to the value of `text`, or of several for a repeatable key.
+
+    Raises ConfigError when it can't have that value.
+    """
     try:
         changed = dataclasses.replace(cfg, **{key: _convert(get_type_hints(type(cfg))[key], text)})
     except ValueError as e:

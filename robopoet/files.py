@@ -226,6 +226,21 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
+def replace_private(path: Path, content: bytes) -> None:
+    """Replace a file, or create it and its folder; only the owner can read it. Raises OSError, which names `path`."""
+    with named(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file, name = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
+        os.close(file)
+        part = Path(name)
+        try:
+            with writing(part) as f:
+                f.write(content)
+            move({part: path})
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def link(path: Path, name: Path) -> None:
     """Give the file at `path` a second name, in place of what has it; a copy where the file system has no links."""
     name.unlink(missing_ok=True)

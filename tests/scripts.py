@@ -1,5 +1,6 @@
 """Runs scripts as from the command line, in processes that fork from one with torch imported, which takes seconds."""
 
+import fcntl
 import multiprocessing
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,13 @@ class _Descriptor:
         return reduction.DupFd(self.fd).detach, ()
 
 
-def _run(argv: list[str], descriptors: list[int], cwd: str, environment: dict[str, str]) -> None:
+def _run(argv: list[str], descriptors: list[int], cwd: str, environment: dict[str, str], controlled: bool) -> None:
     """Become that script: the exit code is multiprocessing's affair."""
     for fd, given in enumerate(descriptors):
         os.dup2(given, fd)
+    if controlled:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -46,12 +51,23 @@ class Script:
     """A script of ours that runs: `argv` begins with its path.
 
     stdin, stdout, stderr: file descriptors; this process may close its own when the script has been started.
+    controlled: stdin is a terminal, and the Ctrl-C that it reads interrupts the script.
     """
 
-    def __init__(self, *argv: Any, stdin: int, stdout: int, stderr: int, cwd: Path = REPO, **environment: str):
+    def __init__(
+        self,
+        *argv: Any,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        cwd: Path = REPO,
+        controlled: bool = False,
+        **environment: str,
+    ):
         streams = [_Descriptor(fd) for fd in (stdin, stdout, stderr)]
         argv = [str(REPO / argv[0]), *map(str, argv[1:])]
-        self.process = FORKING.Process(target=_run, args=(argv, streams, str(cwd), os.environ | environment))
+        args = argv, streams, str(cwd), os.environ | environment, controlled
+        self.process = FORKING.Process(target=_run, args=args)
         self.process.start()
 
     def signal(self, number: int) -> None:

@@ -252,8 +252,8 @@ def test_replay_and_a_session_have_it_too(parrot, works, tmp_path, capsys):
     session = Session(parrot, Settings(max_new_tokens=60, until="tokens", temperature=0.5))
     session.do("/maxcopy 3")
     session.do("and the")
-    assert session.last[0].settings.max_copy == 3
-    assert copied_runs("and the", session.last[0].text, 3, works) == []
+    assert session.last.settings.max_copy == 3
+    assert copied_runs("and the", session.last.text, 3, works) == []
     with pytest.raises(ConfigError, match=r"max_copy: .*2.*, or 0"):
         session.do("/maxcopy 2")
 

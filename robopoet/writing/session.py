@@ -1,31 +1,42 @@
 """An interactive session: prompts and commands, one a line."""
 
+import collections
 import contextlib
 import dataclasses
+import os
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import configurator
-from robopoet.errors import ConfigError, Mistake, did_you_mean
+from robopoet import files
+from robopoet.errors import ConfigError, Mistake, describe, did_you_mean
+from robopoet.writing.editing import HISTORY_LINES, edit_lines, keep_line
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.replay import save_passages
-from robopoet.writing.terminal import check_writable, print_passages, unescape
+from robopoet.writing.terminal import BOLD, RED, check_writable, paint, print_passages, unescape
 
 KEYS = tuple(field.name for field in dataclasses.fields(Settings))
-ABOUT_LAST = ("/more", "/again", "/check", "/save")
-COMMANDS = (*(f"/{key}" for key in KEYS), *ABOUT_LAST, "/settings", "/help", "/quit", "/exit")
-HELP = """
-
-Each of these sets a value, or its default if you give none; a part of a name is enough: /temp 0.7, /topk 40
-/settings shows the values they have
-/more continues the last passage, /again generates another from its prompt
-/check shows how much of it is copied, /save FILE saves it
-/quit, quit or exit ends the session
-anything else is a prompt (\\n: line break); Ctrl-C stops a passage"""
-HISTORY, HISTORY_LINES = Path("~/.robopoet_history"), 1000
+HINTS = get_type_hints(Settings)
+ABOUT_LAST = ("/more", "/again", "/undo", "/check", "/save")  # what these are about: the last passage
+COMMANDS = (*ABOUT_LAST, "/set", *(f"/{key}" for key in KEYS), "/help", "/quit", "/exit")
+HELP = """\
+anything that is no command is a prompt; \\n in it, or a line break that you paste, is a line break
+/more            continue the last passage
+/again           write another passage from its prompt
+/undo            forget it: the one before is the last again
+/check           show how much of it is copied from the training text
+/save FILE       append it with its prompt to FILE; to a .jsonl as a record from which --replay regenerates it
+/set NAME VALUE  change a setting, or without a value, back to its default; /NAME VALUE does the same, and a part
+                 of the name is enough: /temp 0.7, /stop "THE END" "\\n\\n"
+/set             show all settings
+/quit, quit, exit or Ctrl-D ends the session; Ctrl-C stops a passage and keeps what is written of it"""
+HELP_TERMINAL = """
+Tab completes commands, settings, styles and file names; the last {:,} lines that you typed are kept in
+{}, which only you can read"""
+MAX_UNDO = 100  # passages that are remembered
+TAIL_CHARS = 400  # characters shown of a passage that is the last again
 
 
 class Session:
@@ -34,14 +45,17 @@ class Session:
     def __init__(self, poet: Poet, settings: Settings):
         self.poet, self.settings = poet, settings
         self.next_number = 0  # number of the random stream that the next passage draws from
-        self.last: list[Passage] = []  # the last passage, once there is one
+        self.passages: collections.deque[Passage] = collections.deque(maxlen=MAX_UNDO)
+        self.history: Path | None = None  # where typed lines are kept
+
+    @property
+    def last(self) -> Passage:
+        """The last passage; there must be one."""
+        return self.passages[-1]
 
     def run(self) -> None:
         """Read lines until /quit, quit, exit or the end of input; raises ConfigError if they are not UTF-8."""
-        with editing([*COMMANDS, *self.poet.styles]):
-            self._run()
-
-    def _run(self) -> None:
+        self.history = edit_lines(self.complete)
         print("Type a prompt, or /help.")
         while True:
             try:
@@ -56,9 +70,11 @@ class Session:
             if line.strip() in ("/quit", "/exit", "quit", "exit"):
                 return None
             try:
+                if self.history:
+                    keep_line(self.history, line)
                 self.do(line)
             except (Mistake, OSError) as e:
-                print(e)
+                print(paint(describe(e) if isinstance(e, OSError) else str(e), RED))
             except KeyboardInterrupt:
                 print()
 
@@ -66,80 +82,153 @@ class Session:
         """Run a command or continue a prompt; raises ConfigError and others if that fails."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
-        if command in ABOUT_LAST and not self.last:
+        if command in ABOUT_LAST and not self.passages:
             raise ConfigError(f"{command}: there is no passage yet; type a prompt")
         if not line.startswith("/"):
             self.generate(unescape(line))
         elif command == "/more":
-            self.generate(self.last[0].prompt + self.last[0].text, echo=False)
+            self.generate(self.last.prompt + self.last.text, echo=False)
         elif command == "/again":
-            self.generate(self.last[0].prompt)
+            self.generate(self.last.prompt)
+        elif command == "/undo":
+            self.undo()
         elif command == "/check":
-            print(self.poet.originality.check(self.last[0].text).describe())
+            print(self.poet.originality.check(self.last.text).describe())
         elif command == "/save":
-            if not argument:
-                raise ConfigError("/save: name a file, e.g. /save passages.jsonl")
-            if not self.last[0].done:
-                raise ConfigError("/save: the passage was interrupted; /again generates another")
-            check_writable("save", Path(argument))
-            save_passages(Path(argument), self.poet, self.last)
-        elif command == "/settings":
-            print("\n".join(f"{key}: {value!r}" for key, value in dataclasses.asdict(self.settings).items()))
+            self.save(argument)
         elif command == "/help":
-            print(re.sub("^  --", "/", configurator.usage(Settings).partition("\n\n")[2], flags=re.M) + HELP)
-            print(f"styles: {', '.join(self.poet.styles) or 'none'}")
+            print(HELP + (HELP_TERMINAL.format(HISTORY_LINES, self.history) if self.history else ""))
+            print(re.sub("^  --", "  ", configurator.usage(Settings).partition("\n")[2], flags=re.M))
+            print(f"\nstyles: {', '.join(self.poet.styles) or 'none'}")
+        elif line.strip() == "/set":
+            print("\n".join(map(self.describe, KEYS)))
         else:
-            self.set(key_of(command), unescape(argument))
+            self.set(argument if command == "/set" else line.strip())
 
-    def set(self, key: str, text: str) -> None:
-        """Give a setting the value of `text`, or its default for none; raises ConfigError if it can't have that."""
+    def generate(self, prompt: str, echo: bool = True) -> None:
+        """Continue `prompt` with the next random stream, until an interrupt at most; echo: print the prompt, too."""
+        (passage,) = passages = self.poet.begin(prompt, 1, self.next_number, **dataclasses.asdict(self.settings))
+        self.next_number += 1
+        try:
+            print_passages(self.poet, passages, self.poet.stream(passages, logprobs=True), echo=echo)
+        except KeyboardInterrupt:
+            n_shown = len(passage.text)
+            passage = cut_short(self.poet, passage)
+            print(passage.text[n_shown:])
+        self.passages.append(passage)
+
+    def undo(self) -> None:
+        """Forget the last passage, and show the end of the one before."""
+        self.passages.pop()
+        text = self.last.prompt + self.last.text if self.passages else "(no passage is left)"
+        print(text if len(text) <= TAIL_CHARS else f"...{text[-TAIL_CHARS:]}")
+
+    def save(self, argument: str) -> None:
+        """Append the last passage and its prompt to a file: a .jsonl gets a record for a replay, any other the text.
+
+        Raises ConfigError or OSError if that fails; then the file is as it was.
+        """
+        if not argument:
+            raise ConfigError("/save: name a file, e.g. /save poem.txt, or /save passages.jsonl for --replay")
+        path = Path(os.path.expanduser(argument))
+        check_writable("save", path)
+        if path.suffix == ".jsonl":
+            if not self.last.done:
+                raise ConfigError("/save: the passage was interrupted before its first token; /again generates another")
+            save_passages(path, self.poet, [self.last])
+        else:
+            gap = "\n" if path.exists() and path.stat().st_size else ""
+            files.append_lines(path, f"{gap}{self.last.prompt}{self.last.text}\n".encode())
+        print(f"appended to {path}")
+
+    def set(self, change: str) -> None:
+        """Change a setting: NAME VALUE or NAME=VALUE, the value in quotes or not; without one it gets its default.
+
+        Raises ConfigError, and changes nothing, if there is no such setting or it can't have that value.
+        """
+        word, value = re.fullmatch(r"(?s)(.+?)(?:\s*=\s*|\s+|$)(.*)", change).groups()
+        key, quoted = key_of(word), re.fullmatch(r'("[^"]*"\s*)+', value)
+        texts = [unescape(text) for text in (re.findall('"([^"]*)"', value) if quoted else [value])]
+        text = texts[0] if len(texts) == 1 else texts
         given = dataclasses.asdict(self.settings) | {key: getattr(Settings, key)}
         changed = configurator.change(self.settings, key, text) if text else make_settings(given)
         self.poet.blend_of(changed.style)  # raises for an unknown style
         self.settings = changed
         self.next_number = 0 if key == "seed" else self.next_number
+        print(self.describe(key))
 
-    def generate(self, prompt: str, echo: bool = True) -> None:
-        """Continue `prompt` with the next random stream; echo: print the prompt, too."""
-        self.last = self.poet.begin(prompt, 1, self.next_number, **dataclasses.asdict(self.settings))
-        self.next_number += 1
-        print_passages(self.poet, self.last, self.poet.stream(self.last, logprobs=True), echo=echo)
+    def describe(self, key: str) -> str:
+        """A setting with its value, and its default if that is another."""
+        value, default = getattr(self.settings, key), getattr(Settings, key)
+        line = f"{key}: {value!r}"
+        return line if value == default else f"{paint(line, BOLD)} (default: {default!r})"
+
+    def complete(self, line: str) -> list[str]:
+        """What a line that is typed so far may become: its last word a command, setting, value or file."""
+        command, space, argument = line.partition(" ")
+        if not line.startswith("/"):
+            return []
+        if command == "/save" and space:
+            return [f"/save {path}" for path in paths(argument)]
+        before = re.match(r"(?s).*[ ,=]|", line)[0]
+        words: list[str] = []
+        if not before:
+            takes_value = {"/save", "/set", *(f"/{key}" for key in KEYS)}
+            words = [f"{word} " if word in takes_value else word for word in COMMANDS]
+        elif before == "/set ":
+            words = [f"{key} " for key in KEYS]
+        elif named := re.match(r"(?:/set )?([^ =]+)[ =]", line):
+            with contextlib.suppress(ConfigError):
+                key = key_of(named[1])
+                choices = get_args(HINTS[key]) if get_origin(HINTS[key]) is Literal else ()
+                words = [*(self.poet.styles if key == "style" else choices)]
+        return [before + word for word in words if word.startswith(line[len(before) :])]
 
 
-def key_of(command: str) -> str:
-    """The setting that a command changes: its name, without underscores, begins with the command's or else holds it.
+def cut_short(poet: Poet, passage: Passage) -> Passage:
+    """An interrupted passage as one that a replay can repeat: it ends because the tokens run out.
 
-    Raises ConfigError unless there is one.
+    Its text may be a part of a token longer. A passage of which no text was released is returned as it is.
     """
-    part, names = command[1:].replace("_", ""), {key.replace("_", ""): key for key in KEYS}
+
+    def begin(max_new_tokens: int) -> Passage:
+        settings = dataclasses.asdict(passage.settings) | {"until": "tokens", "max_new_tokens": max_new_tokens}
+        return poet.begin(passage.prompt, 1, passage.number, **settings)[0]
+
+    if passage.done or not passage.text:
+        return passage
+    trial, n_lacking = begin(len(passage.ids)), len(passage.text)
+    while n_lacking > 0:
+        n_lacking -= len(trial.push(passage.ids[len(trial.ids)]))
+    cut = begin(len(trial.ids))
+    for id, logprob in zip(trial.ids, passage.logprobs[: len(trial.ids)], strict=True):
+        cut.push(id, logprob)
+    cut.finish()
+    return cut
+
+
+def key_of(word: str) -> str:
+    """The setting whose name, without underscores, begins with a word or else holds it.
+
+    word: may begin with the / of a command. Raises ConfigError unless there is one such setting.
+    """
+    slash, part = word[: word.startswith("/")], word.lstrip("/-").replace("_", "")
+    names = {key.replace("_", ""): key for key in KEYS}
     found = [name for name in names if name.startswith(part)] or [name for name in names if part in name]
     if len(found) == 1:
         return names[found[0]]
-    if found:
-        raise ConfigError(f"{command}: could be {', '.join(f'/{names[name]}' for name in found)}; write more of it")
-    near = did_you_mean(command, COMMANDS)
-    raise ConfigError(f"{command}: no such command{near or '; /help lists all'}")
+    if found and part:
+        raise ConfigError(f"{word}: could be {', '.join(slash + names[name] for name in found)}; write more of it")
+    kind, near = ("command", did_you_mean(word, COMMANDS)) if slash else ("setting", did_you_mean(word, KEYS))
+    raise ConfigError(f"{word}: no such {kind}{near or '; /help lists all'}")
 
 
-@contextlib.contextmanager
-def editing(words: list[str]) -> Iterator[None]:
-    """Lets input() edit lines, complete `words` and keep a history in HISTORY, where Python has readline."""
-    try:
-        import readline
-    except ImportError:  # as on Windows
-        readline = None
-    if not (readline and sys.stdin.isatty()):
-        yield
-        return
-    history = HISTORY.expanduser()
-    readline.set_completer_delims(" ,:")
-    readline.set_completer(lambda text, i: [*(w for w in words if w.startswith(text)), None][i] if text else None)
-    readline.parse_and_bind("tab: complete")
-    with contextlib.suppress(OSError):  # there is none yet
-        readline.read_history_file(history)
-    try:
-        yield
-    finally:
-        readline.set_history_length(HISTORY_LINES)
-        with contextlib.suppress(OSError):
-            readline.write_history_file(history)
+def paths(start: str) -> list[str]:
+    """The files and folders whose path begins with `start`, hidden ones only if it asks for them."""
+    folder, name = os.path.split(start)
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(os.path.expanduser(folder) or "."):
+            if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
+                found.append(os.path.join(folder, entry.name) + "/" * entry.is_dir())
+    return sorted(found)

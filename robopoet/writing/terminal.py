@@ -10,6 +10,8 @@ from robopoet.errors import ConfigError, warn
 from robopoet.writing.passage import Passage
 from robopoet.writing.poet import MAX_PROMPT, Poet
 
+BOLD, RED = 1, 31  # codes of paint()
+
 
 def unescape(text: str) -> str:
     """Replace \\n and \\t, which are easy to type, by a line break and a tab."""
@@ -35,6 +37,12 @@ def read_prompt(prompt: str) -> str:
         raise ConfigError(f"prompt: {where}: byte {e.start} is not UTF-8") from None
 
 
+def paint(text: str, code: int) -> str:
+    """`text` bold or red, if stdout is a terminal that shows it and NO_COLOR is not set (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
+    return text if plain or not text or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
+
+
 def print_passages(
     poet: Poet, passages: list[Passage], stream: Iterator[list[str]], check: bool = False, echo: bool = True
 ) -> None:
@@ -42,14 +50,15 @@ def print_passages(
 
     An interrupt ends it early; those of several that are finished are printed.
 
-    check: also print how original each one is. echo: print the prompt first, and warn of its unknown characters.
+    check: also print how original each one is. echo: print the prompt first, in bold, and warn of its unknown
+    characters.
     """
     prompt = passages[0].prompt if echo else ""
     if warning := poet.unknown(prompt):
         warn(warning)
     alone = len(passages) == 1
     if alone:
-        print(prompt, end="", flush=True)
+        print(paint(prompt, BOLD), end="", flush=True)
     try:
         for pieces in stream:
             if alone:
@@ -61,7 +70,7 @@ def print_passages(
     finally:
         for passage in passages:
             if passage.done:
-                print("" if alone else prompt + passage.text)
+                print("" if alone else paint(prompt, BOLD) + passage.text)
                 if passage.is_stuck:
                     n = passage.settings.max_copy
                     warn(f"max_copy: passage {passage.number} ends where every token would copy {n} words; allow more")
