@@ -1,13 +1,12 @@
 """How well pages and books are read: ours beside trafilatura, resiliparse and readability-lxml, against checked texts.
 
 python -m bench.books_read FOLDER
+pip install trafilatura resiliparse readability-lxml   # what is missing is left out, and named
 
 FOLDER holds a folder for each kind, such as pages and books, with files NAME.html or NAME.epub, and beside each one
 NAME.txt: the text that a person has checked. A word is lost that the checked text has oftener than the reader, added if
 it is the other way round, and glued if it was added and the checked text has its parts side by side. The other readers
 get an EPUB's pages one by one, in its order.
-
-pip install trafilatura resiliparse readability-lxml: what is missing is left out, and named.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 #!/bin/bash
-# GPT-2 124M on two machines of 8 GPUs under Slurm: sbatch config/slurm.sh [CONFIG.yaml ...] [--key=value ...]
+# GPT-2 124M on two machines of 8 GPUs under Slurm; other configs and keys may follow, as for train.py:
+#   sbatch config/slurm.sh config/gpt2.yaml
 # Loss and time: not measured yet. Both machines must see out_dir. Without Slurm, on each of the machines, one of which
 # is called `first`:
 #   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

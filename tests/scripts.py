@@ -43,12 +43,19 @@ def _run(argv: list[str], descriptors: list[int], cwd: str, environment: dict[st
     os.chdir(cwd)
     torch.set_num_threads(1)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    first, *rest = argv
+    sys.path.insert(0, cwd if first in ("-c", "-m") else os.path.dirname(first))  # as Python itself does
+    sys.argv = rest if first == "-m" else argv
+    if first == "-c":
+        exec(rest[0], {"__name__": "__main__"})
+    elif first == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(first, run_name="__main__")
 
 
 class Script:
-    """A script of ours that runs: `argv` begins with its path.
+    """A script of ours that runs: `argv` begins with its path, or has Python's -c or -m before what these take.
 
     stdin, stdout, stderr: file descriptors; this process may close its own when the script has been started.
     controlled: stdin is a terminal, and the Ctrl-C that it reads interrupts the script.
@@ -65,7 +72,7 @@ class Script:
         **environment: str,
     ):
         streams = [_Descriptor(fd) for fd in (stdin, stdout, stderr)]
-        argv = [str(REPO / argv[0]), *map(str, argv[1:])]
+        argv = [argv[0] if argv[0] in ("-c", "-m") else str(REPO / argv[0]), *map(str, argv[1:])]
         args = argv, streams, str(cwd), os.environ | environment, controlled
         self.process = FORKING.Process(target=_run, args=args)
         self.process.start()

@@ -53,11 +53,9 @@ def test_a_missing_optional_package_is_reported_with_how_to_install_it(monkeypat
 # --- nanoGPT
 
 
-@pytest.fixture
-def nanogpt(tmp_path, monkeypatch) -> Path:
+def save_nanogpt(folder: Path, out: str = "out", chars: str = "\n ,.abcdefghij") -> Path:
     """A character checkpoint as nanoGPT leaves it in a checkout, with its data set's meta.pkl."""
-    chars = "\n ,.abcdefghij"
-    data = tmp_path / "data" / "shakespeare_char"
+    data = folder / "data" / "shakespeare_char"
     data.mkdir(parents=True)
     ids = {char: i for i, char in enumerate(chars)}
     meta = {"vocab_size": len(chars), "itos": {i: char for char, i in reversed(ids.items())}, "stoi": ids}
@@ -68,9 +66,15 @@ def nanogpt(tmp_path, monkeypatch) -> Path:
     compiled = {f"_orig_mod.{name}": p for name, p in entries["model"].items()}
     content = {"model": compiled, "optimizer": {}, "model_args": entries["model_args"], "iter_num": 5}
     content |= {"best_val_loss": torch.tensor(2.0), "config": {"dataset": "shakespeare_char"}}
-    (tmp_path / "out").mkdir()
-    torch.save(content, tmp_path / "out" / "ckpt.pt")
-    return tmp_path / "out" / "ckpt.pt"
+    (folder / out).mkdir(exist_ok=True)
+    torch.save(content, folder / out / "ckpt.pt")
+    return folder / out / "ckpt.pt"
+
+
+@pytest.fixture
+def nanogpt(tmp_path) -> Path:
+    """That checkpoint in a checkout, tmp_path."""
+    return save_nanogpt(tmp_path)
 
 
 def test_nanogpts_characters_are_found_in_its_checkout_or_beside_the_checkpoint(nanogpt, tmp_path):
