@@ -12,7 +12,7 @@ from bench import common, summary, table
 from robopoet import VERSION
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "bench/RESULTS.md", "bench/PASSAGES.md")
+DOCUMENTS = ("README.md", "bench/RESULTS.md", "bench/PASSAGES.md", "docs/README.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
