@@ -26,7 +26,7 @@ from robopoet import files
 from robopoet.errors import CheckpointError, ConfigError, DataError, bounds, did_you_mean, warn
 from robopoet.text import corpus, dataset, sources, tokenizer
 from robopoet.text.corpus import Part
-from robopoet.text.dataset import FORMAT, MAX_VOCAB_SIZE, Meta, Span, SplitMeta
+from robopoet.text.dataset import FORMAT, MAX_VOCAB_SIZE, Meta, Span, SplitMeta, SplitName
 from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.weights import bases, checkpoint
 from robopoet.weights.pretrained import PRETRAINED
@@ -210,8 +210,8 @@ def _reads(tok: Tokenizer, manifest: corpus.Manifest, survey: corpus.Survey) -> 
 
 
 def _write_bins(
-    paths: dict[str, Path], parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool
-) -> dict[str, SplitMeta]:
+    paths: dict[SplitName, Path], parts: Iterator[tuple[Part, str]], tok: Tokenizer, many: bool
+) -> dict[SplitName, SplitMeta]:
     """Encode all parts and write the three bins, unfinished as yet; returns what meta.json says of them.
 
     Each part ends with <|endoftext|> if the tokenizer has it. many: instead of a span for each document, meta.json gets
@@ -219,7 +219,7 @@ def _write_bins(
     """
     end = [np.array([tok.specials[END]])] if END in tok.specials else []
     sizes = {name: {"tokens": 0, "largest": 0, "characters": 0, "bytes": 0} for name in dataset.SPLITS}
-    documents: dict[str, list[Span]] = {name: [] for name in dataset.SPLITS}
+    documents: dict[SplitName, list[Span]] = {name: [] for name in dataset.SPLITS}
 
     def count_text() -> Iterator[tuple[Part, str]]:
         for part, text in parts:
@@ -233,7 +233,7 @@ def _write_bins(
             size, spans = sizes[part.split], documents[part.split]
             start = size["tokens"]
             for ids in chain((ids for _, ids in pieces), end):
-                bins[part.split].write(ids.astype("<u2"))
+                bins[part.split].write(ids.astype("<u2").data)
                 size["tokens"] += len(ids)
                 size["largest"] = max(size["largest"], int(ids.max(initial=0)))
             if many and spans and spans[-1].style == part.style:

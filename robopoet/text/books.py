@@ -84,9 +84,9 @@ def _epub(
     name: str, content: bytes, encoding: str, losses: dict[str, Loss], page_matter: Counter[str]
 ) -> tuple[str, str]:
     """The text of an EPUB's chapters, in the order of its spine; the rest is as in read()."""
-    chapters, others, note_ids = [], [], set[str]()
+    chapters, others, note_ids = list[str](), list[tuple[str, str, Loss]](), set[str]()
     laid_out: list[tuple[epub.Page, str, LaidOut]] = []
-    book, told = epub.read_book(name, content), []
+    book, told = epub.read_book(name, content), list[str]()
     sheets = Sheets(book.sheets, epub.sheet_key)
     foreign = {page.path: page.content for page in book.pages if not encodings.is_utf8(page.content)}
     for page in book.pages:

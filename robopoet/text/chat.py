@@ -52,7 +52,8 @@ def book_text(turns: list[Turn]) -> str:
     spoken under one, it does so again.
     """
     own = [turn.name for turn in turns if turn.role == "assistant" and turn.name]
-    text, before = "", Turn("user", "")
+    text: str = ""
+    before = Turn("user", "")
     for turn in (*turns, Turn("assistant", "", own[-1] if own else "")):
         if text and (turn.name or before.name or turn.role != "assistant"):
             text += "\n\n"

@@ -9,7 +9,7 @@ import html
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import regex  # its patterns can time out
@@ -137,7 +137,12 @@ def _unescape(text: str) -> str:
     return html.unescape(re.sub(r"&#\d{20,};?", "\ufffd", text))
 
 
-CLEANERS = {"text": clean_text, "prose": clean_prose, "drama": clean_drama, "none": lambda text: text}
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "text": clean_text,
+    "prose": clean_prose,
+    "drama": clean_drama,
+    "none": lambda text: text,
+}
 
 
 def remove(text: str, patterns: tuple[str, ...], place: str) -> str:

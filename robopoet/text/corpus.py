@@ -33,7 +33,7 @@ from robopoet.errors import DataError, did_you_mean, shorten
 from robopoet.files import Sha256
 from robopoet.text import cleaning, sources, typeset
 from robopoet.text.books import Loss
-from robopoet.text.dataset import SPLITS, VocabSize
+from robopoet.text.dataset import SPLITS, SplitName, VocabSize
 from robopoet.text.sources import Source
 
 DEFAULT_SPLITS = (0.90, 0.05, 0.05)
@@ -93,11 +93,12 @@ def read_manifest(folder: Path) -> Manifest:
     problems = _unknown_keys(content, Manifest)
     if isinstance(content, dict) and isinstance(content.get("sources"), list):
         problems += [problem for entry in content["sources"] for problem in _unknown_keys(entry, Source)]
-    if not problems:
-        manifest = files.convert(content, Manifest, path, DataError, MANIFEST_ADVICE, strict=False)
-        problems = [problem for source in manifest.sources for problem in _source_problems(source)]
-        if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
-            problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
+    if problems:
+        raise DataError(f"{path}: {shorten('; '.join(problems))}")
+    manifest = files.convert(content, Manifest, path, DataError, MANIFEST_ADVICE, strict=False)
+    problems = [problem for source in manifest.sources for problem in _source_problems(source)]
+    if not (manifest.splits[0] > 0 and abs(sum(manifest.splits) - 1) < 1e-9):
+        problems.append(f"splits: found {manifest.splits}, must be three shares that sum to 1, train above 0")
     if problems:
         raise DataError(f"{path}: {shorten('; '.join(problems))}")
     return dataclasses.replace(manifest, folder=folder)
@@ -272,7 +273,7 @@ class _Warnings:
     """The first few warnings of a kind, and the number of the others."""
 
     def __init__(self, kind: str):
-        self.kind, self.first, self.count = kind, [], 0
+        self.kind, self.first, self.count = kind, list[str](), 0
 
     def add(self, line: str) -> None:
         self.count += 1
@@ -300,7 +301,7 @@ class Part(NamedTuple):
     number: int  # the document's, from 0
     name: str
     style: str
-    split: str
+    split: SplitName
 
 
 def parts(docs: Iterable[Document], manifest: Manifest, found: Survey) -> Iterator[tuple[Part, str]]:
@@ -333,7 +334,7 @@ def _draw(doc: Document) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def short_works(found: Survey, shares: tuple[float, ...]) -> dict[float, str]:
+def short_works(found: Survey, shares: tuple[float, ...]) -> dict[float, SplitName]:
     """The works that are too short to be cut: the draw of each -> its split, train, val or test.
 
     shares: of train, val and test. A work is short if its smallest part would not fill a window. Of so few works that
@@ -358,7 +359,7 @@ def tags(manifest: Manifest, found: Survey) -> list[str]:
     return found.styles if manifest.tags and not n_short == len(found.styles) == found.n_documents else []
 
 
-def heads(parts: Iterable[tuple[Part, str]], most: dict[str, int]) -> dict[str, str]:
+def heads(parts: Iterable[tuple[Part, str]], most: dict[SplitName, int]) -> dict[SplitName, str]:
     """The first characters of some splits: at most so many of each."""
     found = dict.fromkeys(most, "")
     for part, text in parts:
@@ -369,7 +370,7 @@ def heads(parts: Iterable[tuple[Part, str]], most: dict[str, int]) -> dict[str, 
     return found
 
 
-def _cut_in_three(text: str, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[str, str]]:
+def _cut_in_three(text: str, shares: tuple[float, ...], exact: bool) -> Iterator[tuple[SplitName, str]]:
     """Cut `text` into train, val and test: yields each one's name and text, none empty."""
     slack = 0 if exact else int(len(text) * MOST_SLACK * min(share for share in shares if share))
     cuts = [_cut(text, share, slack) for share in (shares[0], shares[0] + shares[1])]

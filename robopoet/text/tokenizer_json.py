@@ -15,8 +15,7 @@ from robopoet.text.tokenizer import (
     SMOLLM_PATTERN,
     UNKNOWN,
     BPETokenizer,
-    SavedBPE,
-    SavedChar,
+    Saved,
     Tokenizer,
     from_json,
 )
@@ -206,7 +205,7 @@ def _build(
 ) -> Foreign:
     """The tokenizer of these pieces, in our order, and of the specials in theirs."""
     last = [name for name in names if name in specials]
-    tokenizer = files.convert(saved | {"specials": last}, SavedBPE | SavedChar, where, DataError, LIKE_GPT2)
+    tokenizer = files.convert(saved | {"specials": last}, Saved, where, DataError, LIKE_GPT2)
     ids = {name: id for id, name in enumerate(names)}
     return Foreign(from_json(tokenizer), [ids.get(name, -1) for name in [*pieces, *last]])
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from robopoet.errors import DataError
-from robopoet.text.dataset import Bin, Meta, open_bin
+from robopoet.text.dataset import Bin, Meta, SplitName, open_bin
 
 ON_DEVICE_BYTES = 2**30  # bins up to this size live on the device; larger ones are read from the disk
 SEARCHED_TOKENS = 2**24  # searched at a time for the ends of documents
@@ -86,7 +86,7 @@ def put(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def open_split(folder: Path, name: str, meta: Meta, block_size: int, device: torch.device) -> Split:
+def open_split(folder: Path, name: SplitName, meta: Meta, block_size: int, device: torch.device) -> Split:
     """Open `folder/name.bin`; raises DataError when it is missing, too short, or not the one meta.json describes.
 
     That is known at once of a small bin; a large one is verified while it is in use. Training needs a whole window,

@@ -13,7 +13,7 @@ from model import GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError, shorten
 from robopoet.files import Count
-from robopoet.text.tokenizer import SavedBPE, SavedChar
+from robopoet.text.tokenizer import Saved
 
 NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 Amount = Annotated[float, msgspec.Meta(ge=0)]
@@ -61,7 +61,7 @@ class Header:
     model_args: ModelArgs
     config: RunConfig = RunConfig()
     model_extra: ModelExtra | None = None
-    tokenizer: SavedBPE | SavedChar | None = None
+    tokenizer: Saved | None = None
     iter_num: Count = 0
     best_val_loss: float | None = None
     text_sha256: str = ""
