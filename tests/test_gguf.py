@@ -19,7 +19,7 @@ from llama_cpp import Llama, compare_greedy_text, compare_log_probabilities, exp
 import sample
 from model import GPT
 from robopoet.errors import CheckpointError, ConfigError, describe
-from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer
+from robopoet.text.tokenizer import CHAT, END, PATTERNS, BPETokenizer, Tokenizer
 from robopoet.weights import checkpoint, huggingface
 from robopoet.weights.header import ExportDtype
 from sample import SampleConfig
@@ -99,6 +99,7 @@ def test_checkpoints_of_every_dtype_and_folders_of_transformers_give_the_same_fi
         path = export(model, tok, tmp_path / "x.gguf")
         files.append(path.read_bytes())
         path.unlink()
+        path.with_suffix(".Modelfile").unlink()
     plain = make_model(bpe, positions=positions).to(torch.bfloat16).float()
     assert files[0] == files[1] == export(plain, bpe, tmp_path / "x.gguf").read_bytes()
 
@@ -173,6 +174,14 @@ def only(tok: Tokenizer, ids: list[int], **shape) -> GPT:
     return model
 
 
+@pytest.mark.parametrize("name", [END, CHAT[1]])
+def test_a_chat_ends_with_a_turn_or_the_text(tmp_path, name):
+    tok = BPETokenizer.train([TEXT], 343, [*CHAT, END])
+    llama = Llama(export(only(tok, [tok.specials[name]]), tok, tmp_path / "poet.gguf"))
+    answer = llama.ask("/v1/chat/completions", messages=[{"role": "user", "content": "The rose"}], max_tokens=9)
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["choices"][0]["message"]["content"] == ""
+
+
 def test_a_text_ends_at_the_end_of_text_and_no_tag_is_generated(tmp_path, bpe):
     ends = Llama(export(only(bpe, [bpe.specials[END]]), bpe, tmp_path / "ends.gguf")).greedy("The", 5)
     assert ends["stop_type"] == "eos" and ends["content"] == ""
@@ -218,7 +227,12 @@ def test_a_file_says_what_it_holds_and_controls_no_terminal(tmp_path, bpe, posit
     description = fields["general.description"]
     assert "Validation loss: 2.5000" in description and "- b: �[31mMIT���\n" in description
     assert "`<|a|>`, `<|b|>`" in description and description.endswith("A sample:\n\n    a passage\n")
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.stat().st_mode & 0o777 == 0o644
+    beside = path.with_suffix(".Modelfile")
+    assert (
+        sorted(tmp_path.iterdir()) == [beside, path]
+        and "\x1b" not in beside.read_text()
+        and path.stat().st_mode & 0o777 == 0o644
+    )
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -250,9 +264,11 @@ def test_sample_exports_what_it_sampled_from(tmp_path, bpe, capsys, monkeypatch)
         name = str(tmp_path / f"{dtype}.gguf")
         sample.main(SampleConfig(**keys, export=name, export_dtype=dtype))
         said = capsys.readouterr().out
-        assert said.endswith(
-            f"{name}: llama.cpp, Ollama and LM Studio load it; a text ends after 128 tokens, prompt included\n"
-        )
+        line, create, start = said.splitlines()[-3:]
+        known = "llama.cpp, Ollama and LM Studio load it; a text ends after 128 tokens, prompt included"
+        assert line == f"{name}: {known}"
+        beside = name.replace(".gguf", ".Modelfile")
+        assert (create, start) == (f"ollama create {dtype} -f {beside}", f"ollama run {dtype}")
         (embeddings,) = [t for t in reference.GGUFReader(name).tensors if t.name == "token_embd.weight"]
         assert embeddings.data.itemsize == size
     with pytest.raises(ConfigError, match=r"export: .*float16\.gguf exists; choose another name, or remove it"):
@@ -262,7 +278,8 @@ def test_sample_exports_what_it_sampled_from(tmp_path, bpe, capsys, monkeypatch)
     with pytest.raises(CheckpointError, match=r"^export: \.gguf needs the package gguf: pip install gguf$"):
         sample.main(SampleConfig(**keys, export=str(tmp_path / "other.gguf")))
     assert capsys.readouterr().out == ""  # before anything is generated
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "float16.gguf", "float32.gguf"]
+    files = ["best.pt", "float16.Modelfile", "float16.gguf", "float32.Modelfile", "float32.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 def refused(message: str, folder: Path, model: GPT, tok: Tokenizer, dtype: ExportDtype = "float32") -> None:
@@ -284,6 +301,8 @@ def test_what_llama_can_not_hold_is_refused_in_one_line(tmp_path, bpe, char):
     refused(line, tmp_path, large, bpe, "float16")
     export(large, bpe, tmp_path / "poet.gguf")
     refused(r"poet\.gguf: exists; choose another name, or remove it", tmp_path, large, bpe)
+    (tmp_path / "poet.gguf").unlink()
+    refused(r"export: .*poet\.Modelfile exists; remove it, or choose another name", tmp_path, large, bpe)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, bpe):

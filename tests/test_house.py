@@ -128,7 +128,8 @@ WRITTEN = {
     "robopoet/text/sources.py": {"requirements.write_text"},  # for pip, in a temporary folder
     "robopoet/training/log.py": {"open(os.devnull)"},
     "robopoet/weights/huggingface.py": {"(part / f'{name}.json').write_text", "(part / 'README.md').write_text"},
-    "robopoet/weights/html.py": {"open(part)"},  # like the two before, within files.creating
+    "robopoet/weights/gguf.py": {"modelfile.write_text"},
+    "robopoet/weights/html.py": {"open(part)"},  # like those before, within files.creating
     "configurator.py": {"Path(report).write_text"},  # what torchrun asks for
 }
 

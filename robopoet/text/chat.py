@@ -13,6 +13,16 @@ BOOK = (
     "{% for message in messages %}{% if not loop.first and message['role'] != 'assistant' %}{{ '\n\n' }}{% endif %}"
     "{{ message['content'] }}{% endfor %}"
 )
+# the same for Ollama, in Go's language of templates
+CHATML_GO = """\
+{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+BOOK_GO = """\
+{{ range $i, $turn := .Messages }}{{ if and $i (ne $turn.Role "assistant") }}
+
+{{ end }}{{ $turn.Content }}{{ end }}"""
 
 
 class Turn(NamedTuple):
@@ -31,6 +41,17 @@ def is_chatml(tok: Tokenizer) -> bool:
 def template(tok: Tokenizer) -> str:
     """The chat template of a model with this tokenizer, in Jinja."""
     return CHATML if is_chatml(tok) else BOOK
+
+
+def go_template(tok: Tokenizer) -> str:
+    """The same as a template of Go's, for Ollama."""
+    return CHATML_GO if is_chatml(tok) else BOOK_GO
+
+
+def ending_ids(tok: Tokenizer) -> list[int]:
+    """The ids that end a text: <|endoftext|>, and in ChatML the end of a turn."""
+    names = (END, CHAT[1]) if is_chatml(tok) else (END,)
+    return [tok.specials[name] for name in names if name in tok.specials]
 
 
 def chatml_ids(turns: list[Turn], tok: Tokenizer) -> list[int]:

@@ -3,8 +3,8 @@
 llama.cpp's gpt2 has learned positions, its starcoder2 rotary ones. Both compute the tanh GELU from a table in float16,
 also where the model has the exact one: the demo's log-probabilities differ by up to 0.003, and by 0.01 with llama.cpp's
 default cache, float16. Those of its llama, which has no GELU, differ by 0.001 in small models. Style tags are control
-tokens, which a prompt spells by their names. A chat template of the model that a run started from is not kept: Ollama
-would put every prompt into a chat.
+tokens, which a prompt spells by their names. The Modelfile beside it is for Ollama. A chat template of the model that a
+run started from is not kept: Ollama would put every prompt into a chat.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from model import GPT, GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError
 from robopoet.text import tokenizer_json
-from robopoet.text.chat import template
+from robopoet.text.chat import ending_ids, template
 from robopoet.text.tokenizer import END, PATTERNS, BPETokenizer, Tokenizer, styles
-from robopoet.weights import huggingface
+from robopoet.weights import huggingface, ollama
 from robopoet.weights.architectures import architecture_of
 from robopoet.weights.header import ExportDtype
 from robopoet.weights.layout import C_ATTN, C_FC, Layout, in_dtype
@@ -69,17 +69,19 @@ def check(config: GPTConfig, tok: Tokenizer) -> None:
 
 
 def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, path: Path, dtype: ExportDtype) -> str:
-    """Write a new GGUF file; returns a line that says who loads it, and how long its texts may be.
+    """Write a new GGUF file, and a Modelfile of its name; returns who loads it, how long its texts may be, commands.
 
     content: the checkpoint. passage: a sample for the description. dtype: of the matrices; vectors and positions are
     float32, as llama.cpp's converter has them. Raises OSError if the file exists or can't be written, CheckpointError
-    if a weight is too large for float16, and as check() does.
+    if the Modelfile exists or a weight is too large for float16, and as check() does.
     """
     check(model.config, tok)
     import gguf
 
-    c = model.config
+    c, beside = model.config, path.with_suffix(".Modelfile")
     with files.creating(path) as part:
+        if beside.exists():
+            raise CheckpointError(f"export: {beside} exists; remove it, or choose another name")
         writer = gguf.GGUFWriter(part, architecture_of(c).model_type)
         try:
             writer.add_type("model")
@@ -99,8 +101,11 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
         finally:
             with contextlib.suppress(OSError):  # on a full disk it writes in vain once more
                 writer.close()
+        with files.creating(beside) as modelfile:
+            modelfile.write_text(_clean(ollama.modelfile(path.name, c, tok)), encoding="utf-8")
     beyond = "" if c.positions == "learned" else ", or goes on with --context-shift --keep 1"
-    return f"llama.cpp, Ollama and LM Studio load it; a text ends after {c.block_size} tokens, prompt included{beyond}"
+    known = f"llama.cpp, Ollama and LM Studio load it; a text ends after {c.block_size} tokens, prompt included{beyond}"
+    return f"{known}\n{ollama.commands(beside)}"
 
 
 def _add_config(writer: "GGUFWriter", c: GPTConfig, dtype: ExportDtype) -> None:
@@ -122,10 +127,11 @@ def _add_config(writer: "GGUFWriter", c: GPTConfig, dtype: ExportDtype) -> None:
 
 
 def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
-    """The tokens; any but <|endoftext|> is never generated, as in Poet."""
+    """The tokens; special ones are never generated, as in Poet, but for those that end a text."""
     from gguf import TokenType
 
     end = tok.specials.get(END, tok.tokens.index(NEVER))  # llama.cpp ends texts at id 11 unless told otherwise
+    ending = ending_ids(tok) or [end]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PATTERNS[tok.pattern])
     writer.add_token_list([*map(tokenizer_json.show, tok.tokens), *tok.specials])
@@ -134,8 +140,8 @@ def _add_tokenizer(writer: "GGUFWriter", tok: BPETokenizer) -> None:
     writer.add_add_bos_token(False)
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
-    writer.add_eot_token_id(end)
-    writer.add_array("tokenizer.ggml.suppress_tokens", [id for name, id in tok.specials.items() if name != END])
+    writer.add_eot_token_id(ending[-1])
+    writer.add_array("tokenizer.ggml.suppress_tokens", [id for id in tok.specials.values() if id not in ending])
     writer.add_chat_template(template(tok))
 
 

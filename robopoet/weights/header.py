@@ -19,6 +19,7 @@ NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**40)]
 ExportDtype = Literal["float16", "float32"]  # how a file for another program stores the weights
+SAMPLING = {"temperature": 0.9, "top_k": 0, "top_p": 0.95}  # sample.py's, for other programs that take an export
 
 
 class ModelArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,11 +19,11 @@ from robopoet import files
 from robopoet.errors import CheckpointError, DataError, describe
 from robopoet.files import did_you_mean_path
 from robopoet.text import tokenizer, tokenizer_json
-from robopoet.text.chat import template
+from robopoet.text.chat import ending_ids, template
 from robopoet.text.tokenizer import END
 from robopoet.text.tokenizer_json import Foreign
 from robopoet.weights.architectures import ARCHITECTURES, Architecture, Name, architecture_of
-from robopoet.weights.header import ExportDtype, config_entries, credit, printable
+from robopoet.weights.header import SAMPLING, ExportDtype, config_entries, credit, printable
 from robopoet.weights.layout import Weights
 
 FILES = ["*.safetensors", "*.json"]  # what we read
@@ -182,6 +182,10 @@ def export(
     """
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
+    ending = ending_ids(tok)
+    generated = {"eos_token_id": ending} if len(ending) > 1 else {}
+    if never := [id for id in tok.specials.values() if id not in ending]:  # as in Poet
+        generated["suppress_tokens"] = never
     kind = architecture_of(model.config)
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END) if end is not None else {}
     contents = {
@@ -191,7 +195,7 @@ def export(
             "dtype": "float32",
             "licences": list(content.get("licences", ())),  # for load_folder
         },
-        "generation_config": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **ends, "pad_token_id": end},
+        "generation_config": {"do_sample": True, **SAMPLING, **ends, "pad_token_id": end} | generated,
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.block_size,
