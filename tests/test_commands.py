@@ -131,7 +131,8 @@ def check_script(words: list[str]) -> None:
     cls, positional = config_of(script)
     for word in filter(PLACEHOLDER.fullmatch, args):
         check_key(word, [cls])
-    args = [path for word in args if not PLACEHOLDER.fullmatch(word) for path in sorted(glob.glob(word)) or [word]]
+    args = [word for word in args if not PLACEHOLDER.fullmatch(word) and word not in EVERY_SCRIPTS]
+    args = [path for word in args for path in sorted(glob.glob(word)) or [word]]
     cfg = configurator.parse(cls, args, positional)
     for setting in getattr(cfg, "settings", ()):
         for word in shlex.split(setting):

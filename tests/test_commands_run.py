@@ -42,7 +42,7 @@ NOT_RUN = {  # what a document's name and a command match -> why it is not run h
     r": (make|--\w|export)": "has its commands below it, or is none",
     r": (pip|\S+/activate|python -m venv)": "changes the environment",
     r": (python -m pytest|ruff check)": "is how these tests are run",
-    r": (ollama|llama-quantize)": "a program that is not ours",
+    r": (docker|ollama|llama-quantize)": "a program that is not ours",
     r": (sbatch|torchrun --nnodes)": "takes two machines; test_ranks.py has two that are one",
     r"(gpt2\.yaml|train\.py): torchrun": "the README's is run, which is like it; ranks take long to start",
     r"smollm2|--init_from=gpt2|load_dataset|: mkdir": "downloads from the Hub",
@@ -107,7 +107,7 @@ class Shell:
         line = shlex.join(words)
         words = [*words, *(word for what, put in PUT_IN.items() if re.search(what, line) for word in put.split())]
         program, *args = words
-        if program == "python" and args[0] == "serve.py":
+        if program == "python" and args[0] == "serve.py" and "--help" not in args:
             return self.serve(args)
         if program == "python":
             args = [path for arg in args for path in sorted(glob.glob(arg, root_dir=self.folder)) or [arg]]
