@@ -204,6 +204,10 @@ def test_memory_grows_neither_with_the_text_nor_with_max_new_tokens(poet, monkey
         ({"prompt": None}, "prompt: found None"),
         ({"prompt": b"x"}, "prompt: found b'x'"),
         ({"prompt": "a\ud800"}, "prompt: character 1 is a lone surrogate"),
+        (
+            {"prompt": "<|bard|>alas"},
+            "prompt: begins with <|bard|>, as exported models have it; leave it out, set style",
+        ),
         ({"prompt": "a" * (10 * 2**20 + 1)}, "prompt: found 10,485,761 characters"),
         ({"temprature": 1}, "temprature: no such setting; did you mean temperature"),
         ({"temperature": "hot"}, "temperature"),

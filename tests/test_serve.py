@@ -279,6 +279,7 @@ def test_routes_and_wrong_ones(served):
         ({"style": "bob"}, "style", "must be one of the model's: alice, bard"),
         ({"model": "tiny:bard", "style": "alice"}, "style", "give one"),
         ({"prompt": None}, "prompt", "must be a text"),
+        ({"prompt": "<|bard|>alas"}, "prompt", "begins with <|bard|>"),
         ({"prompt": []}, "prompt", "must be a text"),
         ({"prompt": ["a", 1]}, "prompt", "must be a text"),
         ({"prompt": [33]}, "prompt", "token ids from 0 to 32"),

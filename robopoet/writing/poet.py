@@ -14,7 +14,7 @@ from robopoet.files import HOME
 from robopoet.machine import Machine, find_machine
 from robopoet.text.cleaning import plain
 from robopoet.text.dataset import find_dataset
-from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, styles
+from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, style_token, styles
 from robopoet.weights import checkpoint, pretrained
 from robopoet.writing.batch import Batch
 from robopoet.writing.characters import find_characters
@@ -200,7 +200,8 @@ class Poet:
         """A prompt as the model reads it, with LF line ends, and its ids, at least one.
 
         Without a prompt they are those of a line's end, or id 0 if the vocabulary has none. Raises ConfigError if it is
-        not text, is too long or has no character that the model knows.
+        not text, is too long, begins with a style's tag, which would be read as text, or has no character that the
+        model knows.
         """
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
             found = f"{len(prompt):,} characters" if isinstance(prompt, str) else repr(prompt)[:100]
@@ -209,6 +210,11 @@ class Poet:
             prompt.encode()
         except UnicodeEncodeError as e:
             raise ConfigError(f"prompt: character {e.start} is a lone surrogate, which UTF-8 can't encode") from None
+        if style := next((name for name in self.styles if prompt.startswith(style_token(name))), ""):
+            tag = style_token(style)
+            raise ConfigError(
+                f"prompt: begins with {tag}, as exported models have it; leave it out, set style to {style}"
+            )
         text = plain(prompt)
         if ids := self.tokenizer.encode(text or "\n"):
             return text, ids
