@@ -341,8 +341,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     moved = run.make_way(start.path if start.resumes else None, progress)
     plan.keep(cfg, run)
     sinks = open_sinks(run.config, progress.run_id) if machine.is_main else []
-    log = Log(run.folder.where, progress, machine, sinks)
-    log.print(f"{machine}, parameters: {model.num_params():,}", *moved, *plan.describe_start(cfg, start, progress))
+    log = Log(run.folder.where, progress, machine, sinks, run.report)
+    log.begin(model.num_params(), *moved, *plan.describe_start(cfg, start, progress))
     clock.start(cfg.max_iters, cfg.epochs, windows.per_epoch / cfg.rows_per_step, progress, log)
     start.release()
 

@@ -1,10 +1,8 @@
 """What the scripts of bench share: the machine's name, medians with their range, result files, Markdown tables."""
 
 import contextlib
-import dataclasses
 import json
 import operator
-import platform
 import re
 import shlex
 import statistics
@@ -15,9 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 import train
@@ -30,39 +27,13 @@ from robopoet.text.dataset import find_dataset, read_meta
 from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.training.plan import complete
+from robopoet.training.report import Record, describe_machine
 from robopoet.training.run import Start
 from robopoet.weights import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 PROGRESS_S = 30.0  # seconds between two lines of progress
 T = TypeVar("T")
-
-
-def describe_machine(machine: Machine) -> dict[str, Any]:
-    """What a figure depends on beside the code: device, its memory (GB = 2**30 bytes; CUDA only), dtype, torch."""
-    memory_gb = None
-    if machine.device.type == "cuda":
-        device = torch.cuda.get_device_properties(machine.device)
-        name, memory_gb = device.name, round(device.total_memory / 2**30, 1)
-    else:
-        name = cpu_name() if machine.device.type == "cpu" else f"{platform.machine()} {machine.device.type}"
-    return {
-        "device": name,
-        "memory_gb": memory_gb,
-        "dtype": str(machine.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model, from /proc/cpuinfo on Linux, else from Python, and the widest products that torch has."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    matrices = {"AMX": torch.cpu._is_amx_tile_supported, "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported}
-    widest = (name for name, is_supported in matrices.items() if is_supported())
-    return f"{model}, {next(widest, torch.backends.cpu.get_cpu_capability())}"
 
 
 @contextlib.contextmanager
@@ -156,21 +127,6 @@ def bullets(lines: Iterable[str]) -> str:
 def last_line(printed: str) -> str:
     """The last line that a process printed, which says why it failed."""
     return (printed.strip().splitlines() or ["it printed nothing"])[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A line of metrics.jsonl, for a step or an evaluation; fields that only the other kind has are 0 or None."""
-
-    kind: str = ""
-    iter: files.Count = 0
-    loss: float | None = None  # nats per token
-    bpb: Annotated[float, msgspec.Meta(ge=0)] | None = None  # bits per byte
-    tokens: files.Count = 0
-    loss_by_style: dict[str, float] = dataclasses.field(default_factory=dict)
-    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    tok_per_sec: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    peak_mem_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 def read_records(out: Path) -> list[Record]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import signal
 import sys
@@ -33,6 +34,13 @@ def read_at(file: int, size: int, place: int) -> bytes:
     with _reading:
         os.lseek(file, place, os.SEEK_SET)
         return os.read(file, size)
+
+
+def cpu_name() -> str:
+    """The processor's model, from /proc/cpuinfo on Linux, else from Python."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def peak_resident_mb() -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ import prepare
 import train
 from bench import common
 from model import GPT, GPTConfig
+from robopoet.machine import find_machine
 from robopoet.text import corpus
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
 from robopoet.training.plan import SHAPE
+from robopoet.training.report import RunReport
 from robopoet.weights import bases, checkpoint
 from sample import Poet
 from train import TrainConfig
@@ -146,6 +149,13 @@ def small(books: Path, tmp_path: Path) -> dict:
     }
 
 
+def report_of(keys: dict) -> RunReport:
+    """The report of a run with those keys of a TrainConfig, before its first record."""
+    found = RunReport(read_meta(Path(keys["dataset"])), find_machine("cpu", "float32"))
+    found.config, found.settings = configurator.values_of(TrainConfig(**keys)), keys
+    return found
+
+
 @pytest.fixture
 def shapeless(small: dict) -> dict:
     """Those keys without the model's shape, which a checkpoint has."""
@@ -200,6 +210,21 @@ def manifest(tmp_path):
         return corpus.read_manifest(tmp_path)
 
     return read
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a network, which logs every request."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="requirements-slow.txt has it")
+    if not (chromium := shutil.which("chromium")) or not (driver := shutil.which("chromedriver")):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1100,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        yield browser
 
 
 # --- what the tests of tokenizers share

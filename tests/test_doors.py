@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from conftest import report_of
 
 import configurator
 import sample
@@ -270,8 +271,16 @@ def passages(small: dict, folder: Path) -> Door:
 
 def metrics(small: dict, folder: Path) -> Door:
     path = folder / "metrics.jsonl"
-    lines = [{"kind": "train", "iter": i, "loss": 1.0, "run": "a"} for i in range(4)]
-    return Door(path, lines, as_lines, lambda: Log(lambda: folder, Progress(2, run_id="a"), CPU, []))
+    lines = [{"kind": "train", "iter": i, "loss": 1.0, "lr": 0.1, "seconds": 1.0 * i, "run": "a"} for i in range(4)]
+    result = {"loss": 1.0, "bpb": 2.0, "loss_by_style": {"a": 1.0, "b": 2.0}, "text": "O", "copied_words": 1}
+    lines.insert(3, {"kind": "eval", "iter": 2, "run": "a", **result})
+
+    def read() -> None:
+        report = report_of(small)
+        Log(lambda: folder, Progress(2, run_id="a"), CPU, [], report)
+        report.page()
+
+    return Door(path, lines, as_lines, read)
 
 
 def prompt(small: dict, folder: Path) -> Door:

@@ -156,7 +156,8 @@ def test_the_disk_must_hold_a_run_beside_the_earlier_ones(small, out, monkeypatc
 
 # --- a kill at any moment
 
-NAMES = "best.pt ckpt.pt ckpt.prev.pt ckpt.damaged.pt metrics.jsonl config.yaml events.out.tfevents.1".split()
+NAMES = "best.pt ckpt.pt ckpt.prev.pt ckpt.damaged.pt metrics.jsonl report.html config.yaml".split()
+NAMES += ["events.out.tfevents.1"]
 CALLS = ("mkdir", "link", "unlink", "replace", "fsync", "open")
 
 

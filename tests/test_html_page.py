@@ -1,7 +1,6 @@
 """The page of --export=poet.html in Chromium, from disk and without a network."""
 
 import json
-import shutil
 
 import pytest
 from test_html import SCRIPT, export
@@ -14,20 +13,6 @@ pytest.importorskip("selenium", reason="requirements-slow.txt has it")
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-
-
-@pytest.fixture
-def browser():
-    """Chromium without a network, which logs every request."""
-    if not (chromium := shutil.which("chromium")) or not (driver := shutil.which("chromedriver")):
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1100,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        yield browser
 
 
 def words(browser) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from conftest import KINDS, LLAMA, records
+from conftest import KINDS, LLAMA, records, report_of
 from scripts import Script, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import losses, run, windows_of
@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_what_it_promises(small):
     found = run(small, max_iters=40, eval_interval=20, log_interval=10)
     out = Path(small["out_dir"])
     assert {path.name for path in out.iterdir()} == {
-        *("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "config.yaml", ".lock"),
+        *("ckpt.pt", "ckpt.prev.pt", "best.pt", "metrics.jsonl", "report.html", "config.yaml", ".lock"),
     }
     trained = [record for record in found if record["kind"] == "train"]
     evaluated = [record for record in found if record["kind"] == "eval"]
@@ -246,9 +246,10 @@ RECORD = {"kind": "train", "iter": 10, "loss": 1.0, "lr": 1e-3, "dt_ms": 100.0, 
 RESULT = {"loss": 1.0, "loss_se": 0.1, "ppl": 2.7, "bpb": 1.0, "loss_by_style": {}, "tokens": 9, "seconds": 30.0}
 
 
-def test_overfitting_is_told_once_with_the_step_of_the_best_model(tmp_path, capsys):
+def test_overfitting_is_told_once_with_the_step_of_the_best_model(tmp_path, small, capsys):
     def told(train_loss: float, *val_losses: float) -> list[str]:
-        log, progress = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), []), Progress()
+        log = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), [], report_of(small))
+        progress = Progress()
         for val_loss in val_losses:
             progress.iter_num += 10
             log.train(RECORD | {"loss": train_loss}, max_iters=100, eval_interval=10)
@@ -272,8 +273,8 @@ def test_a_run_ends_with_its_losses_its_model_and_how_to_write_with_it(small, ca
     ]
 
 
-def test_the_time_left_counts_evaluations(tmp_path, capsys):
-    log = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), [])
+def test_the_time_left_counts_evaluations(tmp_path, small, capsys):
+    log = Log(lambda: tmp_path, Progress(), find_machine("cpu", "float32"), [], report_of(small))
     log.train(RECORD, max_iters=110, eval_interval=25)
     log.evaluation(Progress(iter_num=10), RESULT)
     log.train(RECORD, max_iters=110, eval_interval=25)

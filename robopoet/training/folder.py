@@ -10,7 +10,7 @@ from robopoet import files, portable
 from robopoet.errors import ConfigError, warn
 
 CHECKPOINTS = ("ckpt.damaged.pt", "ckpt.prev.pt", "ckpt.pt")
-OTHERS = ("metrics.jsonl", "config.yaml", "events.out.tfevents.*")
+OTHERS = ("metrics.jsonl", "report.html", "config.yaml", "events.out.tfevents.*")
 
 
 class Folder:

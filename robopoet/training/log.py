@@ -1,4 +1,4 @@
-"""The log of a run: status lines, metrics.jsonl, and TensorBoard and Weights & Biases if asked for.
+"""The log of a run: status lines, metrics.jsonl, report.html, and TensorBoard and Weights & Biases if asked for.
 
 Nothing here may stop the training: no full disk, no lost network, no closed terminal.
 """
@@ -13,7 +13,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tqdm import tqdm
 from configurator import written
 from model import GPT
 from robopoet.errors import ConfigError, describe, warn
-from robopoet.files import Count, append_lines, decode_json, read_lines, replacing
+from robopoet.files import append_lines, decode_json, read_lines, replacing
 from robopoet.machine import Machine
 from robopoet.ops import linear
 from robopoet.training.evaluate import result_line
+from robopoet.training.report import Record, RunReport, duration
 from robopoet.training.run import Progress
-from robopoet.weights.header import Seconds
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger
 RISING = 3  # evaluations without a better val loss that count as overfitting
@@ -116,30 +115,21 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ") for line in lines)
 
 
-@dataclass(frozen=True)
-class Position:
-    """What is read of a record in metrics.jsonl: its step, its run ("" in the oldest), and what a Clock asks for."""
-
-    iter: Count
-    run: str = ""
-    kind: str = ""
-    max_iters: Count = 0
-    seconds: Seconds = 0.0
-    other_s: Seconds = 0.0
-
-
 class Log:
-    """Status lines and metrics.jsonl, and `sinks` beside them; silent on all ranks but the main one.
+    """Status lines, metrics.jsonl and the report, and `sinks` beside them; silent on all ranks but the main one.
 
     later: what metrics.jsonl held of the steps that will run again, or of the one before the next.
     where: returns the run's folder, which may change.
     """
 
-    def __init__(self, where: Callable[[], Path], progress: Progress, machine: Machine, sinks: list[Sink]):
-        self.active, self.where, self.run_id = machine.is_main, where, progress.run_id
-        self.sinks, self.prints = sinks, True
+    def __init__(
+        self, where: Callable[[], Path], progress: Progress, machine: Machine, sinks: list[Sink], report: RunReport
+    ):
+        self.active, self.where, self.run_id, self.machine = machine.is_main, where, progress.run_id, machine
+        self.sinks, self.report, self.prints = sinks, report, True
         self.train_loss, self.eval_s = math.inf, 0.0  # the last record's loss; how long the last evaluation took
-        self.later: list[Position] = []
+        self.left_s = 0.0  # until the end of the run; 0: unknown
+        self.later: list[Record] = []
         if self.active:
             self._keep_until(progress.iter_num)
 
@@ -149,11 +139,12 @@ class Log:
         with replacing(path) as f:
             for number, line in read_lines(path, ConfigError) if step and path.exists() else ():
                 try:
-                    found = decode_json(line, Position, f"{path}: line {number}", ConfigError, "dropped")
+                    found = decode_json(line, Record, f"{path}: line {number}", ConfigError, "dropped")
                     if found.run != self.run_id:
                         continue
                     if found.iter <= step or found.kind == "plan":
                         f.write(line + b"\n")
+                        self.report.add(found)
                     if found.iter >= step:
                         self.later.append(found)
                 except ConfigError as e:
@@ -168,12 +159,27 @@ class Log:
                 self.prints = False
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
+    def begin(self, parameters: int, *lines: str) -> None:
+        """Print what a run starts with, and show it in a first report; parameters: how many the model has."""
+        self.print(f"{self.machine}, parameters: {parameters:,}", *lines)
+        self.report.parameters = parameters
+        self._renew_report()
+
+    def _renew_report(self, ended: bool = False) -> None:
+        if self.active:
+            try:
+                with replacing(self.where() / "report.html") as f:
+                    f.write(self.report.page(self.left_s, ended))
+            except Exception as e:  # whatever it is
+                warn(f"the report is not renewed: {describe(e)}")
+
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, a line of JSON, and pass its numbers and text to the sinks."""
         if not self.active:
             return
         try:
             line = msgspec.json.encode(record | {"run": self.run_id}) + b"\n"  # NaN becomes null
+            self.report.add(decode_json(line, Record, "metrics.jsonl", ConfigError, "not shown"))
             append_lines(self.where() / "metrics.jsonl", line)
         except (OSError, ConfigError) as e:
             warn(f"a record of step {record['iter']} is lost: {describe(e)}")
@@ -188,16 +194,17 @@ class Log:
         self.write(record)
         self.train_loss = record["loss"]
         left = max_iters - record["iter"]
-        eta_s = record["dt_ms"] / 1000 * left + self.eval_s * math.ceil(left / eval_interval)
+        self.left_s = record["dt_ms"] / 1000 * left + self.eval_s * math.ceil(left / eval_interval)
         self.print(
             f"step {record['iter']:>6}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {eta_s // 60:.0f}:{eta_s % 60:02.0f}"
+            f"{record['tok_per_sec']:,.0f} tok/s  mfu {record['mfu']:.1%}  eta {duration(self.left_s)}"
         )
 
     def evaluation(self, progress: Progress, result: dict[str, Any]) -> None:
-        """Write an evaluation of the val split and print it, with its text if there is one."""
+        """Write an evaluation of the val split, print it, with its text if there is one, and renew the report."""
         self.write({"kind": "eval", "iter": progress.iter_num, "split": "val", **result})
         self.eval_s = result["seconds"]
+        self._renew_report()
         self.print(f"step {progress.iter_num:>6}  val {result_line(result)}")
         if text := result.get("text", ""):
             self.print(wrapped(text))
@@ -211,7 +218,8 @@ class Log:
             )
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Renew the report, as the run has ended, and close the sinks."""
+        self._renew_report(ended=True)
         for sink in self.sinks:
             sink.close()
 

@@ -185,7 +185,7 @@ def keep(cfg: Config, run: Run) -> None:
     kept = _differing(cfg) | {"block_size": cfg.block_size}
     if kept.pop("minutes", 0):
         kept.pop("epochs", 0)
-    run.keep_config(values_of(cfg), kept)
+    run.keep_config(values_of(cfg), kept, kept | (chosen(cfg) if cfg.minutes else {}))
 
 
 def describe_start(cfg: Config, start: Start, progress: Progress) -> list[str]:
@@ -206,10 +206,14 @@ def describe_start(cfg: Config, start: Start, progress: Progress) -> list[str]:
 
 def describe_choice(cfg: Config) -> list[str]:
     """The keys that were chosen for a new run of so many minutes, as YAML."""
+    return [f"# chosen for {cfg.minutes:g} minutes", *(f"{key}: {value}" for key, value in chosen(cfg).items())]
+
+
+def chosen(cfg: Config) -> dict[str, Any]:
+    """What a run of minutes has for the keys that were not given."""
     # what train.py chooses by itself is told as what it is
     values = values_of(cfg) | {"learning_rate": cfg.peak_lr, "muon_weight_decay": cfg.matrix_decay}
-    chosen = [f"{key}: {values[key]}" for key in CHOSEN if key not in cfg.given]
-    return [f"# chosen for {cfg.minutes:g} minutes", *chosen]
+    return {key: values[key] for key in CHOSEN if key not in cfg.given}
 
 
 def less_memory(cfg: Config) -> str:

@@ -23,6 +23,7 @@ from robopoet.text.dataset import SPLITS, Meta
 from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
 from robopoet.training.memory import full_tensor, shard_like
 from robopoet.training.optimizer import Average, state_shapes
+from robopoet.training.report import RunReport
 from robopoet.weights import checkpoint
 from robopoet.weights.header import SavedOptimizer, config_entries, read_header, read_run
 
@@ -243,6 +244,7 @@ class Run:
         self.licences = list(meta.licences)
         self.best_loss = math.inf  # best.pt's, if it is this run's
         self.folder = Folder(out, machine.is_main)
+        self.report = RunReport(meta, machine)
 
     @property
     def out(self) -> Path:
@@ -317,12 +319,13 @@ class Run:
             return f"step {progress.iter_num} could not be saved: {describe(e)}; {kept}"
         return ""
 
-    def keep_config(self, config: dict[str, Any], written: dict[str, Any]) -> None:
+    def keep_config(self, config: dict[str, Any], written: dict[str, Any], shown: dict[str, Any]) -> None:
         """Save the keys `config` in checkpoints from here on, and write config.yaml, with which train.py runs the same.
 
-        written: what config.yaml holds.
+        written: what config.yaml holds. shown: the settings in the report.
         """
-        self.config = config
+        self.config = self.report.config = config
+        self.report.settings = shown
         if not self.machine.is_main:
             return
         try:

@@ -1,0 +1,344 @@
+"""report.html: a run to look at while it trains, in one file that needs no network, and no script to be read.
+
+It is drawn from the records of metrics.jsonl, so a resumed run's has the whole history, and from the run's config, text
+and machine. Texts from outside, such as samples and the names of styles, are escaped, and a policy forbids all but the
+page's own style and script.
+"""
+
+import html
+import json
+import platform
+import shlex
+import statistics
+import string
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from robopoet import portable
+from robopoet.errors import shorten
+from robopoet.files import Count
+from robopoet.machine import Machine
+from robopoet.text.dataset import Meta
+from robopoet.training.chart import Axis, Point, axis_of, chart, dots, line, spark
+from robopoet.weights.header import Amount, Seconds
+from robopoet.weights.html import SCRIPT, STYLE, hashes
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+MOST_POINTS = 1000  # a longer series is drawn through the means of neighbours
+MOST_SAMPLES, MOST_CHARS, OPEN = 50, 4000, 4  # samples that are kept, what of each, and how many show at once
+MOST_STYLES = 40  # in the table
+FALL = 0.1  # share of a run in which training's loss may fall from above the chart
+RENEWED_S = 30  # a browser loads the page of a run that goes on so often
+MOST_DRAWN = 1e9  # no chart shows a larger loss beside others
+UNSHOWN = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], "\ufffd")  # HTML can't hold them
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of metrics.jsonl: of a step, an evaluation, or a plan; what only another kind has is None or 0."""
+
+    kind: str = ""
+    iter: Count = 0
+    loss: float | None = None  # nats per token
+    bpb: Amount | None = None  # bits per byte
+    tokens: Count = 0
+    loss_by_style: dict[str, float | None] = field(default_factory=dict)
+    seconds: Seconds = 0.0  # a step's: in training so far
+    lr: Amount | None = None
+    tok_per_sec: Amount = 0.0
+    peak_mem_mb: Amount = 0.0
+    text: str = ""
+    copied_words: Count | None = None
+    max_iters: Count = 0  # a plan's
+    other_s: Seconds = 0.0
+    run: str = ""  # the run's id; the oldest have none
+
+
+class Series:
+    """Rows of numbers, fewer than MOST_POINTS: as more come, each becomes the mean of two, four, eight, ... of them."""
+
+    def __init__(self) -> None:
+        self.means: list[tuple[float, ...]] = []
+        self.last: list[tuple[float, ...]] = []  # too few for another mean
+        self.size = 1  # rows in each mean
+
+    def add(self, *row: float) -> None:
+        """Add a row."""
+        self.last.append(row)
+        if len(self.last) == self.size:
+            self.means.append(_mean(self.last))
+            self.last = []
+        if len(self.means) == MOST_POINTS:
+            self.means = [_mean(pair) for pair in zip(self.means[::2], self.means[1::2], strict=True)]
+            self.size *= 2
+
+    def rows(self) -> list[tuple[float, ...]]:
+        """The means, oldest first; the last one may be of fewer rows."""
+        return [*self.means, _mean(self.last)] if self.last else self.means
+
+
+def _mean(rows: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(statistics.fmean, zip(*rows, strict=True)))
+
+
+class Sample(NamedTuple):
+    """What a model wrote at an evaluation; copied_words: its longest copy, None if that was not looked for."""
+
+    step: int
+    text: str
+    copied_words: int | None
+
+
+class RunReport:
+    """What is shown of a run: `add` takes its records in their order, `page` draws them.
+
+    config: the value of each key of train.py. settings: the keys that are shown, with their values. parameters: how
+    many the model has. These three are set from outside, config and settings again when a run plans anew.
+    """
+
+    def __init__(self, meta: Meta, machine: Machine):
+        self.meta, self.machine = meta, describe_machine(machine) | {"ranks": machine.world_size}
+        self.config: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.parameters = 0
+        self.step, self.latest, self.best = 0, Record(), Record()  # latest: of a step; best: of an evaluation
+        self.best_seconds, self.since_best = 0.0, 0  # when that was; evaluations since then
+        self.trained = Series()  # step, seconds of training, loss, learning rate
+        self.evaluated = Series()  # step, seconds, loss, bits per byte
+        self.copied = Series()  # step, seconds, words
+        self.styles: dict[str, Series] = {}  # step, loss
+        self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+
+    def add(self, record: Record) -> None:
+        """Take a record; a plan, which has no loss, and one with a number that can't be drawn are left out."""
+        step, loss, bpb, lr = record.iter, record.loss, record.bpb or 0.0, record.lr or 0.0
+        if loss is None or max(abs(loss), bpb, lr) > MOST_DRAWN:
+            return
+        self.step = step
+        if record.kind == "train":
+            self.latest = record
+            self.trained.add(step, record.seconds, loss, lr)
+        elif record.kind == "eval":
+            seconds = self.latest.seconds
+            self.evaluated.add(step, seconds, loss, bpb)
+            self.since_best += 1
+            if self.best.loss is None or loss < self.best.loss:
+                self.best, self.best_seconds, self.since_best = record, seconds, 0
+            for style, its_loss in record.loss_by_style.items():
+                known = style in self.styles or len(self.styles) < MOST_STYLES
+                if known and its_loss is not None and abs(its_loss) <= MOST_DRAWN:
+                    self.styles.setdefault(style, Series()).add(step, its_loss)
+            if record.text:
+                cut = "…" if len(record.text) > MOST_CHARS else ""
+                self.samples.append(Sample(step, record.text[:MOST_CHARS].strip("\n") + cut, record.copied_words))
+            if record.copied_words is not None:
+                self.copied.add(step, seconds, record.copied_words)
+
+    def page(self, left_s: float = 0.0, ended: bool = False) -> bytes:
+        """The page as it stands. left_s: seconds to the end (0: unknown). ended: whether the run has come to it."""
+        template = TEMPLATE.read_text(encoding="utf-8")
+        own = f"style-src {hashes(STYLE, template)}; script-src {hashes(SCRIPT, template)}"
+        parts = {
+            "policy": f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'",
+            "refresh": "" if ended else f'\n<meta http-equiv="refresh" content="{RENEWED_S}">',
+            "title": escape(Path(self.config["out_dir"]).absolute().name),
+            "state": escape(self._state(left_s, ended)),
+            "figures": self._figures(),
+            "by_steps": self._charts(0, 1, "steps"),
+            "by_time": self._charts(1, *time_unit(self.latest.seconds)),
+            "samples": self._samples(),
+            "rail": "".join(f'<section class="card">{part}</section>' for part in self._cards() if part),
+            "footer": self._commands(),
+        }
+        return string.Template(template).substitute(parts).encode(errors="replace")
+
+    def _state(self, left_s: float, ended: bool) -> str:
+        """How far the run has come."""
+        steps, patience = self.config["max_iters"], self.config["patience"]
+        if not ended:
+            left = f", about {duration(left_s)} to go" if left_s else ""
+            return f"Step {self.step:,} of {steps:,} at {time.strftime('%H:%M on %Y-%m-%d')}{left}."
+        if self.step >= steps:
+            return f"Finished after {self.step:,} steps."
+        if 0 < patience <= self.since_best:
+            return f"Stopped at step {self.step:,}, after {self.since_best} evaluations without a better val loss."
+        return f"Ended at step {self.step:,} of {steps:,}; --init_from=auto resumes it."
+
+    def _figures(self) -> str:
+        """The numbers to look at first."""
+        best, latest, shown = self.best, self.latest, {}
+        if best.loss is not None:
+            shown = {"bits per byte of val": f"{best.bpb or 0:.3f}"}
+            shown |= {f"least val loss, at step {best.iter:,}": f"{best.loss:.4f}"}
+        shown |= {"in training": duration(latest.seconds), "tokens a second": f"{latest.tok_per_sec:,.0f}"}
+        return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
+
+    def _charts(self, column: int, size: float, unit: str) -> str:
+        """Loss, learning rate and copies over steps (column 0), or seconds (1) in units of `size`."""
+        if not (self.trained.rows() or self.evaluated.rows()):
+            return '<p class="note">The curves begin with the first steps.</p>'
+
+        def over(series: Series, value: int) -> list[Point]:
+            return [(row[column] / size, row[value]) for row in series.rows()]
+
+        trained, evaluated, copied = over(self.trained, 2), over(self.evaluated, 2), over(self.copied, 2)
+        x = axis_of([0, 5, *(place for place, _ in (*trained, *evaluated))])
+        y = axis_of([loss for place, loss in trained if place >= FALL * x.high] + [b for _, b in evaluated], 0.05)
+        labels = [
+            f"step {step:,.0f}: {loss:.4f}, {bpb:.3f} bits per byte" for step, _, loss, bpb in self.evaluated.rows()
+        ]
+        marks, right, best = [line("train", trained, x, y), dots("val", evaluated, labels, x, y)], None, self.best
+        if best.loss:
+            place = (best.iter, self.best_seconds)[column] / size
+            marks.append(dots("best", [(place, best.loss)], [""], x, y, 7))
+            ratio = (best.bpb or 0) / best.loss
+            right = Axis(ratio * y.low, ratio * y.high) if 1e-6 < ratio < 1e6 else None
+        named = ("training", trained), ("val", evaluated)
+        last = "; ".join(f"{name} {points[-1][1]:.3f}" for name, points in named if points)
+        titles = ["nats per token", *(["bits per byte"] if right else [])]
+        figures = [figure(titles, chart(f"loss: {last}", x, y, marks, unit, right, most=7))]
+        if rates := over(self.trained, 3):
+            y = axis_of([0, *(rate for _, rate in rates)])
+            figures.append(figure(["learning rate"], chart("learning rate", x, y, [line("val", rates, x, y)], unit)))
+        if copied:
+            y = axis_of([0, 5, *(words for _, words in copied)], 0.05)
+            labels = [f"{words:,.0f} words" for _, words in copied]
+            name = "longest copy from the training text, in words"
+            figures.append(figure([name], chart(name, x, y, [dots("val", copied, labels, x, y)], unit)))
+        return "".join(figures)
+
+    def _samples(self) -> str:
+        """What the model wrote, newest first."""
+        if not self.samples:
+            return '<p class="note">Nothing yet: a sample comes with an evaluation, unless sample_tokens is 0.</p>'
+        parts = []
+        for step, text, copied_words in reversed(self.samples):
+            copied = "" if copied_words is None else f'<p class="note">longest copy: {copied_words} words</p>'
+            parts.append(f'<article><h3>step {step:,}</h3><p dir="auto">{escape(text)}</p>{copied}</article>')
+        older = parts[OPEN:]
+        folded = f'<details id="earlier"><summary>{len(older)} earlier</summary>{"".join(older)}</details>'
+        return "".join(parts[:OPEN]) + (folded if older else "")
+
+    def _cards(self) -> Iterator[str]:
+        """What stands beside the samples: styles, settings, the text, the machine."""
+        if len(self.styles) > 1:
+            yield f"<h2>Loss by style</h2>{self._styles()}"
+        yield f"<h2>Settings</h2><p>{self._choice()}</p>{facts(self.settings)}"
+        meta, rows = self.meta, [["split", "documents", "tokens", "characters"]]
+        for name, split in meta.splits.items():
+            counts = sum(span.works for span in split.documents), split.tokens, split.characters
+            rows.append([name, *(f"{count:,}" for count in counts)])
+        about = {"dataset": self.config["dataset"], "vocabulary": f"{meta.vocab_size:,} ids"}
+        yield f"<h2>Text</h2>{table(rows)}{facts(about)}"
+        memory = {"peak memory": f"{self.latest.peak_mem_mb:,.0f} MB"} if self.latest.peak_mem_mb else {}
+        about = {key: value for key, value in self.machine.items() if value is not None} | memory
+        yield f"<h2>Machine</h2>{facts(about | {'parameters': f'{self.parameters:,}'})}"
+
+    def _styles(self) -> str:
+        """A row for each style: its curve, all of one scale, and its last and least loss."""
+        shown = {style: series.rows() for style, series in self.styles.items()}
+        x = axis_of([0, *(step for rows in shown.values() for step, _ in rows)])
+        y = axis_of([loss for rows in shown.values() for _, loss in rows], 0.1)
+        rows = [["style", "", "last", "least"]]
+        for style, points in shown.items():
+            losses = [loss for _, loss in points]
+            rows.append([escape(shorten(style)), spark(points, x, y), f"{losses[-1]:.3f}", f"{min(losses):.3f}"])
+        return table(rows)
+
+    def _choice(self) -> str:
+        """How often the text is read, and for a run of minutes how its settings were chosen."""
+        c, tokens, said = self.config, self.meta.splits["train"].tokens, ""
+        if c["minutes"]:
+            shape = "the largest shape that both can train, dropout by how often the text is read, and "
+            said = (
+                f"What was not given is chosen for {c['minutes']:g} minutes, this text and this machine: "
+                f"{shape if c['init_from'] == 'scratch' else ''}as many steps as fit, unless the text teaches no more. "
+            )
+        step = c["gradient_accumulation_steps"] * c["batch_size"] * c["block_size"]
+        times = c["max_iters"] * step / max(tokens, 1)
+        said += f"{c['max_iters']:,} steps of {step:,} tokens read the text's {tokens:,} tokens {times:,.2f} times."
+        plans = [[int(part) for part in text.split(":")] for text in c["plans"]]
+        lasts = [last for _, last, _ in plans] + [c["max_iters"]]
+        moves = [f"at step {plan[0]:,} to {last:,}" for plan, last in zip(plans, lasts[1:], strict=True)]
+        if moves:
+            said += f" The machine's pace moved the last step, at first {lasts[0]:,}: {', '.join(moves)}."
+        return said
+
+    def _commands(self) -> str:
+        """What to do with the model."""
+        best = shlex.quote(str(Path(self.config["out_dir"]) / "best.pt"))
+        commands = {
+            "To write with it": f"python sample.py {best}",
+            "Its loss on the test split": f"python train.py --eval_only --split=test --init_from={best}",
+        }
+        lines = [f"<p>{what}: <code>{escape(command)}</code></p>" for what, command in commands.items()]
+        return "".join(lines) if self.best.loss is not None else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text and HTML
+
+
+def describe_machine(machine: Machine) -> dict[str, Any]:
+    """What a figure depends on beside the code: device, its memory (GB = 2**30 bytes; CUDA only), dtype, torch.
+
+    A processor is named with the widest products that torch has for it.
+    """
+    memory_gb = None
+    if machine.device.type == "cuda":
+        device = torch.cuda.get_device_properties(machine.device)
+        name, memory_gb = device.name, round(device.total_memory / 2**30, 1)
+    elif machine.device.type == "cpu":
+        matrices = {"AMX": torch.cpu._is_amx_tile_supported, "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported}
+        widest = (name for name, is_supported in matrices.items() if is_supported())
+        name = f"{portable.cpu_name()}, {next(widest, torch.backends.cpu.get_cpu_capability())}"
+    else:
+        name = f"{platform.machine()} {machine.device.type}"
+    return {
+        "device": name,
+        "memory_gb": memory_gb,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as 2:05, and hours if there are any."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit for times up to so many seconds: how many seconds it has, and its name."""
+    return (1, "s") if seconds < 120 else (60, "min") if seconds < 3 * 3600 else (3600, "h")
+
+
+def escape(text: str) -> str:
+    """`text` as HTML that shows it, whatever it holds."""
+    return html.escape(text.translate(UNSHOWN))
+
+
+def figure(titles: list[str], drawing: str) -> str:
+    """A chart under the titles of its left and right axis."""
+    return f"<figure><figcaption>{''.join(f'<span>{t}</span>' for t in titles)}</figcaption>{drawing}</figure>"
+
+
+def facts(values: dict[str, Any]) -> str:
+    """A list of keys and values, which may be any."""
+    shown = {key: json.dumps(value) if isinstance(value, bool) else str(value) for key, value in values.items()}
+    pairs = (f"<dt>{escape(key)}</dt><dd>{escape(shorten(text))}</dd>" for key, text in shown.items())
+    return f'<dl class="facts">{"".join(pairs)}</dl>'
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table of HTML; the first row is its head."""
+    lines = ["".join(f"<{'td' if i else 'th'}>{cell}" for cell in row) for i, row in enumerate(rows)]
+    return f"<table>{''.join(f'<tr>{line}' for line in lines)}</table>"
