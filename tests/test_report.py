@@ -74,7 +74,9 @@ def test_a_run_shows_its_curves_samples_styles_settings_text_and_machine(small, 
         assert dots[0] == [f"step {r['iter']}: {r['loss']:.4f}, {r['bpb']:.3f} bits per byte" for r in evals]
         assert [len(each) for each in dots] == [4, 0, 4] and len(figures[0].xpath(".//circle[@class='best']")) == 1
     best = min(evals, key=lambda record: record["loss"])
-    assert texts(tree, "//header//dd")[:2] == [f"{best['bpb']:.3f}", f"{best['loss']:.4f}"]
+    last = found[-2]  # the last evaluation follows it
+    speed = [duration(last["seconds"]), f"{last['tokens'] / last['seconds']:,.0f}"]
+    assert texts(tree, "//header//dd") == [f"{best['bpb']:.3f}", f"{best['loss']:.4f}", *speed]
     rows = [[cell.text_content() for cell in row] for row in tree.xpath("//table[1]//tr")]
     last = evals[-1]["loss_by_style"]
     least = {style: min(record["loss_by_style"][style] for record in evals) for style in last}

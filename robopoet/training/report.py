@@ -176,7 +176,8 @@ class RunReport:
         if best.loss is not None:
             shown = {"bits per byte of val": f"{best.bpb or 0:.3f}"}
             shown |= {f"least val loss, at step {best.iter:,}": f"{best.loss:.4f}"}
-        shown |= {"in training": duration(latest.seconds), "tokens a second": f"{latest.tok_per_sec:,.0f}"}
+        speed = latest.tokens / latest.seconds if latest.seconds else 0.0
+        shown |= {"in training": duration(latest.seconds), "tokens a second": f"{speed:,.0f}"}
         return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
 
     def _charts(self, column: int, size: float, unit: str) -> str:
