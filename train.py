@@ -142,7 +142,7 @@ class TrainConfig:
         found += bounds(self, "tag_prob teacher_share", 0, 1) + bounds(self, "dropout beta1 beta2 ema", 0, 0.9999)
         found += bounds(self, "learning_rate muon_learning_rate", 1e-12) + bounds(self, "seed", 0, 2**63 - 1)
         found += bad_plans(self.plans)
-        shape = plan.SHAPE if self.init_from == "scratch" else ("block_size",)  # a checkpoint has the rest
+        shape = plan.SHAPE if self.init_from == "scratch" else ("block_size", "positions")  # a checkpoint has the rest
         try:
             GPTConfig(**{key: getattr(self, key) for key in shape})
         except ValueError as e:

@@ -104,7 +104,9 @@ def simple_commands(text: str) -> Iterator[list[str]]:
 def made(*targets: str) -> Iterator[list[str]]:
     """The commands that make runs once all is installed."""
     installed = [word for name in ("", "-dev", "-slow") for word in ("-o", f".venv/installed{name}")]
-    done = subprocess.run(["make", "-n", *installed, *targets], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", *installed, *targets], cwd=REPO, capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"make {' '.join(targets)}: {done.stderr}")
     yield from simple_commands(done.stdout)

@@ -181,7 +181,9 @@ def test_a_llama_is_trained_resumed_sampled_and_fine_tuned(tmp_path, small, shap
     model, tok, content = checkpoint.load_model(best, CPU, torch.float32)
     huggingface.export(model, tok, content, "O", tmp_path / "poet")
     for number, start in enumerate((best, tmp_path / "poet")):
-        train.main(TrainConfig(**shapeless | {"init_from": str(start), "out_dir": str(tmp_path / f"{number}")}))
+        begun = shapeless | {"init_from": str(start), "out_dir": str(tmp_path / f"{number}"), "optimizer": optimizer}
+        given = {"optimizer", "learning_rate", "muon_learning_rate", "batch_size"}
+        train.main(TrainConfig(**begun, given=frozenset(given)))
     first, second = (checkpoint.load(tmp_path / f"{number}" / "best.pt")["model"] for number in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     one, other = Poet(str(best), "cpu", "float32"), Poet(str(tmp_path / "poet"), "cpu", "float32")

@@ -91,7 +91,7 @@ def test_a_text_of_one_character_leaves_nothing_to_train_on(tmp_path):
     run(f"--input={tmp_path}/x.txt", f"--out={tmp_path}/out")
     for minutes in (0, 0.1):
         cfg = TrainConfig(dataset=f"{tmp_path}/out", out_dir=f"{tmp_path}/run", device="cpu", minutes=minutes)
-        with pytest.raises(DataError, match=r"(val|train)\.bin: .*block_size"):
+        with pytest.raises(DataError, match=r"(val|train)\.bin: .*must have at least"):
             train.main(cfg)
 
 

@@ -131,7 +131,7 @@ def complete(cfg: Config, start: Start) -> Config:
         taken["dropout"] = shape["dropout"]
     problems = []
     for key in given.intersection(SHAPE):
-        may_shorten = key == "block_size" and not start.resumes and 2 <= cfg.block_size < taken[key]
+        may_shorten = key == "block_size" and not start.resumes and cfg.block_size < taken[key]
         if getattr(cfg, key) != taken[key] and not may_shorten:
             theirs, ours = written(taken[key]), written(getattr(cfg, key))
             problems.append(f"{key}: the checkpoint has {theirs}, the config {ours}; leave it out")
