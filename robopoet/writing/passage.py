@@ -111,6 +111,7 @@ class Passage:
         self.ids, self.logprobs = array("i"), array("d")
         self._decoder, self._end_id = StreamDecoder(tok), tok.specials.get(END)
         self._released: list[str] = []
+        self._kept = (0, 0, "")  # what cut() keeps: how many tokens, and of their text, how much is released, what held
         self._before, self._held = prompt[-LOOK_BEHIND:], ""
         self._blank, self._drama = True, bool(SPEECH.search(prompt))
 
@@ -139,7 +140,10 @@ class Passage:
             if found:
                 return self._finish(min(found))
         self._drama = self._drama or ("\n" in piece and self._has_speech())
-        return self._release(self._releasable())
+        released = self._release(self._releasable())
+        if released:
+            self._kept = len(self.ids), self._kept[1] + len(released), self._held  # whole at any interrupt
+        return released
 
     def finish(self) -> str:
         """End the passage, for no more tokens come; returns the text that is released last.
@@ -153,6 +157,21 @@ class Passage:
             if found := self._ends(unit):
                 return self._finish(found[-1])
         return self._finish(len(self._held))
+
+    def cut(self) -> None:
+        """End the passage, which was interrupted, at the last token that released text, as if the tokens had run out.
+
+        Its settings become those with which it is generated again. One that has released nothing stays as it is.
+        """
+        n_ids, n_released, held = self._kept
+        if self.done:
+            return
+        self._released = [self.text[:n_released] + held]
+        if n_ids:
+            self.ids, self.logprobs = self.ids[:n_ids], self.logprobs[:n_ids]
+            ended = {"until": "tokens", "max_new_tokens": n_ids}
+            self.settings = make_settings(dataclasses.asdict(self.settings) | ended)
+            self.done = True
 
     def get_stuck(self) -> str:
         """End the passage, for every token would complete a copy; returns the text that is released last."""

@@ -113,7 +113,7 @@ class Session:
             print_passages(self.poet, passages, self.poet.stream(passages, logprobs=True), echo=echo)
         except KeyboardInterrupt:
             n_shown = len(passage.text)
-            passage = cut_short(self.poet, passage)
+            passage.cut()
             print(passage.text[n_shown:])
         self.passages.append(passage)
 
@@ -183,28 +183,6 @@ class Session:
                 choices = get_args(HINTS[key]) if get_origin(HINTS[key]) is Literal else ()
                 words = [*(self.poet.styles if key == "style" else choices)]
         return [before + word for word in words if word.startswith(line[len(before) :])]
-
-
-def cut_short(poet: Poet, passage: Passage) -> Passage:
-    """An interrupted passage as one that a replay can repeat: it ends because the tokens run out.
-
-    Its text may be a part of a token longer. A passage of which no text was released is returned as it is.
-    """
-
-    def begin(max_new_tokens: int) -> Passage:
-        settings = dataclasses.asdict(passage.settings) | {"until": "tokens", "max_new_tokens": max_new_tokens}
-        return poet.begin(passage.prompt, 1, passage.number, **settings)[0]
-
-    if passage.done or not passage.text:
-        return passage
-    trial, n_lacking = begin(len(passage.ids)), len(passage.text)
-    while n_lacking > 0:
-        n_lacking -= len(trial.push(passage.ids[len(trial.ids)]))
-    cut = begin(len(trial.ids))
-    for id, logprob in zip(trial.ids, passage.logprobs[: len(trial.ids)], strict=True):
-        cut.push(id, logprob)
-    cut.finish()
-    return cut
 
 
 def key_of(word: str) -> str:
