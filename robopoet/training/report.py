@@ -5,6 +5,7 @@ and machine. Texts from outside, such as samples and the names of styles, are es
 page's own style and script.
 """
 
+import functools
 import html
 import json
 import platform
@@ -103,7 +104,7 @@ class RunReport:
     """
 
     def __init__(self, meta: Meta, machine: Machine):
-        self.meta, self.machine = meta, describe_machine(machine) | {"ranks": machine.world_size}
+        self.meta, self.machine = meta, machine
         self.config: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
         self.parameters = 0
@@ -238,8 +239,13 @@ class RunReport:
         about = {"dataset": self.config["dataset"], "vocabulary": f"{meta.vocab_size:,} ids"}
         yield f"<h2>Text</h2>{table(rows)}{facts(about)}"
         memory = {"peak memory": f"{self.latest.peak_mem_mb:,.0f} MB"} if self.latest.peak_mem_mb else {}
-        about = {key: value for key, value in self.machine.items() if value is not None} | memory
+        about = {key: value for key, value in self._machine.items() if value is not None} | memory
         yield f"<h2>Machine</h2>{facts(about | {'parameters': f'{self.parameters:,}'})}"
+
+    @functools.cached_property
+    def _machine(self) -> dict[str, Any]:
+        """What the run trains on; it is looked up once."""
+        return describe_machine(self.machine) | {"ranks": self.machine.world_size}
 
     def _styles(self) -> str:
         """A row for each style: its curve, all of one scale, and its last and least loss."""
