@@ -100,10 +100,10 @@ def tested(path: Path, data: Path) -> dict[str, float]:
     return {coder["coder"].split(",")[0]: coder["bpb"] for coder in found}
 
 
-def call(script: str, *args: Any) -> None:
-    """Run a script of ours; raises ConfigError with its last line if it fails."""
+def call(script: str, *args: Any, cwd: Path | None = None) -> None:
+    """Run a script of ours, in the folder `cwd` if given; raises ConfigError with its last line if it fails."""
     command = [sys.executable, str(files.HOME / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{script} failed: {last_line(done.stderr)}")
 

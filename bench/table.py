@@ -27,6 +27,7 @@ from bench import (
     ranks,
     sample_speed,
     scaling,
+    search,
     serve,
     summary,
     torture,
@@ -55,6 +56,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         "The same, with some of what --minutes chooses given by hand. Bits/byte of the best step on the val split; the "
         "lowest in bold. One thread, one seed.",
         books.settings_table,
+    ),
+    "search": (
+        "A search over settings",
+        "What docs/search.py found from nothing, beside what --minutes alone chose: bits/byte of the best step on the "
+        "val split and on the test split, medians over seeds that no trial had, with their range.",
+        search.table,
     ),
     "learn": (
         "Learning",

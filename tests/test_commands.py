@@ -39,6 +39,9 @@ GIVEN = {
     "bench/gpu.py": f"{POEM} {CHARACTERS} {NANOGPT}",
     "bench/plot.py": RUNS,
     "config/gpt2.yaml": "big/fineweb.jsonl.gz",
+    "config/sweep.yaml": "my/emma.epub",
+    "docs/README.md": f"{POEM} data/mine/meta.json",
+    "docs/search.py": "data/mine/meta.json",
     "config/slurm.sh": "data/big/meta.json",
     "prepare.py": "books/emma.epub my/folder/notes.txt",
     **dict.fromkeys(("bench/learn.py", "bench/sample_speed.py", "bench/train_speed.py"), f"{POEM} {NANOGPT}"),
@@ -128,6 +131,8 @@ def check_script(words: list[str]) -> None:
         script = f"{args.pop(0).replace('.', '/')}.py"
     if not (REPO / script).exists():
         raise ConfigError(f"{script}: not found")
+    if script == "docs/search.py":  # takes a number, then keys of train.py
+        script, args = "train.py", args[1:]
     cls, positional = config_of(script)
     for word in filter(PLACEHOLDER.fullmatch, args):
         check_key(word, [cls])

@@ -47,9 +47,10 @@ NOT_RUN = {  # what a document's name and a command match -> why it is not run h
     r"(gpt2\.yaml|train\.py): torchrun": "the README's is run, which is like it; ranks take long to start",
     r"smollm2|--init_from=gpt2|load_dataset|: mkdir": "downloads from the Hub",
     r"--screenshot": "takes a browser; test_html_page.py has one",
+    r"wandb sweep|docs/search\.py": "takes an account, or long; test_search.py has short ones",
     r"PATH_TO_NANOGPT|FOLDER": "takes what no one ships; test_bench_peer.py and test_bench_books_read.py have some",
-    r"bench\.(books|learn|memory|ranks|scaling|prepare_speed|serve|torture|gpu|train_speed|sample_speed|writing)\b": ""
-    "takes long, most because they start processes that import torch; its test in test_bench*.py is short",
+    r"bench\.(books|search|learn|memory|ranks|scaling|prepare_speed|serve|torture|gpu|train_speed|sample_speed)\b|"
+    r"bench\.writing\b": "takes long, most because they start processes that import torch; each has a short test",
 }
 SHOWN_ELSEWHERE = ("bench/PASSAGES.md", "bench/RESULTS.md", "tests/README.md")  # by docstrings, with other settings
 

@@ -6,7 +6,6 @@ import re
 import tomllib
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -21,7 +20,6 @@ from robopoet import VERSION, files
 from robopoet.errors import ConfigError, bounds
 
 SCRIPTS = [train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig]
-CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
 
 
 @dataclass(frozen=True)

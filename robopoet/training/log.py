@@ -60,7 +60,7 @@ def to_wandb(config: dict[str, Any], run_id: str, records: Iterator[Logged]) -> 
 
     run = wandb.init(
         project=config["wandb_project"],
-        name=config["wandb_run_name"] or Path(config["out_dir"]).name,
+        name=config["wandb_run_name"] or (None if "WANDB_SWEEP_ID" in os.environ else Path(config["out_dir"]).name),
         dir=config["out_dir"],
         mode=config["wandb"],
         config=config,
