@@ -19,6 +19,7 @@ from bench import (
     common,
     copying,
     demo,
+    finetune,
     gpu,
     html,
     learn,
@@ -69,6 +70,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
         learn.table,
     ),
     "train_speed": ("Training speed", "Medians over alternating laps; speed-ups with their range.", train_speed.table),
+    "finetune": (
+        "Fine-tuning speed",
+        "Steps from a pretrained model, in turns with transformers' eager loop under autocast, with the same rows and "
+        "optimizer, and with PEFT's LoRA on every matrix, trained by AdamW. Medians; speed-ups with their range.",
+        finetune.table,
+    ),
     "memory": (
         "Memory",
         "Peak memory of train.py's steps at GPT-2's sizes, without --recompute and with it: of a process on a CPU, "

@@ -46,6 +46,7 @@ from robopoet.ops import linear
 from robopoet.text.dataset import FORMAT, Meta, Span, SplitMeta, encode_meta, find_dataset, read_meta
 from robopoet.text.tokenizer import CharTokenizer
 from robopoet.text.windows import TrainWindows, open_split
+from robopoet.training.run import Start
 from robopoet.weights import header
 
 
@@ -111,11 +112,13 @@ def find_one_machine(cfg: train.TrainConfig) -> Machine:
     return machine
 
 
-def build(cfg: train.TrainConfig, machine: Machine, folder: Path) -> tuple[train.State, TrainWindows]:
-    """What train.py would build: a new model with its optimizers, and the rows of the corpus in `folder`."""
+def build(
+    cfg: train.TrainConfig, machine: Machine, folder: Path, start: Start | None = None
+) -> tuple[train.State, TrainWindows]:
+    """What train.py would build: a model, new or from `start`, its optimizers, and the rows of `folder`'s corpus."""
     meta = read_meta(folder)
     split = open_split(folder, "train", meta, cfg.block_size, machine.device)
-    state = train.build_state(cfg, machine, train.make_model(cfg, meta.vocab_size), split)
+    state = train.build_state(cfg, machine, train.make_model(cfg, meta.vocab_size, start), split)
     if isinstance(cfg, SpeedConfig) and cfg.compile_mode != "default" and state.forward is not state.model:
         state.forward = torch.compile(state.model, mode=cfg.compile_mode)
     return state, TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)

@@ -260,8 +260,10 @@ def main(cfg: WritingConfig) -> None:
     bpb = bits_per_byte(known, val, test, evaluated, meta.vocab_size)
     plan = EvalPlan(model.config.block_size, train.TrainConfig.batch_size)
     tagged = open_split(folder, "val", meta, plan.block_size, poet.machine.device)
-    costs = compare_tags(model, tagged, meta.styles, plan, poet.machine).items()
-    wrong_tags = [{"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs]
+    costs = compare_tags(model, tagged, meta.styles, plan, poet.machine) if meta.styles else {}
+    wrong_tags = [
+        {"style": style, "tag": tag, "nats": more, "error": error} for (style, tag), (more, error) in costs.items()
+    ]
 
     # --- passages
     first_special = len(poet.tokenizer.tokens)  # forbidden, so that every passage has its full length
@@ -313,7 +315,8 @@ def table(results: list[dict[str, Any]]) -> str:
             if style in r["styles"]:
                 alike.setdefault(repr(r["styles"][style]["people"]), []).append(r)
         tables += [passages_table(style, found) for found in alike.values()]
-    return "\n\n".join([*tables, tags_table(results)])
+    tagged = [r for r in results if r["wrong_tags"]]
+    return "\n\n".join([*tables, *([tags_table(tagged)] if tagged else [])])
 
 
 def coders_table(results: list[dict[str, Any]]) -> str:

@@ -4,11 +4,13 @@ Where there is nothing to gain, torch's own functions run. Only Dropout draws ot
 bench/LOG.md has the measurements.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
@@ -125,6 +127,9 @@ class Dropout(nn.Dropout):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
+QUERIES = 256  # queries whose probabilities are computed at a time on a CPU
+PROBABILITIES = 2**24  # probabilities of a layer that may be kept for the backward pass; more are computed again
+
 
 def scaled_dot_product_attention(
     query: torch.Tensor,
@@ -141,11 +146,16 @@ def scaled_dot_product_attention(
     """
     B, nh, T, _ = query.shape
     grouped = enable_gqa and nh != key.shape[1]
-    if is_causal and attn_mask is None and query.device.type == "cpu" and T <= 256:  # flash has a slower backward
+    # on a CPU flash attention has no dropout, and a slower backward, which only its forward in float32 makes up for
+    ours = T <= QUERIES or dropout_p or query.dtype is torch.bfloat16
+    if ours and is_causal and attn_mask is None and query.device.type == "cpu":
         return causal_attention(query, key, value, dropout_p)
-    # generating a batch: twice as fast as fused on a CPU, which would copy keys that queries share
-    if T == 1 and (B > 1 or grouped) and not is_causal and not dropout_p:
-        return single_query_attention(query, key, value, attn_mask)
+    if T == 1 and not is_causal and not dropout_p:
+        if B > 1:  # generating a batch: twice as fast as fused on a CPU
+            return single_query_attention(query, key, value, attn_mask)
+        if grouped:  # the queries that share keys, as if they were a text's: fused would copy keys
+            query = query.reshape(B, key.shape[1], -1, query.shape[3])
+            return F.scaled_dot_product_attention(query, key, value, attn_mask).reshape(B, nh, 1, -1)
     if grouped and query.is_cuda and query.dtype is not torch.bfloat16:
         # only flash attention takes shared heads, and not in float32, nor on the GPUs whose dtype is float16
         key, value = (x.repeat_interleave(nh // x.shape[1], dim=1) for x in (key, value))
@@ -154,14 +164,27 @@ def scaled_dot_product_attention(
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Causal attention, one operation after another: q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs)."""
-    (B, nh, T, hs), nkv = q.shape, k.shape[1]
-    q = (q * hs**-0.5).reshape(B, nkv, -1, hs)  # (B, nkv, nh / nkv * T, hs): queries that share keys lie in a row
-    att = (q @ k.transpose(-2, -1)).view(B, nh, T, T)
-    future = att.new_full((T, T), -math.inf).triu(1)
+    """Causal attention, QUERIES at a time: q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs)."""
+    T, q = q.shape[2], q * q.shape[3] ** -0.5
+    if T <= QUERIES:
+        return last_queries_attention(q, k, v, dropout_p)
+    attend = last_queries_attention
+    if q[..., 0].numel() * T > PROBABILITIES:
+        attend = functools.partial(checkpoint, last_queries_attention, use_reentrant=False)
+    stops = [*range(QUERIES, T, QUERIES), T]
+    blocks = zip(q.split(QUERIES, dim=2), stops, strict=True)
+    return torch.cat([attend(rows, k[:, :, :stop], v[:, :, :stop], dropout_p) for rows, stop in blocks], dim=2)
+
+
+def last_queries_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """Causal attention of the last n queries, scaled: q (B, nh, n, hs), k and v (B, nkv, T, hs) -> (B, nh, n, hs)."""
+    (B, nh, n, hs), nkv, T = q.shape, k.shape[1], k.shape[2]
+    q = q.reshape(B, nkv, -1, hs)  # (B, nkv, nh / nkv * n, hs): queries that share keys lie in a row
+    att = (q @ k.transpose(-2, -1)).view(B, nh, n, T)
+    future = att.new_full((n, T), -math.inf).triu(T - n + 1)
     att = F.softmax(att + future, dim=-1)  # adding a mask costs nothing in backward, filling would
     att = dropout(att, dropout_p).view(B, nkv, -1, T)
-    return (att @ v).view(B, nh, T, hs)
+    return (att @ v).view(B, nh, n, hs)
 
 
 def single_query_attention(

@@ -11,6 +11,7 @@ from conftest import LLAMA, TINY, ordered, start
 import configurator
 from bench import (
     common,
+    finetune,
     learn,
     plot,
     sample_speed,
@@ -23,6 +24,8 @@ from model import GPT, GPTConfig
 from robopoet.errors import ConfigError
 from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import read_meta
+from robopoet.training.plan import complete, finish
+from robopoet.training.run import find_start
 from robopoet.weights.checkpoint import model_entries, save
 
 
@@ -220,6 +223,35 @@ def test_a_llama_is_compared_with_transformers_own_and_not_with_nanogpt(run, res
     assert result["parameters"] == n and "note" not in result
     with pytest.raises(ConfigError, match=NOT_NANOGPTS):
         sample_speed.main(configurator.parse(sample_speed.SampleSpeedConfig, [*args, f"--peer={peer}"], "checkpoint"))
+
+
+def test_fine_tuning_in_turns_with_transformers(run, results, tmp_path, monkeypatch):
+    save_kind(run, tmp_path / "best.pt", **LLAMA)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    args = [f"--init_from={tmp_path}/best.pt", f"--dataset={run}/data", "--batch_size=4", "--optimizer=adafactor"]
+    args += ["--gradient_accumulation_steps=2", "--dropout=0", "--device=cpu", "--dtype=float32"]
+    result, name = start(monkeypatch, finetune, finetune.FinetuneConfig, *args, "--repeats=2", "--steps=3")
+    assert name.startswith("finetune_") and result["rows"] == [8, 16] and set(result["ratio"]) == {"transformers"}
+    assert all(map(ordered, [*result["tok_per_sec"].values(), *result["ratio"].values()]))
+    assert "| ours is faster" in finetune.table([result]) and "| transformers |" in finetune.table([result])
+
+    cfg = configurator.parse(finetune.FinetuneConfig, args)
+    machine = find_machine("cpu", "float32")
+    origin = find_start(cfg.init_from, tmp_path, eval_only=True)
+    state, windows = train_speed.build(finish(complete(cfg, origin), 1), machine, run / "data", origin)
+    theirs = sample_speed.transformers_llama(state.model, machine)
+    batch = windows.batch(0, 1, machine.device)
+    finetune.check_same_loss(state.model.eval(), theirs, *batch)
+    finetune.eager_loop(theirs, windows, state)(0)
+    with pytest.raises(ConfigError, match="transformers' loss with these weights is"):
+        finetune.check_same_loss(state.model, theirs, *batch)
+
+
+def test_only_a_llama_is_fine_tuned_beside_transformers(run, tmp_path):
+    args = [f"--init_from={run}/out/best.pt", f"--dataset={run}/data", "--device=cpu", "--dtype=float32"]
+    with pytest.raises(ConfigError, match="is no Llama; name one, such as smollm2"):
+        finetune.main(configurator.parse(finetune.FinetuneConfig, args))
 
 
 def test_steps_of_a_llama_are_not_compared_with_nanogpt(run, peer):

@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from robopoet import ops
 from robopoet.ops import (
     RowwiseCrossEntropy,
     causal_attention,
     cross_entropy,
     dropout,
     linear,
+    scaled_dot_product_attention,
 )
 
 
@@ -81,16 +83,42 @@ def test_linear_in_float32_equals_float64_with_gradients(rows, n_in, n_out, bias
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("T", [1, 7, 64])
-def test_flash_attention_equals_causal_attention_with_gradients(T):
-    q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    flash = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+@pytest.mark.parametrize("kept", [2**24, 0])
+@pytest.mark.parametrize("heads", [3, 1])
+@pytest.mark.parametrize("T", [1, 7, 64, 256, 257, 700])
+def test_flash_attention_equals_causal_attention_with_gradients(T, heads, kept, monkeypatch):
+    monkeypatch.setattr(ops, "PROBABILITIES", kept)
+    q, k, v = (torch.randn(2, n, T, 8, dtype=torch.float64, requires_grad=True) for n in (3, heads, heads))
+    flash = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     plain = causal_attention(q, k, v)
     torch.testing.assert_close(flash, plain, atol=1e-12, rtol=0)
     weight = torch.randn_like(flash)
     for a, b in zip(torch.autograd.grad((flash * weight).sum(), (q, k, v)),
                     torch.autograd.grad((plain * weight).sum(), (q, k, v)), strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "heads", "shared"), [(1, 4, 4), (1, 9, 3), (3, 4, 4), (3, 9, 3), (1, 6, 1)])
+def test_one_query_a_row_equals_torchs_attention(rows, heads, shared, masked):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, n, T, 8, dtype=torch.float64) for n, T in ((heads, 1), (shared, 20), (shared, 20)))
+    mask = torch.randn(rows, 1, 1, 20, dtype=torch.float64) if masked else None
+    k_each, v_each = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, k_each, v_each, mask)
+    found = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_probabilities_that_are_computed_again_are_dropped_alike(monkeypatch):
+    q, k, v = (torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(3))
+    found = []
+    for kept in (2**24, 0):
+        monkeypatch.setattr(ops, "PROBABILITIES", kept)
+        torch.manual_seed(0)
+        y = scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.03])

@@ -175,12 +175,16 @@ def window_start(n: int, config: GPTConfig) -> int:
 
 
 class EvenRows:
-    """The rows of a batch, all at the same place of their texts. record: replay a step as a CUDA graph."""
+    """The rows of a batch, all at the same place of their texts.
 
-    def __init__(self, model: GPT, n_rows: int, record: bool = False):
+    record: replay a step as a CUDA graph. places: how many tokens of a row the cache has room for (None: a block).
+    """
+
+    def __init__(self, model: GPT, n_rows: int, record: bool = False, places: int | None = None):
         weight = model.transformer.wte.weight
         self.model, self.blocks, self.record = model, block_weights(model), record and weight.is_cuda
-        self._take(KVCache.empty(model.config, n_rows, weight.device, weight.dtype), start_at(n_rows, weight))
+        wide = dataclasses.replace(model.config, block_size=places or model.config.block_size)
+        self._take(KVCache.empty(wide, n_rows, weight.device, weight.dtype), start_at(n_rows, weight))
 
     def _take(self, cache: KVCache, at: int | torch.Tensor) -> None:
         """Go on with the rows in `cache`, all at the place `at`: a CUDA graph is recorded anew."""
@@ -232,7 +236,8 @@ def generate(
     idx = idx[:, window_start(idx.shape[1], c) :]
     B, n = idx.shape
     idx = F.pad(idx, (0, c.block_size - n))
-    ids, rows, is_read = idx[:, n - 1], EvenRows(model, B, record), False
+    rows = EvenRows(model, B, record, min(c.block_size, n + max_new_tokens + 1))
+    ids, is_read = idx[:, n - 1], False
     for _ in range(max_new_tokens):
         if not is_read:
             window = idx[:, :n] if tags is None else torch.cat([tags[:, None], idx[:, 1:n]], dim=1)
