@@ -29,6 +29,7 @@ def test_a_step_and_a_token_never_read_the_device_and_find_every_tensor_on_it(tm
     lines = done.stdout.splitlines()
     assert sum(line.startswith("step") for line in lines) == 24 and sum("token" in line for line in lines) == 6
     assert sum(line.startswith("compiled") for line in lines) == 3
+    assert "launches 132 132" in lines  # by Muon, whatever the number of layers: 220 with six of them once
 
 
 def test_a_gpu_too_old_for_triton_trains_uncompiled(monkeypatch):

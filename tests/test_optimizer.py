@@ -104,6 +104,18 @@ def test_orthogonalized_matrices_keep_their_singular_vectors_and_lose_their_valu
     assert 0.7 < diagonal.mean() < 1.1
 
 
+def test_matrices_and_transposed_ones_are_orthogonalized_in_one_stack_as_alone():
+    torch.manual_seed(0)
+    stacks = [torch.randn(shape, dtype=torch.float64) for shape in [(3, 8, 24), (2, 24, 8), (0, 8, 24), (2, 16, 16)]]
+    together = optimizer.orthogonalize_all(stacks, torch.float64, turn=True)
+    for x, update in zip(stacks, together, strict=True):
+        assert update.shape == x.shape
+        for one, its in zip(x, update, strict=True):
+            torch.testing.assert_close(its, orthogonalize(one[None], torch.float64)[0], rtol=1e-9, atol=1e-9)
+    alone = optimizer.orthogonalize_all(stacks[:2], torch.float64, turn=False)
+    assert all(torch.equal(a, orthogonalize(x, torch.float64)) for a, x in zip(alone, stacks[:2], strict=True))
+
+
 @pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, 0.02), (torch.float32, 0.02)])
 def test_muon_steps_as_pytorchs_does(dtype, precision):
     """PyTorch's orthogonalises in bfloat16 whatever the dtype, so no closer than that."""

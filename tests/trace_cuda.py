@@ -9,8 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from bench.launches import Watch
 from model import GPT, GPTConfig
 from robopoet.machine import Machine
+from robopoet.training.optimizer import Muon
 from robopoet.writing.decode import EvenRows
 
 CUDA = torch.device("cuda", 0)
@@ -33,10 +35,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, *args, **keys) -> torch.Tensor:
 torch.nn.functional.scaled_dot_product_attention = attention
 
 
-def make_model(kind: str) -> GPT:
+def make_model(kind: str, n_layer: int = 2) -> GPT:
     """A model made on the device: fake parameters can't be moved."""
     with CUDA:
-        model = GPT(GPTConfig(16, 61, 2, 2, 32, 0.1, **KINDS[kind]))
+        model = GPT(GPTConfig(16, 61, n_layer, 2, 32, 0.1, **KINDS[kind]))
     model.to = lambda device: model
     return model
 
@@ -57,7 +59,10 @@ def trace_step(optimizer: str, kind: str, dtype: torch.dtype, is_recorded: bool,
         state.forward = torch.compile(state.model, backend="aot_eager", fullgraph=True)
     ids = torch.zeros(8, 16, dtype=torch.long, device=CUDA)
     rate = torch.full((), 0.5, device=CUDA) if is_recorded else 0.5
-    loss, norm = train.update(state, ids, ids, torch.zeros((), dtype=torch.long, device=CUDA), rate)
+    number = torch.zeros((), dtype=torch.long, device=CUDA)
+    with Watch() as watch:
+        loss, norm = train.update(state, ids, ids, number, rate)
+    assert not watch.waits, watch.waits
     assert loss.device == norm.device == CUDA and all(p.device == CUDA for p in state.model.parameters())
 
 
@@ -67,8 +72,23 @@ def trace_token(rows: int, kind: str) -> None:
     with torch.no_grad():
         even = EvenRows(model, rows)
         even.read(torch.zeros(rows, 5, dtype=torch.long, device=CUDA))
-        logits = even.step(torch.zeros(rows, dtype=torch.long, device=CUDA))
-    assert logits.shape == (rows, 61) and logits.device == CUDA
+        ids = torch.zeros(rows, dtype=torch.long, device=CUDA)
+        with Watch() as watch:
+            logits = even.step(ids)
+    assert logits.shape == (rows, 61) and logits.device == CUDA and not watch.waits, watch.waits
+
+
+def count_launches(n_layer: int) -> int:
+    """The kernels that a step of Muon launches, in bfloat16, at a rate on the device."""
+    params = list(make_model("learned", n_layer).transformer.h.parameters())
+    muon = Muon([p for p in params if p.dim() == 2], torch.full((), 0.5, device=CUDA), 0.1, torch.bfloat16)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    muon.found_inf = torch.zeros((), device=CUDA)
+    muon.step()  # makes its state
+    with Watch() as watch:
+        muon.step()
+    return watch.launches.total()
 
 
 with FakeTensorMode(allow_non_fake_inputs=True):
@@ -80,6 +100,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     for rows, kind in itertools.product((1, 32), KINDS):
         trace_token(rows, kind)
         print("token", rows, kind)
+    print("launches", count_launches(2), count_launches(6))
 for kind, dtype in (("learned", torch.float32), ("rotary", torch.bfloat16), ("llama", torch.bfloat16)):
     with FakeTensorMode(allow_non_fake_inputs=True):
         trace_step("adamw", kind, dtype, False, "compiled")

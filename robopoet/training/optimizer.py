@@ -34,6 +34,27 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.mT if tall else x
 
 
+def orthogonalize_all(stacks: list[torch.Tensor], dtype: torch.dtype, turn: bool) -> list[torch.Tensor]:
+    """orthogonalize() for stacks of several shapes, which may be empty: (n, rows, columns) each -> the same shapes.
+
+    turn: whether the tall matrices of a shape go together with the wide ones of its transpose.
+    """
+    updates, together = list(stacks), {}
+    for i, (n, *shape) in enumerate(x.shape for x in stacks):
+        if n:
+            together.setdefault(tuple(sorted(shape)) if turn else i, []).append(i)
+    for places in together.values():
+        if len(places) == 1:
+            updates[places[0]] = orthogonalize(stacks[places[0]], dtype)
+            continue
+        is_tall = [stacks[i].shape[1] > stacks[i].shape[2] for i in places]
+        wide = [stacks[i].mT if tall else stacks[i] for i, tall in zip(places, is_tall, strict=True)]
+        done = orthogonalize(torch.cat(wide), dtype).split([len(x) for x in wide])
+        for i, tall, update in zip(places, is_tall, done, strict=True):
+            updates[i] = update.mT if tall else update
+    return updates
+
+
 def assign_owners(shapes: list[torch.Size], ranks: int) -> list[int]:
     """The rank that orthogonalises each matrix: costly ones first, each on the rank that has the least to do.
 
@@ -74,6 +95,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """Update every parameter from its gradient; all ranks call it together."""
         found_inf = getattr(self, "found_inf", None)
+        is_bad = None if found_inf is None else found_inf > 0  # then nothing may change
         for group in self.param_groups:
             owners = assign_owners([p.shape for p in group["params"]], self.ranks)
             sharded = is_shard(group["params"][0])
@@ -82,32 +104,41 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, [[] for _ in range(self.ranks)])[owner].append(p)
                 if p not in self.state:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            lr, momentum, updates = group["lr"], group["momentum"], []
-            if found_inf is not None:  # if it is 1, nothing may change
-                lr = lr * (1 - found_inf)
-            for shape, parts in shapes.items():
-                params, counts = list(itertools.chain(*parts)), [len(part) for part in parts]
-                grads = [local(p.grad) for p in params]
-                moments = [local(self.state[p]["momentum_buffer"]) for p in params]
-                if found_inf is not None:
-                    grads = [torch.where(found_inf > 0, m, g) for m, g in zip(moments, grads, strict=True)]
-                torch._foreach_lerp_(moments, grads, 1 - momentum)
-                mine = slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
-                if sharded:
-                    ahead = torch.stack(torch._foreach_lerp(grads, moments, momentum)).to(self.dtype)
-                    ahead = to_owners(ahead, shape[0], counts, self.rank)
-                elif parts[self.rank]:
-                    ahead = torch.stack(torch._foreach_lerp(grads[mine], moments[mine], momentum))
-                updates.append(orthogonalize(ahead, self.dtype) if parts[self.rank] else None)
+            lr = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
+            ahead = [self._ahead(parts, group["momentum"], is_bad) for parts in shapes.values()]
+            on_gpu = group["params"][0].is_cuda  # fewer launches; a CPU would have other bits and nothing to gain
+            updates = orthogonalize_all(ahead, self.dtype, turn=on_gpu)
+            weights = {shape: [local(p) for p in itertools.chain(*parts)] for shape, parts in shapes.items()}
+            torch._foreach_mul_(list(itertools.chain(*weights.values())), 1 - lr * group["weight_decay"])
+            back = -lr
             for (shape, parts), update in zip(shapes.items(), updates, strict=True):
-                params, counts = [local(p) for p in itertools.chain(*parts)], [len(part) for part in parts]
                 if self.ranks > 1:  # only now, so that ranks wait for each other once
-                    if update is None:
-                        update = torch.empty(0, *shape, dtype=self.dtype, device=params[0].device)
-                    update = (from_owners if sharded else gather)(update, counts, self.rank)
-                update = update.to(params[0].dtype) * (-lr * math.sqrt(max(1, shape[0] / shape[1])))
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, list(update))
+                    update = (from_owners if sharded else gather)(update, [len(part) for part in parts], self.rank)
+                # contiguous as the weights are, so that a GPU adds all in one launch
+                scaled = torch.empty(update.shape, dtype=weights[shape][0].dtype, device=update.device)
+                torch.mul(update.to(scaled.dtype), back * math.sqrt(max(1, shape[0] / shape[1])), out=scaled)
+                torch._foreach_add_(weights[shape], list(scaled))
+
+    def _ahead(self, parts: list[list[nn.Parameter]], momentum: float, is_bad: torch.Tensor | None) -> torch.Tensor:
+        """Update the momenta of all matrices of a shape; returns the gradients mixed with them, of this rank's ones.
+
+        parts: the matrices, by owner. Returns (n, rows, columns).
+        """
+        params, counts = list(itertools.chain(*parts)), [len(part) for part in parts]
+        moments = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = torch.stack([local(p.grad) for p in params])
+        if is_bad is not None:
+            torch.where(is_bad, torch.stack(moments), grads, out=grads)
+        torch._foreach_lerp_(moments, list(grads), 1 - momentum)
+        if sharded := is_shard(params[0]):
+            mine = slice(None)
+        else:
+            mine = slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
+        grads, moments = grads[mine], moments[mine]
+        if moments:
+            torch._foreach_lerp_(list(grads), moments, momentum)
+        grads = grads.to(self.dtype)
+        return to_owners(grads, params[0].shape[0], counts, self.rank) if sharded else grads
 
 
 def configure_optimizers(
