@@ -1,11 +1,14 @@
-"""The page of --export=poet.html in Chromium, from disk and without a network."""
+"""The page of --export=poet.html in Chromium and Firefox, from disk and without a network."""
 
 import json
+import time
 
 import pytest
 from test_html import SCRIPT, export
 from test_huggingface import make_checkpoint
 
+from bench.browser import find_browser, open_browser
+from bench.html import open_page
 from robopoet.text.tokenizer import BPETokenizer
 from sample import Poet
 
@@ -27,7 +30,7 @@ def until(browser, condition: str) -> None:
 @pytest.mark.parametrize("style", ["a", SCRIPT])
 def test_the_page_writes_stops_and_writes_on_in_chromium(tmp_path, bpe, browser, style):
     tok = BPETokenizer(bpe.tokens, [f"<|{style}|>", "<|b|>"])  # no end, and a model large enough to be stopped
-    path = make_checkpoint(tmp_path / "best.pt", tok, positions="rotary", n_layer=24)
+    path = make_checkpoint(tmp_path / "best.pt", tok, positions="rotary", n_layer=64, n_embd=64)
     export(path, tmp_path / "poet.html", passage=f"{SCRIPT} A sample.", licences=[f"b: {SCRIPT}"])
     find = lambda selector: browser.find_element("css selector", selector)  # noqa: E731
     browser.get((tmp_path / "poet.html").as_uri())
@@ -92,3 +95,51 @@ def test_the_page_writes_stops_and_writes_on_in_chromium(tmp_path, bpe, browser,
     fetched = "const done = arguments[0]; fetch('https://example.org').then(() => done('sent'), () => done('refused'))"
     assert browser.execute_async_script(fetched) == "refused"
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+WRITTEN = """new Promise((done) => {
+    $("write").click();
+    const timer = setInterval(() => { if (!$("write").hidden) { clearInterval(timer); done(whole()); } }, 20);
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chromium", "firefox"])
+def test_each_browser_writes_as_poet_and_says_what_it_can_not_do(tmp_path, bpe, name):
+    if not find_browser(name):
+        pytest.skip(f"needs {name}: apt-get install chromium chromium-driver firefox-esr")
+    path = make_checkpoint(tmp_path / "best.pt", bpe, positions="rotary")
+    export(path, tmp_path / "poet.html")
+    with open_browser(name, 900, 600) as browser:
+        ask = browser.evaluate
+        open_page(browser, tmp_path / "poet.html")
+        assert ask("$('hint').getBoundingClientRect().bottom < innerHeight && !$('voiceless').hidden")
+        ask("$('style-0').value = 100, $('style-0').dispatchEvent(new Event('input', { bubbles: true }))")
+        assert ask("$('voiceless').hidden")
+
+        # a number that is missing or wrong: said, shown, and nothing is written
+        for id, value, said in (("top_k", "", "Top k: must be a whole number from 0 on."),
+                                ("top_p", 2, "Top p: must be a number from 0.01 to 1.")):  # fmt: skip
+            before = ask(f"$({id!r}).value")
+            ask(f"$({id!r}).value = {value!r}")
+            ask("document.querySelector('details').open = false")
+            ask("$('write').click()")
+            assert ask("[$('status').textContent, document.activeElement.id, writing]") == [said, id, False]
+            assert ask(f"$({id!r}).getBoundingClientRect().height > 0")
+            ask(f"$({id!r}).value = {before!r}")
+
+        # the text is Poet's, and its end stays in view
+        ask("$('temperature').value = 0, $('max_new_tokens').value = 1000, $('until').value = 'tokens'")
+        ask("$('prompt').value = 'The rabbit'")
+        settings = {"temperature": 0.0, "until": "tokens", "max_new_tokens": 1000, "style": "a"}
+        assert ask(WRITTEN) == Poet(str(path), "cpu", "float32").write("The rabbit", **settings)[0]
+        assert ask("scrollY > 100 && hidden() < 0")
+
+        # unless its reader has scrolled away
+        ask("writeFrom(5)")
+        while not ask("text.children.length > 300 || !writing"):
+            time.sleep(0.001)
+        if ask("scrollTo(0, 0), writing"):
+            while ask("writing"):
+                time.sleep(0.05)
+            assert ask("scrollY") == 0

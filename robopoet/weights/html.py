@@ -106,10 +106,14 @@ def title(tok: tokenizer.Tokenizer, content: dict[str, Any]) -> str:
 
 
 def policy(page: str) -> str:
-    """The Content-Security-Policy of poet.html: no network, no script or style but its own, no text taken as HTML."""
+    """The Content-Security-Policy of poet.html: no network, no script or style but its own, no text taken as HTML.
+
+    WebAssembly, which poet.js multiplies with, is a script that JavaScript makes.
+    """
     return (
-        f"default-src 'none'; script-src {hashes(SCRIPT, page)}; style-src {hashes(STYLE, page)}; worker-src blob:; "
-        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types engine"
+        f"default-src 'none'; script-src {hashes(SCRIPT, page)} 'wasm-unsafe-eval'; "
+        f"style-src {hashes(STYLE, page)}; worker-src blob:; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types engine"
     )
 
 

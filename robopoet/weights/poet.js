@@ -1,6 +1,7 @@
 // RoboPoet in JavaScript: the model, its tokenizer, the sampler and the ends of passages, as in model.py and
 // robopoet/writing/. It runs in a Worker of the page that --export=poet.html writes, or in any JavaScript engine.
-// Weights are float32; sums are JavaScript's own numbers, float64. Shapes as in model.py; S: styles in a blend.
+// Weights are float32, and sums in WebAssembly; sums in JavaScript are float64. Shapes as in model.py; S: styles in a
+// blend.
 "use strict";
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -10,6 +11,7 @@ const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 
 // base64 -> Uint8Array
 function decodeBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text); // browsers since 2025
   const digit = new Uint8Array(128); // of "=", too, which is 0
   for (let i = 0; i < 64; i++) digit[DIGITS.charCodeAt(i)] = i;
   const padding = text.endsWith("==") ? 2 : text.endsWith("=") ? 1 : 0;
@@ -24,16 +26,19 @@ function decodeBase64(text) {
   return bytes;
 }
 
+// the number that each float16, 16 bits, stands for
+const HALVES = Float32Array.from({ length: 2 ** 16 }, (_, bits) => {
+  const exponent = (bits >> 10) & 31, fraction = (bits & 1023) / 1024;
+  const size = exponent ? (1 + fraction) * 2 ** (exponent - 15) : fraction * 2 ** -14; // subnormal
+  return bits >> 15 ? -size : size;
+});
+
 // little-endian float16 or float32 in base64 -> Float32Array
 function decodeWeights(base64, dtype) {
   const bytes = decodeBase64(base64);
   if (dtype === "float32") return new Float32Array(bytes.buffer);
   const halves = new Uint16Array(bytes.buffer), weights = new Float32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) {
-    const exponent = (halves[i] >> 10) & 31, fraction = (halves[i] & 1023) / 1024;
-    const size = exponent ? (1 + fraction) * 2 ** (exponent - 15) : fraction * 2 ** -14; // subnormal
-    weights[i] = halves[i] >> 15 ? -size : size;
-  }
+  for (let i = 0; i < halves.length; i++) weights[i] = HALVES[halves[i]];
   return weights;
 }
 
@@ -149,51 +154,57 @@ class Tokenizer {
 
 const CHUNK = 16; // tokens of a prompt that are read together
 
-// y[at:] = x w' + b, or added to y: x (M, K), w (N, K), b (N,), y (M, N). Two rows of x by four of w at a time: eight
-// independent sums keep a scalar processor's adders busy, and each number that is loaded is used two or four times.
-function linear(y, at, x, w, b, M, add = false) {
-  const N = b.length, K = w.length / N;
-  if (!add) for (let m = 0; m < M; m++) y.set(b, at + m * N);
-  else for (let m = 0; m < M; m++) for (let n = 0; n < N; n++) y[at + m * N + n] += b[n];
-  let m = 0;
-  for (; m + 1 < M; m += 2) {
-    const x0 = m * K, x1 = x0 + K, y0 = at + m * N, y1 = y0 + N;
+// poet.wat, which multiplies four numbers at a time
+const PRODUCT = "AGFzbQEAAAABDQFgCX9/f39/f39/fwACDgECanMGbWVtb3J5AgABAwIBAAcMAQhtdWx0aXBseQAACscDAcQDAgd/BXsgBUECdCEFA0AgAiAIaiEJIAkgCGohCiAKIAhqIQsgASENIAAhDiADIQwDQP0MAAAAAAAAAAAAAAAAAAAAACER/QwAAAAAAAAAAAAAAAAAAAAAIRL9DAAAAAAAAAAAAAAAAAAAAAAhE/0MAAAAAAAAAAAAAAAAAAAAACEUQQAhDwNAIA0gD2r9AAQAIRAgESAQIAIgD2r9AAQA/eYB/eQBIREgEiAQIAkgD2r9AAQA/eYB/eQBIRIgEyAQIAogD2r9AAQA/eYB/eQBIRMgFCAQIAsgD2r9AAQA/eYB/eQBIRQgD0EQaiIPIAVJDQALIBEgEv0NAAECAxAREhMEBQYHFBUWFyARIBL9DQgJCgsYGRobDA0ODxwdHh/95AEhECATIBT9DQABAgMQERITBAUGBxQVFhcgEyAU/Q0ICQoLGBkaGwwNDg8cHR4f/eQBIRMgDiAO/QAEACAQIBP9DQABAgMEBQYHEBESExQVFhcgECAT/Q0ICQoLDA0ODxgZGhscHR4f/eQB/eQB/QsEACANIAdqIQ0gDiAGaiEOIAxBAWsiDA0ACyALIAhqIQIgAEEQaiEAIARBBGsiBA0ACws=";
+
+// Float32Arrays side by side in a memory where WebAssembly multiplies; in a browser without its SIMD, plain ones.
+class Arena {
+  // floats: how many the arrays have together, the length of each rounded up to a multiple of four
+  constructor(floats) {
+    this.used = 0;
+    try {
+      const memory = new WebAssembly.Memory({ initial: Math.ceil(floats / 2 ** 14) });
+      Arena.module ??= new WebAssembly.Module(decodeBase64(PRODUCT));
+      this.product = new WebAssembly.Instance(Arena.module, { js: { memory } }).exports.multiply;
+      this.buffer = memory.buffer;
+    } catch {
+      this.buffer = null;
+    }
+  }
+
+  take(n) {
+    const at = this.used;
+    this.used += 16 * Math.ceil(n / 4);
+    return this.buffer ? new Float32Array(this.buffer, at, n) : new Float32Array(n);
+  }
+
+  // y[m, n] += the sum of x[m, k] w[n, k] over k, of arrays that were taken here. dy, dx, dw: from row to row.
+  multiply(y, x, w, M, N, K, dy = N, dx = K, dw = K) {
     let n = 0;
-    for (; n + 3 < N; n += 4) {
-      const w0 = n * K, w1 = w0 + K, w2 = w1 + K, w3 = w2 + K;
-      let a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-      for (let k = 0; k < K; k++) {
-        const p = x[x0 + k], q = x[x1 + k], r = w[w0 + k], s = w[w1 + k], t = w[w2 + k], u = w[w3 + k];
-        a += p * r; b += p * s; c += p * t; d += p * u;
-        e += q * r; f += q * s; g += q * t; h += q * u;
+    if (this.buffer && K % 4 === 0 && N > 3) {
+      n = N - (N % 4);
+      this.product(y.byteOffset, x.byteOffset, w.byteOffset, M, n, K, 4 * dy, 4 * dx, 4 * dw);
+    }
+    for (; n + 3 < N; n += 4) { // four sums at a time keep the processor's adders busy
+      const w0 = n * dw, w1 = w0 + dw, w2 = w1 + dw, w3 = w2 + dw;
+      for (let m = 0; m < M; m++) {
+        const x0 = m * dx, at = m * dy + n;
+        let a = 0, b = 0, c = 0, d = 0;
+        for (let k = 0; k < K; k++) {
+          const p = x[x0 + k];
+          a += p * w[w0 + k]; b += p * w[w1 + k]; c += p * w[w2 + k]; d += p * w[w3 + k];
+        }
+        y[at] += a; y[at + 1] += b; y[at + 2] += c; y[at + 3] += d;
       }
-      y[y0 + n] += a; y[y0 + n + 1] += b; y[y0 + n + 2] += c; y[y0 + n + 3] += d;
-      y[y1 + n] += e; y[y1 + n + 1] += f; y[y1 + n + 2] += g; y[y1 + n + 3] += h;
     }
     for (; n < N; n++) {
-      y[y0 + n] += dot(x, x0, w, n * K, K);
-      y[y1 + n] += dot(x, x1, w, n * K, K);
+      for (let m = 0; m < M; m++) {
+        let sum = 0;
+        for (let k = 0; k < K; k++) sum += x[m * dx + k] * w[n * dw + k];
+        y[m * dy + n] += sum;
+      }
     }
   }
-  if (m === M) return;
-  const x0 = m * K, y0 = at + m * N;
-  let n = 0;
-  for (; n + 3 < N; n += 4) {
-    const w0 = n * K, w1 = w0 + K, w2 = w1 + K, w3 = w2 + K;
-    let a = 0, b = 0, c = 0, d = 0;
-    for (let k = 0; k < K; k++) {
-      const p = x[x0 + k];
-      a += p * w[w0 + k]; b += p * w[w1 + k]; c += p * w[w2 + k]; d += p * w[w3 + k];
-    }
-    y[y0 + n] += a; y[y0 + n + 1] += b; y[y0 + n + 2] += c; y[y0 + n + 3] += d;
-  }
-  for (; n < N; n++) y[y0 + n] += dot(x, x0, w, n * K, K);
-}
-
-function dot(x, at, w, from, K) {
-  let sum = 0;
-  for (let k = 0; k < K; k++) sum += x[at + k] * w[from + k];
-  return sum;
 }
 
 function layerNorm(y, x, w, b, M) {
@@ -215,22 +226,42 @@ function erf(x) {
   return 1.1283791670955126 * Math.exp(-x * x) * sum;
 }
 
+// GELU at every 64th from -8 to 8, and one place more at each end
+const GELU = [false, true].map((isTanh) => Float64Array.from({ length: 16 * 64 + 3 }, (_, i) => {
+  const v = (i - 1) / 64 - 8;
+  return 0.5 * v * (1 + (isTanh ? Math.tanh(0.7978845608028654 * (v + 0.044715 * v ** 3)) : erf(v * Math.SQRT1_2)));
+}));
+
+// Interpolated by the cubic through four places of the table: 4e-9 off.
 function gelu(x, n, isTanh) {
+  const table = GELU[Number(isTanh)];
   for (let i = 0; i < n; i++) {
-    const v = x[i], inner = isTanh ? Math.tanh(0.7978845608028654 * (v + 0.044715 * v ** 3)) : erf(v * Math.SQRT1_2);
-    x[i] = 0.5 * v * (1 + inner);
+    if (!(x[i] < 8)) continue; // itself
+    const place = Math.max(x[i] + 8, 0) * 64, k = Math.floor(place), t = place - k;
+    const a = table[k], b = table[k + 1], c = table[k + 2], d = table[k + 3];
+    x[i] = b + t * (c - b / 2 - a / 3 - d / 6 + t * ((a + c) / 2 - b + t * ((d - a) / 6 + (b - c) / 2)));
   }
 }
 
 class Model {
-  // config: GPTConfig's fields. weights: name -> Float32Array, as in a state dict; missing biases are zeros.
-  constructor(config, weights) {
-    const { n_embd: C, n_layer, n_head, block_size, vocab_size } = config;
+  // config: GPTConfig's fields. weights: name -> Float32Array, as in a state dict, which are taken out of it; missing
+  // biases are zeros. most: rows that a blend may have.
+  constructor(config, weights, most = 1) {
+    const { n_embd: C, n_layer, n_head, block_size, vocab_size } = config, M = Math.max(most, CHUNK);
     Object.assign(this, { config, C, headSize: C / n_head, isRotary: config.positions === "rotary" });
+    const activations = [M * C, M * C, 3 * M * C, 4 * M * C, most * vocab_size];
+    const sizes = [...Object.values(weights).map((w) => w.length), ...activations];
+    this.arena = new Arena(sizes.reduce((sum, n) => sum + n + 3, 0));
+    const take = (name) => {
+      const taken = this.arena.take(weights[name].length);
+      taken.set(weights[name]);
+      delete weights[name];
+      return taken;
+    };
     const layer = (name, width) =>
-      ({ w: weights[`${name}.weight`], b: weights[`${name}.bias`] ?? new Float32Array(width) });
+      ({ w: take(`${name}.weight`), b: `${name}.bias` in weights ? take(`${name}.bias`) : new Float32Array(width) });
     this.wte = layer("transformer.wte", vocab_size);
-    this.wpe = weights["transformer.wpe.weight"];
+    this.wpe = this.isRotary ? null : take("transformer.wpe.weight");
     this.ln_f = layer("transformer.ln_f", C);
     this.blocks = Array.from({ length: n_layer }, (_, i) => {
       const at = (name, width) => layer(`transformer.h.${i}.${name}`, width);
@@ -239,23 +270,25 @@ class Model {
     });
     this.frequencies = Float32Array.from({ length: this.headSize / 2 },
       (_, i) => 1 / Math.fround(config.rope_theta ** Math.fround((2 * i) / this.headSize)));
-    this.scores = new Float64Array(block_size);
-    this.sums = new Float64Array(this.headSize);
+    [this.x, this.h, this.qkv, this.fc, this.allLogits] = activations.map((n) => this.arena.take(n));
+    [this.ids, this.rows, this.places] = [0, 0, 0].map(() => new Int32Array(M)); // of each token; where its keys go
+    this.width = Math.ceil(block_size / 4) * 4; // places in a cache
   }
 
-  // Empty caches of S rows. The arrays for activations have room for CHUNK tokens, or for one of each row.
+  // Empty caches of S rows: keys (places, C) and values (C, places) of each layer and row, and the same by head.
   start(S) {
-    const { C, config: { n_layer, block_size, vocab_size } } = this, M = Math.max(S, CHUNK);
-    const perRow = (size) => Array.from({ length: n_layer * S }, () => new Float32Array(size)); // layer by layer
-    Object.assign(this, { S, length: 0, first: perRow(C) });
-    Object.assign(this, { keys: perRow(block_size * C), values: perRow(block_size * C) });
-    this.logits = new Float32Array(S * vocab_size);
-    for (const [name, width] of [["x", C], ["h", C], ["qkv", 3 * C], ["fc", 4 * C]]) {
-      this[name] = new Float32Array(M * width);
-    }
-    this.ids = new Int32Array(M);
-    this.rows = new Int32Array(M);
-    this.places = new Int32Array(M); // where each token's keys go
+    const { C, headSize, width, config: { n_layer, n_head, vocab_size } } = this, size = width * C;
+    Object.assign(this, { S, length: 0, logits: this.allLogits.subarray(0, S * vocab_size) });
+    if (this.keys?.length === n_layer * S) return;
+    const room = this.cache = new Arena(2 * n_layer * S * size + 2 * C + width);
+    const byHead = (array, step) => Array.from({ length: n_head }, (_, i) => array.subarray(i * step));
+    const perRow = (n) => Array.from({ length: n_layer * S }, () => room.take(n)); // layer by layer
+    [this.keys, this.values] = [perRow(size), perRow(size)];
+    this.first = this.keys.map(() => new Float32Array(C));
+    this.keysByHead = this.keys.map((keys) => byHead(keys, headSize));
+    this.valuesByHead = this.values.map((values) => byHead(values, headSize * width));
+    [this.q, this.y, this.scores] = [C, C, width].map((n) => room.take(n));
+    [this.qByHead, this.yByHead] = [this.q, this.y].map((array) => byHead(array, headSize));
   }
 
   // Reads a window from its first position on; leaves the logits after it. Yields after each chunk, to be stopped.
@@ -299,52 +332,60 @@ class Model {
 
   // M tokens through all blocks, into x; token m stands at `position + stride * m`.
   forward(M, position, stride) {
-    const { C, S, x, h, qkv, fc, wte, wpe } = this;
+    const { C, S, x, h, qkv, fc, q, y, wte, wpe, width } = this;
     for (let m = 0; m < M; m++) {
       const from = this.ids[m] * C, at = this.places[m] * C;
       for (let i = 0; i < C; i++) x[m * C + i] = wte.w[from + i] + (wpe ? wpe[at + i] : 0);
     }
     this.blocks.forEach((block, layer) => {
       layerNorm(h, x, block.ln_1.w, block.ln_1.b, M);
-      linear(qkv, 0, h, block.c_attn.w, block.c_attn.b, M);
+      this.linear(qkv, h, block.c_attn, M);
       for (let m = 0; m < M; m++) {
-        const q = 3 * m * C, cache = layer * S + this.rows[m], at = this.places[m] * C;
+        const from = 3 * m * C, cache = layer * S + this.rows[m], place = this.places[m];
         const keys = this.keys[cache], values = this.values[cache];
         if (this.isRotary) {
-          this.rotate(qkv, q, position + stride * m);
-          this.rotate(qkv, q + C, position + stride * m);
+          this.rotate(qkv, from, position + stride * m);
+          this.rotate(qkv, from + C, position + stride * m);
         }
         for (let i = 0; i < C; i++) {
-          keys[at + i] = qkv[q + C + i];
-          values[at + i] = qkv[q + 2 * C + i];
+          q[i] = qkv[from + i];
+          keys[place * C + i] = qkv[from + C + i];
+          values[i * width + place] = qkv[from + 2 * C + i];
         }
-        const filled = Math.min(position + stride * m + 1, this.config.block_size);
-        this.attend(h, m * C, qkv, q, keys, values, filled);
+        this.attend(cache, Math.min(position + stride * m + 1, this.config.block_size));
+        for (let i = 0; i < C; i++) h[m * C + i] = y[i];
       }
-      linear(x, 0, h, block.attn_c_proj.w, block.attn_c_proj.b, M, true);
+      this.linear(x, h, block.attn_c_proj, M, true);
       layerNorm(h, x, block.ln_2.w, block.ln_2.b, M);
-      linear(fc, 0, h, block.c_fc.w, block.c_fc.b, M);
+      this.linear(fc, h, block.c_fc, M);
       gelu(fc, M * 4 * C, this.config.gelu === "tanh");
-      linear(x, 0, fc, block.mlp_c_proj.w, block.mlp_c_proj.b, M, true);
+      this.linear(x, fc, block.mlp_c_proj, M, true);
     });
   }
 
-  // y = softmax(q keys' / sqrt(hs)) values, head by head, over the filled places
-  attend(y, at, qkv, q, keys, values, filled) {
-    const { C, headSize, scores, sums } = this, scale = 1 / Math.sqrt(headSize);
-    for (let head = 0; head < C; head += headSize) {
+  // y = x w' + b, or added to y: x (M, K), w (N, K), b (N,), y (M, N)
+  linear(y, x, { w, b }, M, add = false) {
+    const N = b.length;
+    if (!add) for (let m = 0; m < M; m++) y.set(b, m * N);
+    else for (let m = 0; m < M; m++) for (let n = 0; n < N; n++) y[m * N + n] += b[n];
+    this.arena.multiply(y, x, w, M, N, w.length / N);
+  }
+
+  // y = softmax(q keys' / sqrt(hs)) values, head by head, over the filled places of a cache
+  attend(cache, filled) {
+    const { C, headSize, width, scores, y } = this, scale = 1 / Math.sqrt(headSize);
+    const near = Math.ceil(filled / 4) * 4; // so many places are multiplied; the last ones' share is 0
+    y.fill(0);
+    for (let head = 0; head < this.config.n_head; head++) {
       let largest = -Infinity, total = 0;
-      for (let t = 0; t < filled; t++) {
-        scores[t] = dot(qkv, q + head, keys, t * C + head, headSize) * scale;
-        if (scores[t] > largest) largest = scores[t];
-      }
-      sums.fill(0);
-      for (let t = 0; t < filled; t++) {
-        const share = Math.exp(scores[t] - largest), from = t * C + head;
-        total += share;
-        for (let i = 0; i < headSize; i++) sums[i] += share * values[from + i];
-      }
-      for (let i = 0; i < headSize; i++) y[at + head + i] = sums[i] / total;
+      scores.fill(0, 0, near);
+      const q = this.qByHead[head], keys = this.keysByHead[cache][head], values = this.valuesByHead[cache][head];
+      this.cache.multiply(scores, q, keys, 1, near, headSize, near, headSize, C);
+      for (let t = 0; t < filled; t++) if (scores[t] > largest) largest = scores[t];
+      for (let t = 0; t < filled; t++) total += scores[t] = Math.exp((scores[t] - largest) * scale);
+      for (let t = 0; t < filled; t++) scores[t] /= total;
+      scores.fill(0, filled, near);
+      this.cache.multiply(this.yByHead[head], scores, values, 1, headSize, near, headSize, near, width);
     }
   }
 
@@ -365,7 +406,7 @@ class Model {
   head(from, M, row) {
     if (from) this.x.copyWithin(0, from * this.C, (from + M) * this.C);
     layerNorm(this.h, this.x, this.ln_f.w, this.ln_f.b, M);
-    linear(this.logits, row * this.config.vocab_size, this.h, this.wte.w, this.wte.b, M);
+    this.linear(this.logits.subarray(row * this.config.vocab_size), this.h, this.wte, M);
   }
 }
 
@@ -628,7 +669,7 @@ class Poet {
   // about: what html.py writes: config, tokenizer, dtype. weights: name -> base64.
   constructor(about, weights) {
     this.tokenizer = new Tokenizer(about.tokenizer);
-    this.model = new Model(about.config, weights);
+    this.model = new Model(about.config, weights, Math.max(this.tokenizer.specials.size, 1));
     this.forbidden = [];
     for (const [name, id] of this.tokenizer.specials) if (name !== "<|endoftext|>") this.forbidden.push(id);
     for (let id = this.tokenizer.size; id < about.config.vocab_size; id++) this.forbidden.push(id); // nanoGPT's padding
@@ -686,6 +727,8 @@ class Poet {
 // ---------------------------------------------------------------------------------------------------------------------
 // in a Worker: {about}, then {name, base64} of each tensor, {open}; then {run, write, settings} and {stop}
 
+const SLICE_MS = 12; // between two messages to the page, and between two looks for a message from it
+
 if (typeof WorkerGlobalScope !== "undefined") {
   const weights = {}, next = new MessageChannel(); // a timer would wait 4 ms after each token
   let about, poet, steps, run;
@@ -704,12 +747,18 @@ if (typeof WorkerGlobalScope !== "undefined") {
   };
   next.port1.onmessage = ({ data }) => {
     if (!steps || data !== run) return; // stopped, or begun anew
+    const news = { run, parts: [], count: 0, done: false }, begun = performance.now();
     try {
-      const { value, done } = steps.next();
-      postMessage({ run, parts: value ?? [], isRead: value !== null, done });
-      if (!done) next.port2.postMessage(run);
+      while (!news.done && performance.now() - begun < SLICE_MS) {
+        const { value, done } = steps.next();
+        news.done = done;
+        news.parts.push(...(value ?? []));
+        if (value) news.count++; // tokens
+      }
     } catch (error) {
-      postMessage({ run, parts: [], done: true, error: error.message });
+      Object.assign(news, { done: true, error: error.message });
     }
+    postMessage(news);
+    if (!news.done) next.port2.postMessage(run);
   };
 }
