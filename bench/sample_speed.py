@@ -91,7 +91,7 @@ def ours(poet: Poet, prompt: str) -> Write:
         poet.machine.synchronize()
         start = time.perf_counter()
         settings = {"max_new_tokens": tokens, "until": "tokens", "top_p": 1.0}
-        stream = poet.stream(poet.begin(prompt, passages, **settings, **SAMPLING))
+        stream = poet.stream(poet.begin(prompt, passages, heals=False, **settings, **SAMPLING))
         next(stream)
         first_s = time.perf_counter() - start  # the ids have reached the host
         collections.deque(stream, maxlen=0)

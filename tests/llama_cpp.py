@@ -90,7 +90,8 @@ class Llama:
 
 
 def poem(poet: Poet, prompt: str, n: int, style: str = "") -> tuple[list[int], str]:
-    passages = poet.begin(prompt, temperature=0, until="tokens", max_new_tokens=n, style=style)
+    """Greedily, from the prompt's own ids, as llama.cpp does."""
+    passages = poet.begin(prompt, heals=False, temperature=0, until="tokens", max_new_tokens=n, style=style)
     for _ in poet.stream(passages):
         pass
     return list(passages[0].ids), passages[0].text

@@ -233,11 +233,11 @@ def test_a_passage_that_can_only_copy_says_so_and_ends(parrot, texts, monkeypatc
     only = parrot.tokenizer.encode(last)[0]
     others = [id for id in range(parrot.model.config.vocab_size) if id != only]
     monkeypatch.setattr(parrot, "forbidden", torch.tensor(others))
-    passages = parrot.begin(start, 2, max_copy=4)
+    passages = parrot.begin(start, 2, heals=False, max_copy=4)
     pieces = list(parrot.stream(passages, logprobs=True))
     assert [(p.is_stuck, p.done, p.text, len(p.ids)) for p in passages] == [(True, True, "", 0)] * 2
     assert pieces == [["", ""]]
-    passages = parrot.begin(start, 2, max_copy=4)
+    passages = parrot.begin(start, 2, heals=False, max_copy=4)
     print_passages(parrot, passages, parrot.stream(passages))
     assert "passage 1 ends where every token would copy 4 words" in capsys.readouterr().err
 

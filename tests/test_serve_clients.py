@@ -20,6 +20,7 @@ from robopoet.serving import engine as engines
 from robopoet.serving.api import Completion
 from robopoet.serving.protocol import read_request
 from robopoet.writing.decode import Rows
+from robopoet.writing.healing import Prompt
 from robopoet.writing.passage import Passage
 from robopoet.writing.poet import Poet
 from serve import ServeConfig, make_server
@@ -79,10 +80,10 @@ def test_a_client_that_leaves_frees_its_row_and_the_others_go_on(path):
 def test_a_cancelled_text_is_gone_after_one_step(path):
     poet = Poet(str(path), "cpu", "float64")
     engine = engines.Engine(poet, 4)
-    gained = []
+    gained, prompt = [], Prompt("a", [1, 2, 3], [1, 2, 3])
     settings = dataclasses.replace(Passage(poet.tokenizer, engines.Settings()).settings, until="tokens")
     engine.loop = type("Loop", (), {"is_closed": lambda self: True})()
-    choices = [engines.Choice([1, 2, 3], "a", settings, i, 300, None, False, gained.append) for i in range(2)]
+    choices = [engines.Choice(prompt, settings, i, 300, None, False, gained.append) for i in range(2)]
     for choice in choices:
         choice.weights = torch.tensor([1.0])
     engine.inbox.put(choices)

@@ -11,6 +11,7 @@ from conftest import KINDS, save_random
 
 from robopoet.serving.engine import TURN, Choice, Engine
 from robopoet.writing.decode import Rows
+from robopoet.writing.healing import Prompt
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
 
@@ -39,8 +40,8 @@ class Stepped:
 
     def submit(self, n, tokens, styles=1):
         settings = Passage(self.poet.tokenizer, Settings(until="tokens", max_new_tokens=tokens)).settings
-        settings, prompt = dataclasses.replace(settings, seed=n), [1, 2, 3]
-        choices = [Choice(prompt, "abc", settings, i, tokens, 2, False, None) for i in range(n)]
+        settings, prompt = dataclasses.replace(settings, seed=n), Prompt("abc", [1, 2, 3], [1, 2, 3])
+        choices = [Choice(prompt, settings, i, tokens, 2, False, None) for i in range(n)]
         for choice in choices:
             choice.tags = [None] if styles == 1 else list(self.poet.blend_of("alice,bard"))
             choice.weights = torch.ones(styles) / styles

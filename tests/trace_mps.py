@@ -95,10 +95,10 @@ async def serve(poet: Poet) -> list[list[str]]:
 
     engine = Engine(poet, 16)
     engine.start()
-    ids, requests = poet.tokenizer.encode(prompt), []
+    read, requests = poet.read(prompt), []
     for given in SETTINGS:
         settings = make_settings(FREE | given)
-        requests.append([Choice(ids, prompt, settings, i, FREE["max_new_tokens"], 2, True, gain) for i in range(2)])
+        requests.append([Choice(read, settings, i, FREE["max_new_tokens"], 2, True, gain) for i in range(2)])
         engine.submit(requests[-1])
     for _ in range(2 * len(requests)):
         await finished.get()

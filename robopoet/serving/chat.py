@@ -102,7 +102,7 @@ def _turn(message: Message, poet: Poet) -> Turn:
     content = message.content or ""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
     role = "system" if message.role == "developer" else message.role
-    return Turn(role, poet.read(text)[0], poet.read(message.name or "")[0])
+    return Turn(role, poet.read(text).text, poet.read(message.name or "").text)
 
 
 class ChatReply(Reply):
@@ -122,10 +122,11 @@ class ChatReply(Reply):
 
     def _told(self, text: Text) -> list[dict[str, Any]]:
         return [
-            {**self._token(token.id, token.logprob), "top_logprobs": [self._token(id, p) for id, p in token.top]}
+            self._token(token.id, token.logprob, token.cut)
+            | {"top_logprobs": [self._token(id, p, token.cut) for id, p in token.top]}
             for token, _ in text.take_tokens()
         ]
 
-    def _token(self, id: int, logprob: float | None) -> dict[str, Any]:
-        tokens = self.tok.tokens
-        return {"token": self.name(id), "logprob": logprob, "bytes": list(tokens[id]) if id < len(tokens) else None}
+    def _token(self, id: int, logprob: float | None, cut: int) -> dict[str, Any]:
+        raw = list(self.tok.tokens[id][cut:]) if id < len(self.tok.tokens) else None
+        return {"token": self.name(id, cut), "logprob": logprob, "bytes": raw}

@@ -13,6 +13,7 @@ import torch
 
 from robopoet.text.tokenizer import END
 from robopoet.writing.decode import Row, Rows, prompt_logprobs
+from robopoet.writing.healing import Prompt
 from robopoet.writing.passage import Passage, Settings
 from robopoet.writing.poet import Poet
 from robopoet.writing.sampler import SampledText, Sampler, blended
@@ -22,11 +23,15 @@ TURN = 32  # tokens that a text gains before it may be paused for a request that
 
 
 class Scored(NamedTuple):
-    """A token with its log-probability, nats (None: nothing stands before it), and the likeliest ones' beside it."""
+    """A token with its log-probability, nats (None: nothing stands before it), and the likeliest ones' beside it.
+
+    cut: how many bytes at the beginning of each are the prompt's, and given.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    cut: int = 0
 
 
 class Gain(NamedTuple):
@@ -61,15 +66,14 @@ class Bias:
 class Choice:
     """A text to generate, and where its gains go.
 
-    prompt: its ids; the same list for all that share it. number: of its random stream. max_tokens: 0 only scores the
-    prompt. top: how many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell
-    the prompt's too. gain: called in the event loop. also_ends: an id that stands for <|endoftext|>. bias: added
-    to its logits. cancelled: nobody waits for it any more. request: its first text. paused: its rows while the
-    engine lacks them. turn_start: the tokens it had when it last got its rows.
+    prompt: the same for all that share it. number: of its random stream. max_tokens: 0 only scores the prompt. top: how
+    many of the likeliest tokens are told beside each (None: no log-probabilities). scores_prompt: tell the prompt's
+    too. gain: called in the event loop. also_ends: an id that stands for <|endoftext|>. bias: added to its logits.
+    cancelled: nobody waits for it any more. request: its first text. paused: its rows while the engine lacks them.
+    turn_start: the tokens it had when it last got its rows.
     """
 
-    prompt: list[int]
-    prompt_text: str
+    prompt: Prompt
     settings: Settings
     number: int
     max_tokens: int
@@ -229,18 +233,22 @@ class Engine(threading.Thread):
 
     def _start(self, choice: Choice, twin: Choice | None) -> None:
         """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""
-        choice.passage = Passage(self.poet.tokenizer, choice.settings, choice.prompt_text, choice.number)
-        prompt = choice.prompt if choice.tags == [None] else [choice.tags[0], *choice.prompt]
-        copied = self.poet.copied(choice.settings, choice.prompt_text)
-        choice.sampled = SampledText(choice.settings, choice.number, prompt, choice.weights.tolist(), copied)
+        settings, number, prompt = choice.settings, choice.number, choice.prompt
+        choice.passage = Passage(self.poet.tokenizer, settings, prompt.text, number, prompt.rest)
+        ids = prompt.read if choice.tags == [None] else [choice.tags[0], *prompt.read]
+        copied, rest = self.poet.copied(settings, prompt.before), self.poet.rest(prompt)
+        choice.sampled = SampledText(settings, number, ids, choice.weights.tolist(), copied, rest)
         hidden = []
         if twin and not choice.scores_prompt:
             choice.rows = [self.rows.copy(row) for row in twin.rows]
         else:
             for tag in choice.tags:
-                row, states = self.rows.add(choice.prompt, tag)
-                choice.rows.append(row)
+                row, states = self.rows.add(prompt.ids if choice.scores_prompt else prompt.read, tag)
                 hidden.append(states)
+                if choice.scores_prompt and rest and choice.max_tokens:  # its last word is scored, then written
+                    self.rows.drop(row)
+                    row, _ = self.rows.add(prompt.read, tag)
+                choice.rows.append(row)
         if choice.scores_prompt:
             self.gains.append(Gain(choice, tokens=self._score_prompt(choice, hidden), is_prompt=True))
         if not choice.max_tokens:
@@ -249,7 +257,8 @@ class Engine(threading.Thread):
 
     def _score_prompt(self, choice: Choice, hidden: list[torch.Tensor]) -> tuple[Scored, ...]:
         """Each of the prompt's tokens; the first one has no log-probability unless a style's tag stands before it."""
-        ids, scored = choice.prompt, [] if choice.tags != [None] else [Scored(choice.prompt[0])]
+        ids = choice.prompt.ids
+        scored = [] if choice.tags != [None] else [Scored(ids[0])]
         for logprobs in prompt_logprobs(self.poet.model, hidden, choice.weights):
             for row, id in zip(logprobs, ids[len(scored) :], strict=False):
                 scored.append(_scored(row, id, choice.top))
@@ -266,17 +275,19 @@ class Engine(threading.Thread):
         told = [choice for choice in by_place if choice.top is not None]
         own = [blended(logits[[row.place for row in choice.rows]], choice.weights) for choice in told]
         logprobs = dict(zip(told, torch.cat(own).log_softmax(-1), strict=True)) if told else {}
+        logprobs |= {choice: choice.sampled.rest.given(logprobs[choice]) for choice in told if choice.sampled.rest}
+        cuts = [len(choice.sampled.rest or b"") for choice in by_place]  # sampling a token takes from the rest
         logits = self._shifted(logits)
         if len(by_place) < len(logits):  # some are blends
             logits = logits[[row.place for choice in by_place for row in choice.rows]]
         sampler(logits)
-        for choice, id in zip(by_place, sampler.ids.tolist(), strict=True):
+        for choice, id, cut in zip(by_place, sampler.ids.tolist(), cuts, strict=True):
             try:
                 if choice.sampled.is_stuck:
                     self.gains.append(Gain(choice, choice.passage.get_stuck(), finish="stop"))
                     self._leave(choice)
                 else:
-                    token = _scored(logprobs[choice], id, choice.top) if choice in logprobs else Scored(id)
+                    token = _scored(logprobs[choice], id, choice.top, cut) if choice in logprobs else Scored(id)
                     self._push(choice, token)
             except Exception:
                 traceback.print_exc()
@@ -298,14 +309,17 @@ class Engine(threading.Thread):
 
     def _push(self, choice: Choice, token: Scored) -> None:
         """Append a token to a text; it leaves if that was its last."""
-        text, finish = choice.passage.push(token.id), ""
-        if choice.bias:
-            choice.bias.take(choice.passage.ids)
-        if choice.passage.done:
+        passage, before = choice.passage, choice.passage.n_new
+        text, finish = passage.push(token.id), ""
+        is_new = passage.n_new > before
+        if choice.bias and is_new:
+            choice.bias.take(passage.ids[passage.n_healing :])
+        if passage.done:
             finish = "stop"
-        elif len(choice.passage.ids) == choice.max_tokens:
-            text, finish = text + choice.passage.finish(), "length"
-        self.gains.append(Gain(choice, text, (token,), finish))
+        elif passage.n_new == choice.max_tokens:
+            text, finish = text + passage.finish(), "length"
+        if is_new:
+            self.gains.append(Gain(choice, text, (token,), finish))
         if finish:
             self._leave(choice)
         else:
@@ -336,9 +350,8 @@ def _deliver(gains: list[Gain]) -> None:
         gain.choice.gain(gain)
 
 
-def _scored(logprobs: torch.Tensor, id: int, top: int | None) -> Scored:
-    """A token with its log-probability in logprobs, (V,), and those of the `top` likeliest."""
+def _scored(logprobs: torch.Tensor, id: int, top: int | None, cut: int = 0) -> Scored:
+    """A token with its log-probability in logprobs, (V,), and those of the `top` likeliest that are possible."""
     likeliest = logprobs.topk(top or 0)
-    return Scored(
-        id, logprobs[id].item(), tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-    )
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return Scored(id, logprobs[id].item(), tuple(pair for pair in pairs if pair[1] > -torch.inf), cut)

@@ -15,6 +15,7 @@ from robopoet import VERSION, files
 from robopoet.errors import ConfigError, DataError, bounds
 from robopoet.serving.engine import Bias, Choice, Gain, Scored
 from robopoet.text.tokenizer import StreamDecoder
+from robopoet.writing.healing import Prompt
 from robopoet.writing.passage import Settings, make_settings
 from robopoet.writing.poet import Poet
 
@@ -159,18 +160,18 @@ def make_reply(
     reply.tells_usage = bool(body.stream_options and body.stream_options.include_usage)
     for i, prompt in enumerate(prompts):
         drawn = settings if body.seed is not None else replace(settings, seed=settings.seed + i)
-        text, ids = _read_prompt(prompt, poet)
-        within("prompt: tokens", len(ids), 1, limits.max_prompt)
+        read = _read_prompt(prompt, poet)
+        within("prompt: tokens", len(read.ids), 1, limits.max_prompt)
         scores_prompt = bool(body.echo) and body.logprobs is not None and bool(prompt)
-        if scores_prompt and len(ids) + bool(style) > poet.model.config.block_size:
+        if scores_prompt and len(read.ids) + bool(style) > poet.model.config.block_size:
             most = poet.model.config.block_size - bool(style)
-            message = f"prompt: has {len(ids):,} tokens; with echo and logprobs the model reads at most {most:,}"
+            message = f"prompt: has {len(read.ids):,} tokens; with echo and logprobs the model reads at most {most:,}"
             raise RequestError(message, code="context_length_exceeded")
-        reply.prompt_tokens += len(ids) if prompt else 0
+        reply.prompt_tokens += len(read.ids) if prompt else 0
         for number in range(n):
-            choice = Choice(ids, text, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain, also_ends)
+            choice = Choice(read, drawn, number, max_tokens, body.logprobs, scores_prompt, reply.gain, also_ends)
             choice.bias = _bias(body, poet)
-            reply.add(choice, text if body.echo else "")
+            reply.add(choice, read.text if body.echo else "")
     return reply
 
 
@@ -217,14 +218,14 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return prompt
 
 
-def _read_prompt(prompt: str | list[int], poet: Poet) -> tuple[str, list[int]]:
-    """A prompt's text and ids; raises ConfigError or RequestError if it is none."""
+def _read_prompt(prompt: str | list[int], poet: Poet) -> Prompt:
+    """A prompt as the model reads it, ids as they are; raises ConfigError or RequestError if it is none."""
     if isinstance(prompt, str):
         return poet.read(prompt)
     size = poet.model.config.vocab_size
     if not prompt or not all(0 <= id < size for id in prompt):
         raise RequestError(f"prompt: must be token ids from 0 to {size - 1:,}, at least one")
-    return poet.tokenizer.decode_bytes(prompt).decode(errors="replace"), prompt
+    return Prompt(poet.tokenizer.decode_bytes(prompt).decode(errors="replace"), prompt, prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +303,7 @@ class Reply:
         for token in gain.tokens:
             if text.asks:
                 text.tokens.append((token, text.offset))
+                text.decoder.skip = token.cut
                 text.offset += len(text.decoder.push([token.id]))
         self.completion_tokens += 0 if gain.is_prompt else len(gain.tokens)
         text.finish = gain.finish or None
@@ -341,21 +343,22 @@ class Reply:
     def _logprobs(self, tokens: list[tuple[Scored, int]]) -> dict[str, list[Any]]:
         """OpenAI's legacy form: the sampled token is among the likeliest in any case."""
         top = [
-            None if token.logprob is None else {self.name(id): p for id, p in (*token.top, token[:2])}
+            None if token.logprob is None else {self.name(id, token.cut): p for id, p in (*token.top, token[:2])}
             for token, _ in tokens
         ]
         return {
-            "tokens": [self.name(token.id) for token, _ in tokens],
+            "tokens": [self.name(token.id, token.cut) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
             "top_logprobs": top,
             "text_offset": [offset for _, offset in tokens],
         }
 
-    def name(self, id: int) -> str:
-        """A token's text; bytes that are no whole characters as bytes:\\xe2\\x80, as OpenAI's."""
+    def name(self, id: int, cut: int = 0) -> str:
+        """A token's text from byte `cut` on; what is no whole characters as bytes:\\xe2\\x80, as OpenAI's."""
         if id >= len(self.tok.tokens):
             return self._names.get(id, f"<|{id}|>")
+        raw = self.tok.tokens[id][cut:]
         try:
-            return self.tok.tokens[id].decode()
+            return raw.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tok.tokens[id])
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -327,15 +327,20 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 class StreamDecoder:
-    """Decodes ids one by one, holding back the bytes of a character until all of them are there."""
+    """Decodes ids one by one, holding back the bytes of a character until all of them are there.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    skip: how many bytes are left out before the others.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip: int = 0):
+        self._tokenizer, self.skip = tokenizer, skip
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete; bytes that can't be a character become U+FFFD."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        raw = self._tokenizer.decode_bytes(ids)
+        raw, self.skip = raw[self.skip :], max(self.skip - len(raw), 0)
+        return self._utf8.decode(raw)
 
 
 def _pieces(text: str) -> Iterable[str]:

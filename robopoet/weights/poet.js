@@ -150,6 +150,66 @@ class Tokenizer {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// a prompt's last word, as in robopoet/writing/healing.py
+
+const GIVEN_TOKENS = 8, GIVEN_BYTES = 64;
+
+// A prompt as the ids that the model reads and the bytes that it then writes of it, in tokens of its choice.
+function heal(tokenizer, text) {
+  const ids = tokenizer.encode(text || "\n");
+  if (!tokenizer.isBPE || !text || text.endsWith("\n")) return { read: ids, rest: "" };
+  const most = Math.min(utf8(text.match(tokenizer.pattern).at(-1)).length, GIVEN_BYTES);
+  let n = 0, rest = "", longer = "";
+  for (let count = 1; count <= Math.min(GIVEN_TOKENS, ids.length); count++) {
+    longer = tokenizer.bytes[ids.at(-count)] + longer;
+    if (longer.length > most) break;
+    if ((longer.charCodeAt(0) & 0xc0) !== 0x80) [n, rest] = [count, longer]; // a character begins here
+  }
+  const read = ids.slice(0, ids.length - n);
+  return { read: read.length ? read : tokenizer.encode("\n"), rest };
+}
+
+// The end of a prompt that a text writes first. left: the bytes that remain.
+class Rest {
+  constructor(tokenizer, left) {
+    Object.assign(this, { tokenizer, left, before: "", known: new Map() });
+  }
+
+  // The ids that may come next: they agree with what is left, and tokenizing what they write gives them again.
+  ids() {
+    const found = this.after(this.before, this.left);
+    return found.length ? found : this.agreeing(this.left);
+  }
+
+  agreeing(left) {
+    const { bytes } = this.tokenizer;
+    return [...bytes.keys()].filter((id) => bytes[id].startsWith(left) || left.startsWith(bytes[id]));
+  }
+
+  after(before, left) {
+    const key = `${before.length} ${before}${left}`, { bytes } = this.tokenizer;
+    if (!this.known.has(key)) {
+      const goesOn = (id, n = bytes[id].length) => n >= left.length || this.after(bytes[id], left.slice(n)).length;
+      this.known.set(key, this.agreeing(left).filter((id) => this.joins(before, id) && goesOn(id)));
+    }
+    return this.known.get(key);
+  }
+
+  // Whether an id stays a token of its own behind another; what is not whole characters can't be told.
+  joins(before, id) {
+    const decoder = new Utf8Decoder(), text = decoder.push(before + this.tokenizer.bytes[id]);
+    if (!before || decoder.errors || decoder.missing) return true;
+    const pair = this.tokenizer.encode(text);
+    return pair.length === 2 && pair[1] === id;
+  }
+
+  push(id) {
+    this.before = this.tokenizer.bytes[id];
+    this.left = this.left.slice(this.before.length);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // the model
 
 const CHUNK = 16; // tokens of a prompt that are read together
@@ -455,9 +515,9 @@ function filter(probs, logits, scratch, { temperature, top_k, top_p, min_p }) {
 }
 
 class Sampler {
-  // weights: of the styles, (S,). prompt: ids. bytes: of each id that stands for text.
-  constructor(settings, V, forbidden, weights, prompt, bytes = []) {
-    Object.assign(this, { settings, V, forbidden, weights, bytes, ngrams: new Map(), tail: [] });
+  // weights: of the styles, (S,). prompt: ids. bytes: of each id that stands for text. rest: what is written first.
+  constructor(settings, V, forbidden, weights, prompt, bytes = [], rest = null) {
+    Object.assign(this, { settings, V, forbidden, weights, bytes, rest, ngrams: new Map(), tail: [] });
     this.decoder = new Utf8Decoder(); // of the text so far
     this.random = random(settings.seed);
     [this.z, this.own, this.probs, this.scratch] = Array.from({ length: 4 }, () => new Float64Array(V));
@@ -490,7 +550,8 @@ class Sampler {
       for (let v = 0; v < V; v++) z[v] += weights[row] * (logits[row * V + v] - mean);
     }
     this.own.set(z);
-    this.penalize();
+    if (this.rest?.left) this.heal();
+    else this.penalize();
     const choose = () => (settings.temperature === 0 ? z.indexOf(z.reduce((a, b) => Math.max(a, b))) :
       this.draw(filter(this.probs, z, this.scratch, settings)));
     let id = choose();
@@ -500,7 +561,15 @@ class Sampler {
     }
     this.push([id]);
     this.decoder.push(this.bytes[id] ?? "");
+    if (this.rest?.left) this.rest.push(id);
     return id;
+  }
+
+  // Keeps what can write the rest of the prompt, without penalties.
+  heal() {
+    const { z, own, rest } = this, ids = new Set(rest.ids());
+    for (let v = 0; v < z.length; v++) if (!ids.has(v)) z[v] = -Infinity;
+    own.set(z);
   }
 
   allows(id) {
@@ -581,8 +650,9 @@ function ends(text, unit, start) {
 }
 
 class Passage {
-  constructor(tokenizer, settings, prompt) {
-    Object.assign(this, { tokenizer, settings, decoder: new Utf8Decoder(), done: false, count: 0 });
+  // skip: how many bytes its tokens write of the prompt before its text begins.
+  constructor(tokenizer, settings, prompt, skip = 0) {
+    Object.assign(this, { tokenizer, settings, skip, decoder: new Utf8Decoder(), done: false, count: 0 });
     Object.assign(this, { before: prompt.slice(-LOOK_BEHIND), held: "", blank: true, drama: SPEECH.test(prompt) });
     this.waiting = []; // [text, note] of tokens whose text is not fully released
     this.waits = settings.until !== "auto" && settings.until !== "tokens"; // for the first complete unit
@@ -590,9 +660,12 @@ class Passage {
 
   // Appends a token with a note on it; returns the text that is released, as [text, note] of each token.
   push(id, note) {
+    const bytes = this.tokenizer.bytes[id] ?? "", skip = this.skip;
+    this.skip = Math.max(skip - bytes.length, 0);
+    if (skip && bytes.length <= skip) return [];
     this.count++;
     if (id === this.tokenizer.specials.get("<|endoftext|>")) return this.end(this.held.length);
-    const piece = this.decoder.push(this.tokenizer.bytes[id] ?? "");
+    const piece = this.decoder.push(bytes.slice(skip));
     if (piece) this.waiting.push([piece, note]);
     for (const part of this.settings.stop.length || this.waits ? piece : [piece]) {
       this.held += part;
@@ -688,17 +761,19 @@ class Poet {
     const tags = blend.map(([name]) => tokenizer.specials.get(`<|${name}|>`));
     const total = blend.reduce((sum, [, share]) => sum + share, 0);
     const weights = blend.length ? blend.map(([, share]) => share / total) : [1];
-    const ids = tokenizer.encode(prompt || "\n");
+    const { read: ids, rest } = heal(tokenizer, prompt);
     if (!ids.length) throw new Error("The model knows none of these characters.");
     const all = tags.length ? [tags[0], ...ids] : ids;
-    const sampler = new Sampler(settings, model.config.vocab_size, this.forbidden, weights, all, tokenizer.bytes);
-    const passage = new Passage(tokenizer, settings, prompt);
+    const left = new Rest(tokenizer, rest), V = model.config.vocab_size;
+    const sampler = new Sampler(settings, V, this.forbidden, weights, all, tokenizer.bytes, left);
+    const passage = new Passage(tokenizer, settings, prompt, rest.length);
     const window = all.slice(this.windowStart(all.length));
     model.start(weights.length);
     let isCached = false, id = 0;
-    for (let i = 0; i < settings.max_new_tokens; i++) {
+    while (passage.count < settings.max_new_tokens) {
       if (isCached) model.step(id);
       else yield* model.read(window, tags);
+      const cut = left.left.length; // bytes of the next token that are the prompt's
       id = sampler.next(model.logits);
       isCached = true;
       if (!model.isRotary) {
@@ -707,20 +782,23 @@ class Poet {
         window.splice(0, start);
         isCached = !start;
       }
-      yield passage.push(id, this.note(sampler.explain(id)));
+      yield passage.push(id, this.note(sampler.explain(id), cut));
       if (passage.done) return;
     }
     yield passage.finish();
   }
 
-  // A token's probability and the likeliest others, with their text; of a part of a character its bytes, as <e4 bd>.
-  note({ p, others }) {
+  // A token's probability and the likeliest others, with their text from byte `cut` on; of a part of a character its
+  // bytes, as <e4 bd>.
+  note({ p, others }, cut = 0) {
     const name = (id) => {
-      const decoder = new Utf8Decoder(), bytes = this.tokenizer.bytes[id] ?? "", text = decoder.push(bytes);
+      const decoder = new Utf8Decoder(), bytes = (this.tokenizer.bytes[id] ?? "").slice(cut);
+      const text = decoder.push(bytes);
       if (!decoder.errors && !decoder.missing) return text;
       return `<${[...bytes].map((byte) => byte.charCodeAt(0).toString(16)).join(" ")}>`;
     };
-    return { p, others: others.map(([id, q]) => [name(id), q]) };
+    const possible = cut ? others.filter(([id]) => this.tokenizer.bytes[id].length > cut) : others;
+    return { p, others: possible.map(([id, q]) => [name(id), q]) };
   }
 }
 

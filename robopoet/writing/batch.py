@@ -30,6 +30,8 @@ class Batch:
         for i, id, logprob, text in zip(self.active, next_ids, logprobs, texts, strict=True):
             passage = self.passages[i]
             released[i] = passage.get_stuck() if text.is_stuck else passage.push(id, logprob)
+            if passage.n_new == passage.settings.max_new_tokens:
+                released[i] += passage.finish()
         return released
 
     def drop_done(self) -> torch.Tensor | None:

@@ -101,15 +101,16 @@ class Passage:
     on, text after the last complete speech (sentence, if no one speaks) is held back, and dropped unless another one
     is completed.
 
-    prompt: the text that it continues. number: of its random stream. ids: its tokens, array("i"). logprobs: of its
-    tokens, nats, array("d"); empty unless push() is given them.
+    prompt: the text that it continues. number: of its random stream. rest: the prompt's last bytes, if its tokens write
+    those first; they are no text of it. ids: its tokens, array("i"). logprobs: of its tokens, nats, array("d"); empty
+    unless push() is given them. n_healing: how many of its first tokens write nothing but `rest`.
     """
 
-    def __init__(self, tok: Tokenizer, settings: Settings, prompt: str = "", number: int = 0):
-        self.prompt, self.settings, self.number, self.done = prompt, settings, number, False
+    def __init__(self, tok: Tokenizer, settings: Settings, prompt: str = "", number: int = 0, rest: bytes = b""):
+        self.prompt, self.settings, self.number, self.rest, self.done = prompt, settings, number, rest, False
         self.is_stuck = False  # whether it ended because every token would have completed a copy
-        self.ids, self.logprobs = array("i"), array("d")
-        self._decoder, self._end_id = StreamDecoder(tok), tok.specials.get(END)
+        self.ids, self.logprobs, self.n_healing = array("i"), array("d"), 0
+        self._tok, self._decoder, self._end_id = tok, StreamDecoder(tok, len(rest)), tok.specials.get(END)
         self._released: list[str] = []
         self._kept = (0, 0, "")  # what cut() keeps: how many tokens, and of their text, how much is released, what held
         self._before, self._held = prompt[-LOOK_BEHIND:], ""
@@ -121,6 +122,11 @@ class Passage:
         self._released = ["".join(self._released)]
         return self._released[0]
 
+    @property
+    def n_new(self) -> int:
+        """How many of its tokens continue the prompt: max_new_tokens at most."""
+        return len(self.ids) - self.n_healing
+
     def push(self, id: int, logprob: float | None = None) -> str:
         """Append a token, unless the passage is done; returns the text that is released."""
         if self.done:
@@ -130,6 +136,8 @@ class Passage:
             self.logprobs.append(logprob)
         if id == self._end_id:
             return self._finish(len(self._held))
+        if self._decoder.skip:
+            self.n_healing += len(self._tok.decode_bytes([id])) <= self._decoder.skip
         piece, until, stops = self._decoder.push([id]), self.settings.until, self.settings.stop
         # character by character, so that the end does not depend on how the text is split into tokens
         for part in piece if stops or until not in ("auto", "tokens") else [piece]:
@@ -169,7 +177,7 @@ class Passage:
         self._released = [self.text[:n_released] + held]
         if n_ids:
             self.ids, self.logprobs = self.ids[:n_ids], self.logprobs[:n_ids]
-            ended = {"until": "tokens", "max_new_tokens": n_ids}
+            ended = {"until": "tokens", "max_new_tokens": n_ids - self.n_healing}
             self.settings = make_settings(dataclasses.asdict(self.settings) | ended)
             self.done = True
 
@@ -193,7 +201,7 @@ class Passage:
 
     def _releasable(self) -> int:
         """How many of the held characters will stay, whatever comes next."""
-        until, halfway = self.settings.until, len(self.ids) > self.settings.max_new_tokens // 2
+        until, halfway = self.settings.until, self.n_new > self.settings.max_new_tokens // 2
         if until != "tokens" and halfway:
             n = max(self._ends(self._auto_unit()), default=0)
         elif until in ("auto", "tokens"):

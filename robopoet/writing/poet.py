@@ -14,12 +14,13 @@ from robopoet.files import HOME
 from robopoet.machine import Machine, find_machine
 from robopoet.text.cleaning import plain
 from robopoet.text.dataset import find_dataset
-from robopoet.text.tokenizer import END, UNKNOWN, Tokenizer, style_token, styles
+from robopoet.text.tokenizer import END, UNKNOWN, BPETokenizer, Tokenizer, style_token, styles
 from robopoet.weights import checkpoint, pretrained
 from robopoet.writing.batch import Batch
 from robopoet.writing.characters import find_characters
 from robopoet.writing.copies import Copied, Copies
 from robopoet.writing.decode import generate, prepack_matrices, window_start
+from robopoet.writing.healing import Healing, Prompt, Rest, heal
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, Settings, make_settings
 from robopoet.writing.sampler import SampledText, Sampler
@@ -85,6 +86,15 @@ class Poet:
             raise DataError(f"{self.path}: does not say which text it was trained on, so nothing can be checked")
         return Originality(find_dataset(self.dataset), self.text_sha256, self.identity)
 
+    @functools.cached_property
+    def _healing(self) -> Healing:
+        assert isinstance(self.tokenizer, BPETokenizer)
+        return Healing(self.tokenizer)
+
+    def rest(self, prompt: Prompt) -> Rest | None:
+        """What a text that continues `prompt` writes of it first."""
+        return Rest(self._healing, prompt.rest) if prompt.rest else None
+
     def copied(self, settings: Settings, prompt: str) -> Copied | None:
         """What a passage that continues `prompt` would copy; None without max_copy.
 
@@ -115,52 +125,53 @@ class Poet:
             pass
         return [passage.prompt + passage.text for passage in passages]
 
-    def begin(self, prompt: str = "", n: int = 1, first: int = 0, **settings: Any) -> list[Passage]:
+    def begin(self, prompt: str = "", n: int = 1, first: int = 0, heals: bool = True, **settings: Any) -> list[Passage]:
         """`n` empty passages (at most 10,000) for stream() to continue `prompt` with.
 
-        first: the number of the first passage's random stream; the others follow. Raises ConfigError if a setting is
-        unknown, has the wrong type or is out of range, if the model lacks the style, if the prompt is not text, is over
-        ten million characters long or has no character that the model knows, or if the passages don't fit in memory;
-        DataError if max_copy needs a training text that is not there.
+        first: the number of the first passage's random stream; the others follow. heals: let the model write the
+        prompt's last word, see heal(). Raises ConfigError if a setting is unknown, has the wrong type or is out of
+        range, if the model lacks the style, if the prompt is not text, is over ten million characters long or has no
+        character that the model knows, or if the passages don't fit in memory; DataError if max_copy needs a training
+        text that is not there.
         """
         for name, value, low, high in (("n", n, 1, MAX_PASSAGES), ("first", first, 0, 2**53)):
             if not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"{name}: found {value!r}, must be a whole number from {low} to {high}")
         checked = make_settings(settings)
         rows = n * max(len(self.blend_of(checked.style)), 1)
-        text, _ = self.read(prompt)
+        read = self.read(prompt, heals)
         self._check_memory(rows)
         if checked.max_copy:
             _ = self.originality
-        return [Passage(self.tokenizer, checked, text, first + i) for i in range(n)]
+        return [Passage(self.tokenizer, checked, read.text, first + i, read.rest) for i in range(n)]
 
     def stream(self, passages: list[Passage], logprobs: bool = False) -> Iterator[list[str]]:
         """Generate the passages that one begin() returned; yields the text that each one gains, token by token.
 
         logprobs: keep each token's log-probability too. Raises ConfigError unless all passages come from one begin().
         """
-        if not passages or any((p.settings, p.prompt) != (passages[0].settings, passages[0].prompt) for p in passages):
+        if len({(p.settings, p.prompt, p.rest) for p in passages}) != 1:
             raise ConfigError(f"passages: found {len(passages)}, must all come from one begin()")
         settings, device = passages[0].settings, self.machine.device
         blend = self.blend_of(settings.style)
-        _, ids = self.read(passages[0].prompt)
-        prompts = [[tag, *ids] for tag in blend] or [ids]  # a row for each style in the blend
+        prompt = self.read(passages[0].prompt, bool(passages[0].rest))
+        prompts = [[tag, *prompt.read] for tag in blend] or [prompt.read]  # a row for each style in the blend
         start = window_start(len(prompts[0]), self.model.config)  # the model reads only a long prompt's end
         windows = [row[start:] for row in prompts]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
-        copied = self.copied(settings, passages[0].prompt)
-        first = SampledText(settings, passages[0].number, prompts[0], list(blend.values()) or [1.0], copied)
+        weights, copied = list(blend.values()) or [1.0], self.copied(settings, prompt.before)
+        first = SampledText(settings, passages[0].number, prompts[0], weights, copied, self.rest(prompt))
         sampler = self.sampler([first.fork(passage.number) for passage in passages])
         batch = Batch(passages, sampler, logprobs)
-        steps = generate(self.model, idx, settings.max_new_tokens, sampler, tags, self.record)
+        most = settings.max_new_tokens + len(prompt.rest)
+        steps = generate(self.model, idx, most, sampler, tags, self.record)
         rows = None  # the rows to keep for the next step; None keeps all
-        for _ in range(settings.max_new_tokens):
+        while True:
             yield batch.push(steps.send(rows))
             if batch.is_done:
                 return
             rows = batch.drop_done()
-        yield [passage.finish() for passage in passages]
 
     # -----------------------------------------------------------------------------------------------------------------
     # styles and checks
@@ -196,12 +207,12 @@ class Poet:
         fate = f"taken as {UNKNOWN}" if UNKNOWN in self.tokenizer.specials else "left out"
         return f"prompt: the model does not know {', '.join(map(repr, unknown))}: {fate}"
 
-    def read(self, prompt: str) -> tuple[str, list[int]]:
-        """A prompt as the model reads it, with LF line ends, and its ids, at least one.
+    def read(self, prompt: str, heals: bool = True) -> Prompt:
+        """A prompt with LF line ends, as ids, and as the model reads it.
 
-        Without a prompt they are those of a line's end, or id 0 if the vocabulary has none. Raises ConfigError if it is
-        not text, is too long, begins with a style's tag, which would be read as text, or has no character that the
-        model knows.
+        Without a prompt the ids are those of a line's end, or id 0 if the vocabulary has none. heals: let the model
+        write the last word, see heal(). Raises ConfigError if it is not text, is too long, begins with a style's tag,
+        which would be read as text, or has no character that the model knows.
         """
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
             found = f"{len(prompt):,} characters" if isinstance(prompt, str) else repr(prompt)[:100]
@@ -216,10 +227,9 @@ class Poet:
                 f"prompt: begins with {tag}, as exported models have it; leave it out, set style to {style}"
             )
         text = plain(prompt)
-        if ids := self.tokenizer.encode(text or "\n"):
-            return text, ids
-        if not text:
-            return text, [0]
+        if (ids := self.tokenizer.encode(text or "\n")) or not text:
+            ids = ids or [0]
+            return heal(self.tokenizer, text, ids) if heals else Prompt(text, ids, ids)
         raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
 
     def _check_memory(self, rows: int) -> None:

@@ -19,6 +19,7 @@ from robopoet.errors import CheckpointError
 from robopoet.ops import in_float64
 from robopoet.writing.characters import START, Characters
 from robopoet.writing.copies import Copied
+from robopoet.writing.healing import Rest
 from robopoet.writing.passage import Settings
 
 Ids = Sequence[int] | np.ndarray
@@ -149,7 +150,8 @@ class SampledText:
 
     number: of its random stream, seeded by (settings.seed, number), so that it does not depend on the texts beside it.
     prompt: the ids that it continues. weights: of the styles in its blend. copied: what it would copy, with max_copy.
-    is_stuck: whether every token would have completed a copy in the last step, so that its id means nothing.
+    rest: the end of the prompt, if it writes that first. is_stuck: whether every token would have completed a copy in
+    the last step, so that its id means nothing.
     """
 
     def __init__(
@@ -159,8 +161,10 @@ class SampledText:
         prompt: Sequence[int],
         weights: Sequence[float] = (1.0,),
         copied: Copied | None = None,
+        rest: Rest | None = None,
     ):
-        self.settings, self.weights, self.copied, self.is_stuck = settings, list(weights), copied, False
+        self.settings, self.weights, self.is_stuck = settings, list(weights), False
+        self.copied, self.rest = copied, rest
         self.stream = np.random.default_rng((settings.seed, number))
         self.ngrams = NGrams(settings.no_repeat_ngram, prompt) if settings.no_repeat_ngram else None
         self.seen, self.state = set(prompt), START  # the ids in it; the state of a decoder of UTF-8
@@ -170,14 +174,14 @@ class SampledText:
         other = copy.copy(self)
         other.stream = np.random.default_rng((self.settings.seed, number))
         other.ngrams, other.copied = self.ngrams and self.ngrams.fork(), self.copied and self.copied.fork()
-        other.seen = set(self.seen)
+        other.seen, other.rest = set(self.seen), copy.copy(self.rest)
         return other
 
     def push(self, id: int, state: int) -> None:
         """Append an id to the text; state: the decoder's after it."""
         self.state = state
         self.seen.add(id)
-        for memory in (self.ngrams, self.copied):
+        for memory in (self.ngrams, self.copied, self.rest):
             if memory:
                 memory.push(id)
 
@@ -256,7 +260,7 @@ class Sampler:
             parts = zip(logits.split([weights.numel() for weights in self.weights]), self.weights, strict=True)
             blends = [blended(part, weights) for part, weights in parts]
             logits = torch.cat(blends) if len(blends) > 1 else blends[0]
-        self.logits, self.ids = logits, self.sample(self.penalize(logits))
+        self.logits, self.ids = logits, self.sample(self.heal(logits, self.penalize(logits)))
         if self.characters:
             self.states = self.characters.after(self.states, self.ids)
         if self.seen is not None:
@@ -285,6 +289,19 @@ class Sampler:
             for text, is_stuck in zip(self.texts, stuck.tolist(), strict=True):
                 text.is_stuck = is_stuck
         return logits
+
+    def heal(self, logits: torch.Tensor, penalized: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) after penalties, but of texts that write their prompt's end its tokens' own, and no others."""
+        healing = [(place, text) for place, text in enumerate(self.texts) if text.rest]
+        if not healing:
+            return penalized
+        healed = penalized.clone()
+        for place, text in healing:
+            ids = torch.from_numpy(text.rest.ids(text.copied.ids() if text.copied else ())).to(logits.device)
+            healed[place] = -torch.inf
+            healed[place, ids] = logits[place, ids]
+            text.is_stuck = False
+        return healed
 
     def forbid(self, logits: torch.Tensor, ids: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
         """Set the logits of each text's `ids` to -inf, except where no token would be left; (B, V), and (B,) those.
