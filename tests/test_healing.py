@@ -103,84 +103,63 @@ def test_characters_and_ids_need_none():
 
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))
-def test_a_text_that_is_cut_anywhere_can_be_written_in_its_own_tokens(book, pattern):
+def test_a_text_that_is_cut_can_nearly_always_be_written_in_its_own_tokens(book, pattern):
     """So a model that is sure of a text goes on with it, as if the prompt had not been cut there."""
     tok = BPETokenizer(book.tokens, SAID, pattern)
-    rules, text = Healing(tok), make_book(5, 3) + "Été, don't we'll\n\n 12 quartz!\n"
-    ids, followed = tok.encode(text), 0
+    rules, text, followed = Healing(tok), make_book(5, 3) + "Été, don't we'll\n\n 12 quartz!\n", 0
+    ids = tok.encode(text)
     for cut in range(1, len(text)):
         prompt = heal(tok, text[:cut], tok.encode(text[:cut]))
-        if prompt.read != ids[: len(prompt.read)]:
-            continue  # a word that was cut at its first letter, or longer than what is given back
-        rest, followed = Rest(rules, prompt.rest), followed + 1
-        for id in ids[len(prompt.read) :]:
-            if not rest:
+        rest = Rest(rules, prompt.own, [0.0] * len(prompt.own))
+        n = len(prompt.ids) - len(prompt.own)
+        for id in ids[n:] if prompt.ids[:n] == ids[:n] else []:
+            if not rest or rest.given(torch.zeros(tok.vocab_size))[id] == -math.inf:
                 break
-            assert id in rest.ids(), (text[:cut][-20:], tok.tokens[id])
             rest.push(id)
-    assert followed > 0.97 * len(text)
+        followed += not rest
+        assert not rest or text[cut - 1 : cut + 1].isalpha()  # only words whose beginning has other tokens
+    assert followed > 0.9 * len(text)
 
 
-def naive(tok: BPETokenizer, before: bytes, left: bytes) -> set[int]:
-    """The ids that may come next, by their definition."""
-
-    def fits(before: bytes, left: bytes) -> list[int]:
-        found = []
-        for id, token in enumerate(tok.tokens):
-            if not (token.startswith(left) or left.startswith(token)):
-                continue
-            try:
-                pair = tok.encode((before + token).decode()) if before else [0, id]
-            except UnicodeDecodeError:
-                pair = [0, id]
-            if len(pair) == 2 and pair[1] == id and (len(token) >= len(left) or fits(token, left[len(token) :])):
-                found.append(id)
-        return found
-
-    agree = {id for id, token in enumerate(tok.tokens) if token.startswith(left) or left.startswith(token)}
-    return set(fits(before, left)) or agree
-
-
-LEFT = [" queen", " que", " ", "  ", "q", "The", "'", "zebra", " quee", "é", "\n ", "-", "東"]
-
-
-@pytest.mark.parametrize("left", LEFT)
-def test_ids_are_those_that_agree_and_stay_what_they_are_when_tokenized(tok, book, left):
+@pytest.mark.parametrize("left", [" queen", " que", " ", "  ", "q", "The", "'", "é", "\n", "-"])
+def test_the_tokens_that_begin_with_some_bytes_are_found(tok, book, left):
     for which in (tok, book):
-        rules = Healing(which)
-        found = rules.fitting(b"", left.encode()).tolist()
-        assert len(found) == len(set(found)) and set(found) == naive(which, b"", left.encode())
-        for n in range(1, len(left.encode())):
-            before, rest = left.encode()[:n], left.encode()[n:]
-            if before in which.tokens:
-                assert set(rules.fitting(before, rest).tolist()) == naive(which, before, rest)
-    ids = {tok.tokens[id] for id in Healing(tok).fitting(b"", b" queen").tolist()}
-    assert ids == {b" queen", b" queens"}  # no " q", " qu", " que": with "ueen" behind them they were others
+        expected = {id for id, token in enumerate(which.tokens) if token.startswith(left.encode())}
+        found = Healing(which).beginning(left.encode()).tolist()
+        assert len(found) == len(set(found)) and set(found) == expected
 
 
 # --- what is written
 
 
-def covers(poet: Poet, prompt: str) -> dict[tuple[int, ...], float]:
-    """Each way to write a prompt's last word, with its probability: a full forward pass for each token, in float64."""
-    tok, read = poet.tokenizer, poet.read(prompt)
-    found: dict[tuple[int, ...], float] = {}
+def covers(poet: Poet, prompt: str, style: str = "") -> dict[tuple[int, ...], float]:
+    """Each way to write a prompt's last word, with its probability: a full forward pass for each token, in float64.
 
-    def go(ids: list[int], before: bytes, left: bytes, p: float) -> None:
-        if not left:
-            found[tuple(ids)] = p
-            return
+    A way is some of the prompt's own tokens, and one that begins with all that is left.
+    """
+    tokens, read = poet.tokenizer.tokens, poet.read(prompt)
+    front, own = [poet.tokenizer.specials[f"<|{style}|>"]] if style else [], tuple(read.own)
+    found, before = {}, 1.0
+    for n in range(len(own)):
         with torch.inference_mode():
-            logits = poet.model(torch.tensor([read.read + ids]))[0][0, -1].double()
-        open_ids = sorted(naive(tok, before, left))
-        for id, q in zip(open_ids, logits[open_ids].softmax(-1).tolist(), strict=True):
-            go([*ids, id], tok.tokens[id], left[len(tok.tokens[id]) :], p * q)
+            logits = poet.model(torch.tensor([[*front, *read.read, *own[:n]]]))[0][0, -1]
+        probs, left = logits.softmax(-1).tolist(), b"".join(tokens[id] for id in own[n:])
+        found |= {(*own[:n], id): before * probs[id] for id, token in enumerate(tokens) if token.startswith(left)}
+        before *= probs[own[n]]
+    total = sum(found.values())
+    return {ids: p / total for ids, p in found.items()}
 
-    go([], b"", read.rest, 1.0)
+
+def marginals(ways: dict[tuple[int, ...], float], ids: tuple[int, ...]) -> dict[int, float]:
+    """How likely each id comes next after these."""
+    found = Counter()
+    for way, p in ways.items():
+        if way[: len(ids)] == ids:
+            found[way[len(ids)]] += p
     return found
 
 
-@pytest.mark.parametrize("prompt", ["The queen", "The que", "The ", "quee", "The quee", "The q"])
+@pytest.mark.parametrize("prompt", ["The queen", "The que", "The ", "quee", "The quee", "The q", "The queene"])
 def test_the_last_word_is_drawn_from_the_models_distribution_given_it(poet, prompt):
     expected, n = covers(poet, prompt), 4000
     assert sum(expected.values()) == pytest.approx(1) and len(expected) > 1
@@ -204,9 +183,7 @@ WAYS = [{}, {"top_k": 2}, {"repetition_penalty": 9.0}, {"no_repeat_ngram": 1}, {
 def test_filters_choose_among_what_writes_the_prompt_and_penalties_count_after_it(poet, given):
     prompt = "The queen The queen The quee"
     if "top_p" in given or "top_k" in given:
-        likeliest = {}
-        for ids, p in covers(poet, prompt).items():
-            likeliest[ids[0]] = likeliest.get(ids[0], 0) + p
+        likeliest = marginals(covers(poet, prompt), ())
         kept = sorted(likeliest, key=likeliest.get, reverse=True)[: given.get("top_k", 1)]
     for passage in written(poet, prompt, 20, max_new_tokens=6, until="tokens", **{"top_p": 1.0} | given):
         raw = poet.tokenizer.decode_bytes(passage.ids)
@@ -219,10 +196,10 @@ def test_greedy_text_is_that_of_a_naive_loop_over_sliding_windows(tmp_path, tok)
     for style, tag in (("", None), ("a", "<|a|>")):
         path = save_random(tmp_path / f"{style or 'plain'}.pt", tok, block_size=9)
         poet = Poet(str(path), "cpu", "float64")
-        for prompt in ("The que", "quee", "The queen said: The queen and The que", "The "):
-            passage = written(poet, prompt, max_new_tokens=30, until="tokens", temperature=0.0, style=style)[0]
-            read, ids, left, before = poet.read(prompt), [], poet.read(prompt).rest, b""
-            front = [tok.specials[tag]] if tag else []
+        for prompt in ("The que", "quee", "The queens", "The quee", "The queen said: The queen and The que", "The "):
+            (passage,) = written(poet, prompt, max_new_tokens=30, until="tokens", temperature=0.0, style=style)
+            read, front, ids = poet.read(prompt), [tok.specials[tag]] if tag else [], []
+            ways = covers(poet, prompt, style) if len(read.own) > 1 else {}
             for _ in passage.ids:
                 text = front + read.read + ids
                 window = text[window_start(len(text), poet.model.config) :]
@@ -230,18 +207,15 @@ def test_greedy_text_is_that_of_a_naive_loop_over_sliding_windows(tmp_path, tok)
                 with torch.no_grad():
                     logits = poet.model(torch.tensor([window]))[0][0, -1].clone()
                 logits[poet.forbidden] = -torch.inf
-                table = poet.characters.table
-                at = START
+                table, at = poet.characters.table, START
                 for id in ids:
                     at = table[at, id]
                 logits[torch.from_numpy(table[at] == ERROR)] = -torch.inf
-                if left:
-                    kept = sorted(naive(tok, before, left))
-                    masked = torch.full_like(logits, -torch.inf)
-                    masked[kept] = logits[kept]
-                    logits = masked
-                ids.append(int(logits.argmax()))
-                before, left = (tok.tokens[ids[-1]], left[len(tok.tokens[ids[-1]]) :]) if left else (b"", b"")
+                if not ids and len(read.own) == 1:
+                    wrong = [id for id, token in enumerate(tok.tokens) if not token.startswith(read.rest)]
+                    logits[[*wrong, *tok.specials.values()]] = -torch.inf
+                next_ids = marginals(ways, tuple(ids)) if len(tok.decode_bytes(ids)) < len(read.rest) else {}
+                ids.append(max(next_ids, key=next_ids.get) if next_ids else int(logits.argmax()))
             assert ids == passage.ids.tolist() and passage.n_new <= 30
 
 

@@ -1,6 +1,7 @@
 """The engine: one thread that owns the model and steps all texts together; a text joins or leaves between two steps."""
 
 import asyncio
+import copy
 import queue
 import threading
 import traceback
@@ -236,7 +237,9 @@ class Engine(threading.Thread):
         settings, number, prompt = choice.settings, choice.number, choice.prompt
         choice.passage = Passage(self.poet.tokenizer, settings, prompt.text, number, prompt.rest)
         ids = prompt.read if choice.tags == [None] else [choice.tags[0], *prompt.read]
-        copied, rest = self.poet.copied(settings, prompt.before), self.poet.rest(prompt)
+        blend = dict(zip(choice.tags, choice.weights.tolist(), strict=True)) if choice.tags != [None] else {}
+        rest = copy.copy(twin.sampled.rest) if twin else self.poet.rest(prompt, blend)
+        copied = self.poet.copied(settings, prompt.before)
         choice.sampled = SampledText(settings, number, ids, choice.weights.tolist(), copied, rest)
         hidden = []
         if twin and not choice.scores_prompt:
@@ -275,7 +278,7 @@ class Engine(threading.Thread):
         told = [choice for choice in by_place if choice.top is not None]
         own = [blended(logits[[row.place for row in choice.rows]], choice.weights) for choice in told]
         logprobs = dict(zip(told, torch.cat(own).log_softmax(-1), strict=True)) if told else {}
-        logprobs |= {choice: choice.sampled.rest.given(logprobs[choice]) for choice in told if choice.sampled.rest}
+        logprobs |= {choice: choice.sampled.rest.told(logprobs[choice]) for choice in told if choice.sampled.rest}
         cuts = [len(choice.sampled.rest or b"") for choice in by_place]  # sampling a token takes from the rest
         logits = self._shifted(logits)
         if len(by_place) < len(logits):  # some are blends

@@ -154,58 +154,54 @@ class Tokenizer {
 
 const GIVEN_TOKENS = 8, GIVEN_BYTES = 64;
 
-// A prompt as the ids that the model reads and the bytes that it then writes of it, in tokens of its choice.
+// A prompt as the ids that the model reads, and its own for what a text then writes of it first.
 function heal(tokenizer, text) {
   const ids = tokenizer.encode(text || "\n");
-  if (!tokenizer.isBPE || !text || text.endsWith("\n")) return { read: ids, rest: "" };
+  if (!tokenizer.isBPE || !text || text.endsWith("\n")) return { read: ids, own: [] };
   const most = Math.min(utf8(text.match(tokenizer.pattern).at(-1)).length, GIVEN_BYTES);
-  let n = 0, rest = "", longer = "";
+  let n = 0, longer = "";
   for (let count = 1; count <= Math.min(GIVEN_TOKENS, ids.length); count++) {
     longer = tokenizer.bytes[ids.at(-count)] + longer;
     if (longer.length > most) break;
-    if ((longer.charCodeAt(0) & 0xc0) !== 0x80) [n, rest] = [count, longer]; // a character begins here
+    if ((longer.charCodeAt(0) & 0xc0) !== 0x80) n = count; // a character begins here
   }
   const read = ids.slice(0, ids.length - n);
-  return { read: read.length ? read : tokenizer.encode("\n"), rest };
+  return { read: read.length ? read : tokenizer.encode("\n"), own: ids.slice(read.length) };
 }
 
-// The end of a prompt that a text writes first. left: the bytes that remain.
+// The end of a prompt that a text writes first. own: the prompt's ids for it. left: the bytes that remain. odds: after
+// each of its own ids but the last, how likely what is left is written; logarithms.
 class Rest {
-  constructor(tokenizer, left) {
-    Object.assign(this, { tokenizer, left, before: "", known: new Map() });
+  constructor(bytes, own) {
+    Object.assign(this, { bytes, own, left: own.map((id) => bytes[id]).join(""), written: 0, odds: null });
   }
 
-  // The ids that may come next: they agree with what is left, and tokenizing what they write gives them again.
-  ids() {
-    const found = this.after(this.before, this.left);
-    return found.length ? found : this.agreeing(this.left);
+  beginning(left) {
+    return [...this.bytes.keys()].filter((id) => this.bytes[id].startsWith(left));
   }
 
-  agreeing(left) {
-    const { bytes } = this.tokenizer;
-    return [...bytes.keys()].filter((id) => bytes[id].startsWith(left) || left.startsWith(bytes[id]));
-  }
-
-  after(before, left) {
-    const key = `${before.length} ${before}${left}`, { bytes } = this.tokenizer;
-    if (!this.known.has(key)) {
-      const goesOn = (id, n = bytes[id].length) => n >= left.length || this.after(bytes[id], left.slice(n)).length;
-      this.known.set(key, this.agreeing(left).filter((id) => this.joins(before, id) && goesOn(id)));
+  // logprobs: the model's, after each of its own ids but the last.
+  weigh(logprobs) {
+    this.odds = Array(logprobs.length);
+    for (let i = logprobs.length - 1; i >= 0; i--) {
+      const left = this.own.slice(i + 1).map((id) => this.bytes[id]).join("");
+      const ways = this.beginning(left).map((id) => logprobs[i][id]);
+      if (i + 1 < logprobs.length) ways.push(logprobs[i][this.own[i + 1]] + this.odds[i + 1]);
+      this.odds[i] = logSumExp(ways, 0, ways.length);
     }
-    return this.known.get(key);
   }
 
-  // Whether an id stays a token of its own behind another; what is not whole characters can't be told.
-  joins(before, id) {
-    const decoder = new Utf8Decoder(), text = decoder.push(before + this.tokenizer.bytes[id]);
-    if (!before || decoder.errors || decoder.missing) return true;
-    const pair = this.tokenizer.encode(text);
-    return pair.length === 2 && pair[1] === id;
+  // Logits (V,), given that the prompt's end is written: -Infinity for what can't write it.
+  given(z) {
+    const kept = new Map(this.beginning(this.left).map((id) => [id, z[id]])), own = this.own[this.written];
+    if (this.bytes[own].length < this.left.length) kept.set(own, z[own] + this.odds[this.written]);
+    z.fill(-Infinity);
+    for (const [id, value] of kept) z[id] = value;
   }
 
   push(id) {
-    this.before = this.tokenizer.bytes[id];
-    this.left = this.left.slice(this.before.length);
+    this.left = this.left.slice(this.bytes[id].length);
+    this.written++;
   }
 }
 
@@ -567,9 +563,8 @@ class Sampler {
 
   // Keeps what can write the rest of the prompt, without penalties.
   heal() {
-    const { z, own, rest } = this, ids = new Set(rest.ids());
-    for (let v = 0; v < z.length; v++) if (!ids.has(v)) z[v] = -Infinity;
-    own.set(z);
+    this.rest.given(this.z);
+    this.own.set(this.z);
   }
 
   allows(id) {
@@ -761,19 +756,20 @@ class Poet {
     const tags = blend.map(([name]) => tokenizer.specials.get(`<|${name}|>`));
     const total = blend.reduce((sum, [, share]) => sum + share, 0);
     const weights = blend.length ? blend.map(([, share]) => share / total) : [1];
-    const { read: ids, rest } = heal(tokenizer, prompt);
+    const { read: ids, own } = heal(tokenizer, prompt);
     if (!ids.length) throw new Error("The model knows none of these characters.");
     const all = tags.length ? [tags[0], ...ids] : ids;
-    const left = new Rest(tokenizer, rest), V = model.config.vocab_size;
-    const sampler = new Sampler(settings, V, this.forbidden, weights, all, tokenizer.bytes, left);
-    const passage = new Passage(tokenizer, settings, prompt, rest.length);
+    const rest = new Rest(tokenizer.bytes, own), V = model.config.vocab_size;
+    const sampler = new Sampler(settings, V, this.forbidden, weights, all, tokenizer.bytes, rest);
+    const passage = new Passage(tokenizer, settings, prompt, rest.left.length);
     const window = all.slice(this.windowStart(all.length));
     model.start(weights.length);
     let isCached = false, id = 0;
     while (passage.count < settings.max_new_tokens) {
       if (isCached) model.step(id);
       else yield* model.read(window, tags);
-      const cut = left.left.length; // bytes of the next token that are the prompt's
+      if (!rest.odds) yield* this.weigh(rest, window, tags, weights);
+      const cut = rest.left.length; // bytes of the next token that are the prompt's
       id = sampler.next(model.logits);
       isCached = true;
       if (!model.isRotary) {
@@ -786,6 +782,29 @@ class Poet {
       if (passage.done) return;
     }
     yield passage.finish();
+  }
+
+  // Looks ahead along a prompt's own ids, from a window that the model has just read.
+  *weigh(rest, window, tags, weights) {
+    const { model } = this, V = model.config.vocab_size, logits = model.logits.slice(), found = [];
+    for (const id of rest.own.slice(0, -1)) {
+      model.step(id);
+      const z = new Float64Array(V);
+      weights.forEach((weight, row) => {
+        const mean = logSumExp(model.logits, row * V, V);
+        for (let v = 0; v < V; v++) z[v] += weight * (model.logits[row * V + v] - mean);
+      });
+      const total = logSumExp(z, 0, V);
+      found.push(z.map((x) => x - total));
+    }
+    rest.weigh(found);
+    if (window.length + found.length > model.config.block_size) { // the first of its keys are overwritten
+      model.start(weights.length);
+      yield* model.read(window, tags);
+    } else {
+      model.length = window.length;
+      model.logits.set(logits);
+    }
   }
 
   // A token's probability and the likeliest others, with their text from byte `cut` on; of a part of a character its

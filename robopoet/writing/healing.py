@@ -1,7 +1,9 @@
 """Healing a prompt's end: the model writes the prompt's last word itself, in tokens as it learned them.
 
 "Captain Ah" ends in other tokens than a text that goes on with "ab", and " Ahab" can't be chosen any more. So the model
-reads the prompt without its last word, and until that stands there chooses among the tokens that agree with it.
+reads the prompt without its last word. Until that stands there, a text goes on with the prompt's own tokens, or with
+one that begins with all that is left and may write more, each as likely as the model finds it given that the word is
+written.
 """
 
 import bisect
@@ -20,11 +22,15 @@ WORD_CHARS = 1_000  # characters in which a prompt's last word is looked for
 
 
 class Prompt(NamedTuple):
-    """A prompt's text and its own ids; those that the model reads, at least one, and the bytes that it then writes."""
+    """A prompt's text and its ids; those that the model reads, at least one, and those that it may write otherwise.
+
+    rest: what these last ones write.
+    """
 
     text: str
     ids: list[int]
     read: list[int]
+    own: tuple[int, ...] = ()
     rest: bytes = b""
 
     @property
@@ -50,7 +56,7 @@ def heal(tok: Tokenizer, text: str, ids: list[int]) -> Prompt:
         if longer[0] & 0xC0 != 0x80:  # a character begins here
             n, given = count, longer
     read = ids[: len(ids) - n]
-    return Prompt(text, ids, read or tok.encode("\n"), given)
+    return Prompt(text, ids, read or tok.encode("\n"), tuple(ids[len(read) :]), given)
 
 
 @functools.cache
@@ -60,85 +66,69 @@ def _pattern(pattern: str) -> regex.Pattern[str]:
 
 
 class Healing:
-    """Which tokens can write what is left of a prompt's end."""
+    """A tokenizer's tokens by what they begin with."""
 
     def __init__(self, tok: BPETokenizer):
-        self.tok, self.tokens = tok, tok.tokens
-        self.ids = sorted(range(len(tok.tokens)), key=tok.tokens.__getitem__)
-        self.ordered = [tok.tokens[id] for id in self.ids]
-        self.fitting = functools.lru_cache(maxsize=1_000)(self._fitting)
-        self._after = functools.lru_cache(maxsize=10_000)(self._search)
+        self.tokens, self.ids = tok.tokens, np.array(sorted(range(len(tok.tokens)), key=tok.tokens.__getitem__))
+        self.ordered = [tok.tokens[id] for id in self.ids.tolist()]
 
-    def _fitting(self, before: bytes, left: bytes) -> np.ndarray:
-        """The ids that may come next after the token `before` (b"": another text's) where `left` is to be written.
-
-        They agree with it, and tokenizing what they write gives them again, with what must follow: the model has
-        learned no other tokens, and can't go on from them.
-        """
-        return np.array(self._after(before, left) or self.agreeing(left), np.int64)
-
-    def agreeing(self, left: bytes) -> list[int]:
-        """The ids whose bytes begin with `left` or are its beginning."""
-        found = []
-        for n in range(1, len(left)):
-            place = bisect.bisect_left(self.ordered, left[:n])
-            found += self.ids[place : place + (self.ordered[place : place + 1] == [left[:n]])]
+    def beginning(self, left: bytes) -> torch.Tensor:
+        """The ids whose bytes begin with `left`, (n,) int64, at least one if it is a token."""
         first = bisect.bisect_left(self.ordered, left)
         last = bisect.bisect_right(self.ordered, left, lo=first, key=lambda token: token[: len(left)])
-        return found + self.ids[first:last]
+        return torch.from_numpy(self.ids[first:last])
 
-    def _search(self, before: bytes, left: bytes) -> list[int]:
-        found = self._joined(before, self.agreeing(left))
-        rests = ((id, left[len(self.tokens[id]) :]) for id in found)
-        return [id for id, rest in rests if not rest or self._after(self.tokens[id], rest)]
+    def odds(self, own: Sequence[int], logprobs: torch.Tensor) -> list[float]:
+        """How likely what is left of a prompt's end is written, after each of its ids but the last; logarithms.
 
-    def _joined(self, before: bytes, ids: list[int]) -> list[int]:
-        """Those of these ids that stay two tokens behind `before`; what is not whole characters can't be told."""
-        if not before:
-            return ids
-        texts: dict[int, str] = {}
-        for id in ids:
-            try:
-                texts[id] = (before + self.tokens[id]).decode()
-            except UnicodeDecodeError:
-                continue
-        pairs = self.tok.encode_pieces(list(texts.values())) if texts else []
-        merged = {id for id, pair in zip(texts, pairs, strict=True) if pair[-1] != id or len(pair) != 2}
-        return [id for id in ids if id not in merged]
+        logprobs: the model's, after each of those, (len(own) - 1, V).
+        """
+        found: list[float] = []
+        for place in range(len(own) - 1, 0, -1):
+            row, left = logprobs[place - 1], b"".join(self.tokens[id] for id in own[place:])
+            ways = row[self.beginning(left)]
+            if found:
+                ways = torch.cat([ways, row[[own[place]]] + found[-1]])
+            found.append(ways.logsumexp(0).item())
+        return found[::-1]
 
 
 class Rest:
-    """The end of a prompt that a text writes first: which ids may come next. left: the bytes that remain."""
+    """The end of a prompt that a text writes first. own: the prompt's ids for it. odds: from Healing.odds().
 
-    def __init__(self, healing: Healing, left: bytes):
-        self.healing, self.left, self.before = healing, left, b""
+    left: the bytes that remain.
+    """
+
+    def __init__(self, healing: Healing, own: Sequence[int], odds: Sequence[float]):
+        self.healing, self.own, self.odds = healing, own, odds
+        self.left, self.n_written = b"".join(healing.tokens[id] for id in own), 0
 
     def __len__(self) -> int:
         return len(self.left)
 
-    def ids(self, copying: Collection[int] = ()) -> np.ndarray:
-        """The ids that may come next, (n,) int64; none of `copying` that writes beyond the prompt."""
-        found = self.healing.fitting(self.before, self.left)
-        if not len(copying):
-            return found
-        reach, copied = self.beyond(found), np.isin(found, list(copying))
-        if (kept := found[~(reach & copied)]).size:
-            return kept
-        agreeing = np.array(self.healing.agreeing(self.left), np.int64)
-        return agreeing[~self.beyond(agreeing)]
+    def given(self, logits: torch.Tensor, copying: Collection[int] = ()) -> torch.Tensor:
+        """Logits (V,) of the next token, given that the prompt's end is written; -inf of those that can't write it.
 
-    def beyond(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Whether each id writes more than the prompt's end, (n,) bool."""
-        return np.array([len(self.healing.tokens[id]) > len(self.left) for id in ids], np.bool)
+        copying: ids that are left out too, but where they write no more than the prompt.
+        """
+        found, ids = torch.full_like(logits, -torch.inf), self.healing.beginning(self.left)
+        if len(copying):
+            copied = set(copying)
+            kept = [id for id in ids.tolist() if id not in copied or self.healing.tokens[id] == self.left]
+            ids = torch.tensor(kept, dtype=torch.int64)
+        found[ids] = logits[ids]
+        own = self.own[self.n_written]
+        if len(self.healing.tokens[own]) < len(self.left):
+            found[own] = logits[own] + self.odds[self.n_written]
+        return found
 
-    def given(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, (V,), given that the prompt's end is written; -inf of all that write no more than that."""
-        ids = self.ids()
-        own, reach = torch.from_numpy(ids), torch.from_numpy(ids[self.beyond(ids)])
-        found = torch.full_like(logprobs, -torch.inf)
-        found[reach] = logprobs[reach] - logprobs[own].logsumexp(-1)
+    def told(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (V,) given that the prompt's end is written; -inf of what writes no more than that."""
+        found, ids = self.given(logprobs).log_softmax(-1), self.healing.beginning(self.left)
+        nothing_new = [id for id in ids[:1].tolist() if self.healing.tokens[id] == self.left]  # it is the first of them
+        found[[*nothing_new, self.own[self.n_written]]] = -torch.inf
         return found
 
     def push(self, id: int) -> None:
         """Append an id to the text."""
-        self.before, self.left = self.healing.tokens[id], self.left[len(self.healing.tokens[id]) :]
+        self.left, self.n_written = self.left[len(self.healing.tokens[id]) :], self.n_written + 1

@@ -23,7 +23,7 @@ from robopoet.writing.decode import generate, prepack_matrices, window_start
 from robopoet.writing.healing import Healing, Prompt, Rest, heal
 from robopoet.writing.originality import Originality
 from robopoet.writing.passage import Passage, Settings, make_settings
-from robopoet.writing.sampler import SampledText, Sampler
+from robopoet.writing.sampler import SampledText, Sampler, blended
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_PASSAGES = 10_000  # in one batch
@@ -91,9 +91,22 @@ class Poet:
         assert isinstance(self.tokenizer, BPETokenizer)
         return Healing(self.tokenizer)
 
-    def rest(self, prompt: Prompt) -> Rest | None:
-        """What a text that continues `prompt` writes of it first."""
-        return Rest(self._healing, prompt.rest) if prompt.rest else None
+    @torch.inference_mode()
+    def rest(self, prompt: Prompt, blend: dict[int, float]) -> Rest | None:
+        """What a text that continues `prompt` in this blend of styles writes of it first."""
+        if not prompt.own:
+            return None
+        odds, later = [0.0] * (len(prompt.own) - 1), prompt.own[:-1]
+        text = [*prompt.read, *later]
+        windows = [[tag, *text] for tag in blend] or [text]
+        if start := window_start(len(windows[0]), self.model.config):
+            windows = [[*row[: bool(blend)], *row[start + bool(blend) :]] for row in windows]
+        if 0 < len(later) <= len(windows[0]):
+            hidden = self.model.hidden_states(torch.tensor(windows, device=self.machine.device))[:, -len(later) :]
+            weights = torch.tensor(list(blend.values()) or [1.0], device=self.machine.device)
+            logits = self.model.lm_head(hidden).transpose(0, 1).flatten(0, 1)  # (k * S, V), the styles side by side
+            odds = self._healing.odds(prompt.own, blended(logits, weights).log_softmax(-1))
+        return Rest(self._healing, prompt.own, odds)
 
     def copied(self, settings: Settings, prompt: str) -> Copied | None:
         """What a passage that continues `prompt` would copy; None without max_copy.
@@ -161,7 +174,7 @@ class Poet:
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         weights, copied = list(blend.values()) or [1.0], self.copied(settings, prompt.before)
-        first = SampledText(settings, passages[0].number, prompts[0], weights, copied, self.rest(prompt))
+        first = SampledText(settings, passages[0].number, prompts[0], weights, copied, self.rest(prompt, blend))
         sampler = self.sampler([first.fork(passage.number) for passage in passages])
         batch = Batch(passages, sampler, logprobs)
         most = settings.max_new_tokens + len(prompt.rest)

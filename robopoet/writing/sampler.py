@@ -291,15 +291,13 @@ class Sampler:
         return logits
 
     def heal(self, logits: torch.Tensor, penalized: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) after penalties, but of texts that write their prompt's end its tokens' own, and no others."""
+        """Logits (B, V) after penalties, but without them, and given the prompt, where a text writes its end."""
         healing = [(place, text) for place, text in enumerate(self.texts) if text.rest]
         if not healing:
             return penalized
         healed = penalized.clone()
         for place, text in healing:
-            ids = torch.from_numpy(text.rest.ids(text.copied.ids() if text.copied else ())).to(logits.device)
-            healed[place] = -torch.inf
-            healed[place, ids] = logits[place, ids]
+            healed[place] = text.rest.given(logits[place], text.copied.ids() if text.copied else ())
             text.is_stuck = False
         return healed
 
