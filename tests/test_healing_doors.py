@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 from conftest import save_random
 from served import Served
-from test_healing import QUEENS, covers, written
+from test_healing import QUEENS, covers, marginals, written
 from test_html import call, engine, export
 
 from robopoet.serving.engine import Bias
@@ -174,6 +175,25 @@ def test_a_page_heals_as_poet_does(tmp_path, bpe):
                 (passage,) = written(poet, prompt, style=named, **greedy)
                 found = call(v8, "write", prompt, greedy | {"style": style})
                 assert found == {"ids": passage.ids.tolist(), "text": passage.text}
+
+
+@pytest.mark.parametrize("block_size", [24, 8])
+def test_a_page_finds_each_way_to_write_the_last_word_as_likely_as_brute_force(tmp_path, block_size):
+    """In a window that has room for the last word, and in one that it fills."""
+    path = save_random(tmp_path / "best.pt", QUEENS, scale=2, block_size=block_size, positions="rotary")
+    v8, poet = engine(export(path, tmp_path / "poet.html")), Poet(str(path), "cpu", "float64")
+    code = """(prompt, style) => { const found = [], given = Rest.prototype.given;
+        Rest.prototype.given = function (z) { given.call(this, z); found.push([this.odds, Array.from(z, String)]); };
+        for (const _ of poet.write(prompt, { max_new_tokens: 1, style })) {}
+        Rest.prototype.given = given; return found[0]; }"""
+    for prompt in ("The quee", "quee", "a queene", "zeb"):
+        logits = torch.tensor([float(x.replace("Infinity", "inf")) for x in call(v8, code, prompt, {})[1]])
+        first = marginals(covers(poet, prompt), ())
+        assert set(first) == set(logits.isfinite().nonzero()[:, 0].tolist())
+        assert logits.softmax(-1)[[*first]].tolist() == pytest.approx([*first.values()], abs=1e-5)
+        for named, style in (("a", {"a": 1}), ("a:0.7,b:0.3", {"a": 0.7, "b": 0.3})):
+            rest = poet.rest(poet.read(prompt), poet.blend_of(named))
+            assert list(call(v8, code, prompt, style)[0]) == pytest.approx(rest.odds, abs=1e-4)
 
 
 def test_a_pages_first_word_tells_what_else_it_could_have_been(path, tmp_path):
