@@ -335,7 +335,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     run.check_space(model, state.optimizers, start.resumes, cfg.ema > 0)
 
     # --- resume, or start a new run
-    run.teachers, run.licences = state.teachers.sha256 if state.teachers else {}, start.licences(meta)
+    run.take_from(start, split, tok, state.teachers.sha256 if state.teachers else {})
     progress = start.restore(state.optimizers, state.scaler, state.average, run.teachers)
     machine.barrier()  # every rank has read the checkpoint
     moved = run.make_way(start.path if start.resumes else None, progress)

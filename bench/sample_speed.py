@@ -74,6 +74,7 @@ def read_model(cfg: SampleSpeedConfig) -> GPT:
 def our_poet(cfg: SampleSpeedConfig, model: GPT, device: str, dtype: str) -> Poet:
     """A poet with these weights that always generates all tokens asked for."""
     poet = Poet(cfg.checkpoint, device, dtype, record=cfg.record)
+    poet.excerpts = {}  # the peers read the prompt alone
     if cfg.shape == "gpt2":  # it has more ids than the tokenizer; those come first
         poet.model = GPT(model.config).to(poet.machine.device, poet.machine.dtype).eval()
         poet.model.load_state_dict(model.state_dict())

@@ -245,12 +245,13 @@ class Engine(threading.Thread):
         if twin and not choice.scores_prompt:
             choice.rows = [self.rows.copy(row) for row in twin.rows]
         else:
-            for tag in choice.tags:
-                row, states = self.rows.add(prompt.ids if choice.scores_prompt else prompt.read, tag)
+            for tag, window in zip(choice.tags, self.poet.windows(prompt, blend), strict=True):
+                read = window[bool(blend) :]
+                row, states = self.rows.add(prompt.ids if choice.scores_prompt else read, tag)
                 hidden.append(states)
-                if choice.scores_prompt and rest and choice.max_tokens:  # its last word is scored, then written
+                if choice.scores_prompt and read != prompt.ids and choice.max_tokens:  # scored, then read
                     self.rows.drop(row)
-                    row, _ = self.rows.add(prompt.read, tag)
+                    row, _ = self.rows.add(read, tag)
                 choice.rows.append(row)
         if choice.scores_prompt:
             self.gains.append(Gain(choice, tokens=self._score_prompt(choice, hidden), is_prompt=True))

@@ -127,7 +127,7 @@ def complete(cfg: Config, start: Start) -> Config:
     taken = {key: shape[key] for key in SHAPE}
     if (cfg.n_kv_head or shape["n_head"]) == (shape["n_kv_head"] or shape["n_head"]):
         given -= {"n_kv_head"}  # auto and n_head mean the same
-    if not _is_ours(start):  # it may have learnt without dropout
+    if not start.is_ours:  # it may have learnt without dropout
         taken["dropout"] = shape["dropout"]
     problems = []
     for key in given.intersection(SHAPE):
@@ -137,11 +137,11 @@ def complete(cfg: Config, start: Start) -> Config:
             problems.append(f"{key}: the checkpoint has {theirs}, the config {ours}; leave it out")
     if problems:
         raise CheckpointError(f"{start.path}: " + "\n  ".join(problems))
-    if not (start.resumes or cfg.eval_only or _is_ours(start)):
+    if not (start.resumes or cfg.eval_only or start.is_ours):
         taken |= _gentle(
             cfg, cfg.block_size if "block_size" in given else min(shape["block_size"], FROM_OTHERS.context)
         )
-    if (start.resumes or cfg.eval_only) and _is_ours(start):
+    if (start.resumes or cfg.eval_only) and start.is_ours:
         saved = convert(start.config, type(cfg), start.path, CheckpointError, "its config is damaged")
         taken = values_of(saved) | taken
         if cfg.eval_only:
@@ -243,7 +243,7 @@ def fit_minutes(cfg: Config, start: Start, meta: Meta, clock: Clock, trial: Call
         return cfg
     machine, tokens = clock.machine, meta.splits["train"].tokens
     on_cpu = machine.device.type == "cpu"
-    recipe = FROM_NOTHING if start.content is None else FROM_OURS if _is_ours(start) else FROM_OTHERS
+    recipe = FROM_NOTHING if start.content is None else FROM_OURS if start.is_ours else FROM_OTHERS
     cfg = _choose(cfg, **recipe.keys)
     cfg = _choose(cfg, block_size=max(2, min(cfg.block_size, recipe.context, meta.splits["val"].tokens - 1)))
     epochs = cfg.epochs or recipe.epochs
@@ -290,11 +290,6 @@ def replan(cfg: Config, clock: Clock, progress: Progress, meter: Meter, log: Log
     cfg = _change(cfg, plans=plans, max_iters=last, eval_interval=clock.interval(last, cfg.schedule))
     keep(cfg, run)
     return cfg
-
-
-def _is_ours(start: Start) -> bool:
-    """Whether a run of ours saved the checkpoint."""
-    return {"config", "model_extra"} <= start.content.keys()
 
 
 def _decay(cfg: Config, tokens: int) -> float:

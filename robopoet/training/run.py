@@ -20,6 +20,9 @@ from robopoet.errors import CheckpointError, ConfigError, describe, warn
 from robopoet.files import move, replacing
 from robopoet.machine import Machine
 from robopoet.text.dataset import SPLITS, Meta
+from robopoet.text.excerpts import last_excerpts
+from robopoet.text.tokenizer import Tokenizer
+from robopoet.text.windows import Split
 from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
 from robopoet.training.memory import full_tensor, shard_like
 from robopoet.training.optimizer import Average, state_shapes
@@ -85,6 +88,11 @@ class Start:
         return self.content is not None and not self.resumes
 
     @property
+    def is_ours(self) -> bool:
+        """Whether a run of ours saved the checkpoint."""
+        return {"config", "model_extra"} <= self.content.keys()
+
+    @property
     def config(self) -> dict[str, Any]:
         """The keys of the run that saved the checkpoint, as this version writes them."""
         saved = self.content["config"]
@@ -95,6 +103,11 @@ class Start:
         """Those of the texts that a run reads, and of what the weights that it starts from were trained on."""
         theirs = read_header(self.content, self.path).licences if self.content else ()
         return [*dict.fromkeys([*meta.licences, *theirs])]
+
+    def excerpts(self, split: Split, tok: Tokenizer, block_size: int) -> dict[str, list[int]]:
+        """What a model that began with another's weights reads before it writes, of the text it is now trained on."""
+        tunes = self.content and (not self.is_ours or self.content.get("excerpts"))
+        return last_excerpts(split, tok, block_size // 4) if tunes else {}
 
     def build_model(self, block_size: int, dropout: float, vocab_size: int) -> GPT:
         """The checkpoint's model, its context shortened to `block_size`, with new ids up to `vocab_size`."""
@@ -240,8 +253,8 @@ class Run:
         if len(str(out).splitlines()) > 1:
             raise ConfigError(f"out_dir: found {str(out)!r}, must be a single line")
         self.config, self.meta, self.machine = config, meta, machine
-        self.teachers: dict[str, str] = {}  # path -> SHA-256
         self.licences = list(meta.licences)
+        self.teachers, self.excerpts = dict[str, str](), dict[str, list[int]]()  # path -> SHA-256; style -> ids
         self.best_loss = math.inf  # best.pt's, if it is this run's
         self.folder = Folder(out, machine.is_main)
         self.report = RunReport(meta, machine)
@@ -250,6 +263,11 @@ class Run:
     def out(self) -> Path:
         """The folder; another once the run has lost its own."""
         return self.folder.path
+
+    def take_from(self, start: Start, split: Split, tok: Tokenizer, teachers: dict[str, str]) -> None:
+        """Store in every checkpoint what the run has from its start, its training split and its teachers."""
+        self.teachers, self.licences = teachers, start.licences(self.meta)
+        self.excerpts = start.excerpts(split, tok, self.config["block_size"])
 
     def save(
         self,
@@ -286,6 +304,7 @@ class Run:
             "tokenizer": meta.tokenizer.to_json(),  # as in meta.json
             "text_sha256": meta.text_sha256,  # tells which text the model has read
             "identity": meta.identity,  # how it was cut: each split's length, and the tags
+            "excerpts": self.excerpts,  # style -> ids that the model reads before a prompt, if it began as another's
             "licences": self.licences,  # the texts', and those of the weights that the run started from
             "teachers": self.teachers,  # path -> SHA-256 of the models that have taught it
             "first_val_loss": progress.first_val_loss,  # nats/token, at the first evaluation

@@ -68,9 +68,13 @@ class Header:
     text_sha256: str = ""
     identity: dict[str, str] = field(default_factory=dict)  # the dataset's; older checkpoints have none
     licences: tuple[str, ...] = ()
+    excerpts: dict[str, tuple[Count, ...]] = field(default_factory=dict)  # style -> what it reads before a prompt
 
     def __post_init__(self) -> None:
         GPTConfig(**self.shape)  # raises if there is no such model
+        largest = max((id for ids in self.excerpts.values() for id in ids), default=0)
+        if largest >= self.model_args.vocab_size:
+            raise ValueError(f"an excerpt has id {largest}, the vocabulary {self.model_args.vocab_size}")
 
     @property
     def shape(self) -> dict[str, Any]:

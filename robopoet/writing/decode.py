@@ -24,6 +24,7 @@ BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for queries and keys: (1, hs), or (B, 1, 1, hs)
 STRETCH = 256  # positions whose rotations are computed together
 SCORED = 64  # tokens of a prompt whose logits exist at a time
+ALIKE = 2**11  # a window of more tokens, in all rows, is read once for those that are alike
 ROWS, PLACES = 4, 64  # the rows of a server's step and the places it attends to are multiples of these
 
 
@@ -193,10 +194,21 @@ class EvenRows:
 
     def read(self, window: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) of the token after a window, (B, T) int64, which fills the cache."""
-        x = self.model.hidden_states(window, self.cache)
+        x = self._read(window)
         self.at *= 0  # in place: on CUDA it is a tensor
         self.at += window.shape[1]
         return self.model.lm_head(x[:, -1:])[:, 0]
+
+    def _read(self, window: torch.Tensor) -> torch.Tensor:
+        """A window's hidden states, (B, T, C); it fills the cache. Of a long one, rows that are alike are read once."""
+        if window.numel() > ALIKE:
+            distinct, places = window.unique(dim=0, return_inverse=True)
+            if len(distinct) < len(window):
+                x, T = self.model.hidden_states(distinct, self.cache.rows(slice(len(distinct)))), window.shape[1]
+                for part in self.cache:
+                    part[:, :, :, :T] = part[:, places, :, :T]
+                return x[places]
+        return self.model.hidden_states(window, self.cache)
 
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) of the token after these, (B,) int64."""

@@ -24,7 +24,7 @@ WORD_CHARS = 1_000  # characters in which a prompt's last word is looked for
 class Prompt(NamedTuple):
     """A prompt's text and its ids; those that the model reads, at least one, and those that it may write otherwise.
 
-    rest: what these last ones write.
+    rest: what these last ones write. is_text: whether it was given as a text, before which an excerpt may be read.
     """
 
     text: str
@@ -32,6 +32,7 @@ class Prompt(NamedTuple):
     read: list[int]
     own: tuple[int, ...] = ()
     rest: bytes = b""
+    is_text: bool = False
 
     @property
     def before(self) -> str:

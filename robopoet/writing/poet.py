@@ -67,6 +67,7 @@ class Poet:
         self.dataset, self.text_sha256 = content.get("config", {}).get("dataset", ""), content.get("text_sha256", "")
         self.identity = content.get("identity", {})
         self.styles = styles(tokenizer)
+        self.excerpts = {self.styles.get(style): ids for style, ids in content.get("excerpts", {}).items()}
         forbidden = [id for name, id in tokenizer.specials.items() if name != END]
         forbidden += range(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's padding
         self._copies: dict[tuple[int, bool], Copies] = {}
@@ -91,14 +92,28 @@ class Poet:
         assert isinstance(self.tokenizer, BPETokenizer)
         return Healing(self.tokenizer)
 
+    def windows(self, prompt: Prompt, blend: dict[int, float]) -> list[list[int]]:
+        """The ids that the model reads of a prompt, a row for each style in the blend, with its tag in front.
+
+        A model that was tuned on a text first reads an excerpt of it, in half of its context: so it knows whose voice
+        is to go on, from the first word.
+        """
+        tags = list(blend) or [None]
+        excerpts = [self.excerpts.get(tag, ()) if prompt.is_text else () for tag in tags]
+        n = max(min(self.model.config.block_size // 2 - len(prompt.read), *map(len, excerpts)), 0)
+        ids = prompt.read
+        if n:  # then no line's end need stand for a beginning
+            ids = prompt.ids[: len(prompt.ids) - len(prompt.own)] if prompt.text else []
+        rows = [[*excerpt[len(excerpt) - n :], *ids] for excerpt in excerpts]
+        return [[tag, *row] for tag, row in zip(blend, rows, strict=True)] if blend else rows
+
     @torch.inference_mode()
     def rest(self, prompt: Prompt, blend: dict[int, float]) -> Rest | None:
         """What a text that continues `prompt` in this blend of styles writes of it first."""
         if not prompt.own:
             return None
         odds, later = [0.0] * (len(prompt.own) - 1), prompt.own[:-1]
-        text = [*prompt.read, *later]
-        windows = [[tag, *text] for tag in blend] or [text]
+        windows = [[*row, *later] for row in self.windows(prompt, blend)]
         if start := window_start(len(windows[0]), self.model.config):
             windows = [[*row[: bool(blend)], *row[start + bool(blend) :]] for row in windows]
         if 0 < len(later) <= len(windows[0]):
@@ -168,13 +183,14 @@ class Poet:
         settings, device = passages[0].settings, self.machine.device
         blend = self.blend_of(settings.style)
         prompt = self.read(passages[0].prompt, bool(passages[0].rest))
-        prompts = [[tag, *prompt.read] for tag in blend] or [prompt.read]  # a row for each style in the blend
-        start = window_start(len(prompts[0]), self.model.config)  # the model reads only a long prompt's end
-        windows = [row[start:] for row in prompts]
+        windows = self.windows(prompt, blend)
+        start = window_start(len(windows[0]), self.model.config)  # the model reads only a long prompt's end
+        windows = [row[start:] for row in windows]
         idx = torch.tensor(windows * len(passages), device=device)
         tags = torch.tensor(list(blend) * len(passages), device=device) if blend else None
         weights, copied = list(blend.values()) or [1.0], self.copied(settings, prompt.before)
-        first = SampledText(settings, passages[0].number, prompts[0], weights, copied, self.rest(prompt, blend))
+        ids = [*list(blend)[:1], *prompt.read]
+        first = SampledText(settings, passages[0].number, ids, weights, copied, self.rest(prompt, blend))
         sampler = self.sampler([first.fork(passage.number) for passage in passages])
         batch = Batch(passages, sampler, logprobs)
         most = settings.max_new_tokens + len(prompt.rest)
@@ -242,7 +258,8 @@ class Poet:
         text = plain(prompt)
         if (ids := self.tokenizer.encode(text or "\n")) or not text:
             ids = ids or [0]
-            return heal(self.tokenizer, text, ids) if heals else Prompt(text, ids, ids)
+            healed = heal(self.tokenizer, text, ids) if heals else Prompt(text, ids, ids)
+            return healed._replace(is_text=True)
         raise ConfigError(f"prompt: found {prompt[:100]!r}, must have a character that the model knows")
 
     def _check_memory(self, rows: int) -> None:
