@@ -11,9 +11,10 @@ poem: .venv/installed  ## prepare Shakespeare and Alice, train config/demo.yaml,
 base: .venv/installed  ## fetch SmolLM2, a model that knows English, for your own books to start from
 	$(BIN)/python sample.py smollm2 --prompt='Once upon a time' --max_new_tokens=60
 
-test: .venv/installed-dev  ## lint, then the fast tests
+test: .venv/installed-dev  ## lint, check types, then the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path=$(BIN)/python
 	$(BIN)/python -m pytest -n 3 -m "not slow"
 
 test-slow: .venv/installed-slow  ## the tests that take minutes

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
+import io
 import json
 import math
 import os
@@ -69,7 +70,9 @@ def _collect(argv: list[str], hints: dict[str, Any], positional: str | None) -> 
     """Collect the text given for each key, flags over YAML, and what is wrong with `argv`."""
     found: Found = {}
     flags: dict[str, Any] = {}
-    args, extra, problems = list(argv), [], []
+    args = list(argv)
+    extra: list[str] = []
+    problems: list[str] = []
     repeatable = {key for key, kind in hints.items() if get_origin(kind) is tuple}
 
     def give(key: str, value: str) -> None:
@@ -93,7 +96,7 @@ def _collect(argv: list[str], hints: dict[str, Any], positional: str | None) -> 
         except ConfigError as e:
             problems.append(str(e))
     if extra:
-        problems.append(_too_many(extra, flags.get(positional, ""), hints))
+        problems.append(_too_many(extra, flags.get(positional or "", ""), hints))
     return found | {key: (value, f"--{key}") for key, value in flags.items()}, problems
 
 
@@ -190,7 +193,7 @@ def _convert(kind: Any, value: Any) -> Any:
 # what a script calls
 
 
-def keys_of(cfg: Any) -> list[dataclasses.Field]:
+def keys_of(cfg: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a config, or of its class, that are keys."""
     return [field for field in dataclasses.fields(cfg) if NO_KEY.items().isdisjoint(field.metadata.items())]
 
@@ -221,7 +224,7 @@ def change(cfg: Any, key: str, text: str | list[str]) -> Any:
 
 def usage(cls: type, positional: str | None = None) -> str:
     """The help text: one line for each key of `cls` with its name, its default, and the comment behind it."""
-    script = _command(inspect.getsourcefile(cls)).replace("bench.", "-m bench.")
+    script = _command(inspect.getfile(cls)).replace("bench.", "-m bench.")
     arguments = f"[CONFIG.yaml ...]{f' [{positional.upper()}]' if positional else ''}"
     lines = [f"python {script} {arguments} [--key=value ...]"]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -252,7 +255,7 @@ def launch(main: Callable[[Any], None], cls: type, positional: str | None = None
     """
     script = _command(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="replace")  # a character that a terminal lacks becomes a ?
     try:
         main(parse(cls, sys.argv[1:], positional))

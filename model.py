@@ -7,7 +7,7 @@ B: batch, T: tokens, C: n_embd, nh: n_head, nkv: kv_heads, hs: head_size (C / nh
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -67,7 +67,7 @@ class GPTConfig:
             found.append(f"n_embd: found {self.n_embd}, must be divisible by {twice}n_head, {heads}")
         if self.positions == "rotary" and self.block_size == 1:  # one place is kept for the first token
             found.append("block_size: found 1, must be at least 2 with rotary positions")
-        if (self.n_kv_head or 0) > 0 and self.n_head % self.n_kv_head:
+        if self.n_kv_head and self.n_kv_head > 0 and self.n_head % self.n_kv_head:
             found.append(f"n_head: found {self.n_head}, must be divisible by n_kv_head, {self.n_kv_head}")
         kinds = {"gelu": "none tanh", "positions": "learned rotary", "norm": "layernorm rmsnorm", "mlp": "gelu swiglu"}
         for key, choices in kinds.items():
@@ -199,10 +199,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        learned = config.positions == "learned"
-        self.transformer = nn.ModuleDict(
+        wte, learned = nn.Embedding(config.vocab_size, config.n_embd), config.positions == "learned"
+        self.transformer: Any = nn.ModuleDict(  # torch knows no types of its parts
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
                 "drop": Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
@@ -210,7 +210,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ import configurator
 from robopoet import portable
 from robopoet.errors import ConfigError, bounds
 from robopoet.serving.engine import Engine
-from robopoet.serving.protocol import Limits, model_name
+from robopoet.serving.protocol import Limits, Status, model_name
 from robopoet.writing.poet import Dtype, Poet
 
 API_KEY = "ROBOPOET_API_KEY"  # the environment variable that may hold the key
@@ -82,7 +82,7 @@ def listen(cfg: ServeConfig) -> socket.socket:
         ) from None
 
 
-def make_server(cfg: ServeConfig, poet: Poet | None, status: str = "loading") -> Any:
+def make_server(cfg: ServeConfig, poet: Poet | None, status: Status = "loading") -> Any:
     """A uvicorn.Server to run on a listening socket: for this model or, without one, to tell everybody this status.
 
     Raises ConfigError where a package is missing.
@@ -103,13 +103,16 @@ def make_server(cfg: ServeConfig, poet: Poet | None, status: str = "loading") ->
         name = cfg.name or model_name(cfg.checkpoint)
         app = Api(Engine(poet, cfg.max_rows), name, cfg, tally, make_index(poet)).app
     guarded = Guard(app, [cfg.host, *cfg.allow_hosts], cfg.allow_origins, cfg.key)
+    limits: dict[str, Any] = {  # uvicorn takes more kinds than it says
+        "http": functools.partial(Connection, most),
+        "timeout_keep_alive": cfg.client_s,
+        "timeout_graceful_shutdown": cfg.grace_s,
+    }
     config = uvicorn.Config(
         RequestLog(CORSMiddleware(guarded, cfg.allow_origins, ("GET", "POST"), ("*",)), tally),
-        http=functools.partial(Connection, most),
+        **limits,
         backlog=max(1, most // 4),  # asyncio accepts so many before one of them is counted
         ws="none",
-        timeout_keep_alive=cfg.client_s,
-        timeout_graceful_shutdown=cfg.grace_s,
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -119,7 +122,7 @@ def make_server(cfg: ServeConfig, poet: Poet | None, status: str = "loading") ->
 
 
 @contextlib.contextmanager
-def standing_in(cfg: ServeConfig, status: str, listener: socket.socket) -> Iterator[None]:
+def standing_in(cfg: ServeConfig, status: Status, listener: socket.socket) -> Iterator[None]:
     """Meanwhile, tell everybody that the model is "loading", or the server "ending"."""
     server = make_server(cfg, None, status)
     thread = threading.Thread(target=server.run, args=([listener.dup()],), daemon=True)

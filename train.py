@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -127,9 +127,9 @@ class TrainConfig:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """The learning rate and the evaluations; eval_interval must have been chosen, as plan.finish does."""
+        """The learning rate and the evaluations; for these eval_interval must have been chosen, as plan.finish does."""
         floor = self.min_lr / self.peak_lr if self.decay_lr else None
-        keys = self.max_iters, self.warmup_iters, self.lr_decay_iters, floor, self.eval_interval, self.plans
+        keys = self.max_iters, self.warmup_iters, self.lr_decay_iters, floor, self.eval_interval or 0, self.plans
         return Schedule(*keys)
 
     def problems(self) -> list[str]:
@@ -191,11 +191,7 @@ class State:
 
 
 def build_state(
-    cfg: TrainConfig,
-    machine: Machine,
-    model: GPT,
-    split: Split | None = None,
-    meta: dataset.Meta | None = None,
+    cfg: TrainConfig, machine: Machine, model: GPT, split: Split | None = None, meta: dataset.Meta | None = None
 ) -> State:
     """Move `model`, or this rank's shard of it, to the device, make its optimizers, compile and wrap it."""
     if cfg.recompute:
@@ -206,7 +202,7 @@ def build_state(
     recorded = recorded and not (cfg.sampled_softmax or cfg.recompute or cfg.optimizer == "adafactor")
     if cfg.record and not recorded:
         warn("record: needs a CUDA device, a single process, sampled_softmax=0 and recompute=false; not recording")
-    rates = {"lr": cfg.peak_lr, "weight_decay": cfg.weight_decay, "betas": (cfg.beta1, cfg.beta2)}
+    rates: dict[str, Any] = {"lr": cfg.peak_lr, "weight_decay": cfg.weight_decay, "betas": (cfg.beta1, cfg.beta2)}
     rates |= {"muon_lr": cfg.muon_learning_rate, "muon_weight_decay": cfg.matrix_decay}
     optimizers = optimizer.configure_optimizers(model, machine, cfg.optimizer, **rates, recorded=recorded)
     forward = compiled(model, cfg.compile, machine.device)
@@ -214,13 +210,15 @@ def build_state(
     rows = StepRows(cfg.batch_size, cfg.gradient_accumulation_steps, machine.world_size)
     state = State(cfg, machine, model, forward, optimizers, scaler, rows, optimizer.Trouble(machine))
     if sharded:
-        state.sync_next = model.set_requires_gradient_sync
+        state.sync_next = cast(Any, model).set_requires_gradient_sync  # FSDP2's
     elif machine.world_size > 1:
         state.forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # saves a copy
         state.sync_next = functools.partial(setattr, state.forward, "require_backward_grad_sync")
     if cfg.sampled_softmax:
+        assert split
         state.sampled_softmax = SampledSoftmax(split, model.config.vocab_size, cfg.sampled_softmax, machine)
     if cfg.teacher:
+        assert meta
         paths = [path.strip() for path in cfg.teacher.split(",")]
         state.teachers = Teachers(paths, cfg.teacher_share, cfg.block_size, cfg.out_dir, cfg.dataset, meta, machine)
     if cfg.ema:
@@ -381,7 +379,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
                 state.trouble.check(windows, state.rows.of, cfg.out_dir)
             if logs:
                 lr = cfg.peak_lr * cfg.schedule.lr_scale(progress.iter_num - 1)
-                log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.eval_interval)
+                log.train(meter.lap(progress, loss, norm, lr), cfg.max_iters, cfg.schedule.eval_interval)
         split.verified()
 
     # --- end

@@ -8,7 +8,7 @@ checks: the rest of the code sees no raw dict, and a mistake is told with its pl
 import contextlib
 import errno
 import hashlib
-import itertools
+import io
 import os
 import shutil
 import stat
@@ -51,7 +51,7 @@ def did_you_mean_path(path: str | Path) -> str:
             if not beside_scripts(missing).exists():  # the first folder that is missing, or else the file
                 rest = path.relative_to(missing)
                 folders = filter(os.path.isdir, (missing.parent, HOME / missing.parent))
-                names = itertools.chain.from_iterable(map(os.listdir, folders))
+                names = (name for folder in folders for name in os.listdir(folder))
                 there = (name for name in names if beside_scripts(missing.with_name(name) / rest).exists())
                 near = nearest(missing.name, there)
                 return f"; did you mean {missing.with_name(near) / rest}?" if near else ""
@@ -75,7 +75,7 @@ def check_regular(path: Path, error: type[Exception]) -> int:
 
 
 @contextlib.contextmanager
-def reading(path: Path, error: type[Exception]) -> Iterator[BinaryIO]:
+def reading(path: Path, error: type[Exception]) -> Iterator[io.BufferedReader]:
     """A regular file to read; raises `error`, also in this block, if it can't be read."""
     check_regular(path, error)
     try:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Machine:
         """True on the one rank that prints, logs and writes."""
         return self.rank == 0
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """A context in which matrix products run in `dtype`; parameters stay float32."""
         enabled = self.dtype is not torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext()
@@ -149,8 +149,8 @@ class Signals:
         self.machine, self.timeout_s, self.end, self.save = machine, timeout_s, False, False
 
     def __enter__(self) -> "Signals":
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, portable.SIGUSR1), self._handle)
-        handlers[portable.SIGHUP] = signal.SIG_IGN
+        ours = dict.fromkeys((signal.SIGTERM, signal.SIGINT, portable.SIGUSR1), self._handle)
+        handlers = {**ours, portable.SIGHUP: signal.SIG_IGN}
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items() if number}
         return self
 
@@ -264,7 +264,11 @@ def _join(
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=longest, device_id=device_id
     )
-    return None if device_id is None else dist.new_group(backend="gloo", timeout=timeout)
+    if device_id is None:
+        return None
+    votes = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(votes, dist.ProcessGroup)  # every rank is in it
+    return votes
 
 
 def _keep_freed_memory() -> None:
@@ -297,7 +301,8 @@ def _faster_on_cpu() -> str:
 
     On one thread, whose own time counts: so other programs don't change the outcome, and a run can be repeated.
     """
-    x, laps, threads = torch.ones(512, 512), {"float32": [], "bfloat16": []}, torch.get_num_threads()
+    x, threads = torch.ones(512, 512), torch.get_num_threads()
+    laps: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     torch.set_num_threads(1)
     for _, dtype in itertools.product(range(10), laps):
         a = x.to(getattr(torch, dtype))
@@ -338,7 +343,7 @@ def compiled(model: torch.nn.Module, how: str, device: torch.device) -> torch.nn
     if reason := why_no_compile(device):
         warn(f"compile: {reason} on this machine; training uncompiled")
         return model
-    return torch.compile(model)
+    return cast(torch.nn.Module, torch.compile(model))
 
 
 def why_no_compile(device: torch.device) -> str | None:

@@ -6,6 +6,7 @@ bench/LOG.md has the measurements.
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -35,13 +36,13 @@ class OneDNNLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         return OneDNNLinear.product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        (x, weight), (grad,) = ctx.saved_tensors, grads
         x, rows = x.flatten(0, -2), grad.flatten(0, -2)  # (M, K), (M, N)
         if weight.shape[0] < weight.shape[1]:  # the narrower matrix first: up to twice as fast
             weight_grad = OneDNNLinear.product(rows.t(), x.t())
@@ -67,9 +68,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 class Linear(nn.Linear):
     """nn.Linear, computed by linear()."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)"""
-        return linear(x, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 def prepack(layer: nn.Linear) -> None:
@@ -119,9 +120,9 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 class Dropout(nn.Dropout):
     """nn.Dropout, computed by dropout()."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Any shape to the same shape."""
-        return dropout(x, self.p) if self.training else x
+        return dropout(input, self.p) if self.training else input
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy on a CPU: loss and gradient of a few rows at a time, while they are in its cache."""
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         grad = torch.empty_like(logits)
         counted = targets != ignore_index
@@ -224,8 +225,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
+    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,), (scale,) = ctx.saved_tensors, scales
         return (grad if scale.item() == 1 else grad * scale), None, None
 
 

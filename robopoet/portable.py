@@ -85,7 +85,7 @@ def folder_of(descriptor: int | None) -> Path | None:
     if descriptor is None:
         return None
     with contextlib.suppress(OSError):
-        if hasattr(fcntl, "F_GETPATH"):  # macOS
+        if fcntl and hasattr(fcntl, "F_GETPATH"):  # macOS
             path = os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
         else:
             path = os.readlink(f"/proc/self/fd/{descriptor}")

@@ -18,7 +18,7 @@ DOCUMENTS = [
     for path in sorted(REPO.glob(pattern))
     if path.name != "LOG.md"  # tells of what was tried with the code of its day
 ]
-FOREIGN = "pip mkdir docker export curl ruff wandb ollama llama-quantize .venv/Scripts/activate".split()
+FOREIGN = "pip mkdir docker export curl ruff pyrefly wandb ollama llama-quantize .venv/Scripts/activate".split()
 PROGRAMS = {"python", "torchrun", "sbatch", "make", *FOREIGN}
 KEY = re.compile(r"(?<![\w-])--[a-z]\w*(?:=[^\s`,;)]*[^\s`,;).:])?")
 STRING_OR_COMMENT = re.compile(r"""("[^"]*"|'[^']*')|(?<!\S)#[^\n]*""")

@@ -41,7 +41,7 @@ TYPED = {r"--interactive": b"/help\n/quit\n"}
 NOT_RUN = {  # what a document's name and a command match -> why it is not run here
     r": (make|--\w|export)": "has its commands below it, or is none",
     r": (pip|\S+/activate|python -m venv)": "changes the environment",
-    r": (python -m pytest|ruff check)": "is how these tests are run",
+    r": (python -m pytest|ruff check|pyrefly check)": "is how these tests are run",
     r": (docker|ollama|llama-quantize)": "a program that is not ours",
     r": (sbatch|torchrun --nnodes)": "takes two machines; test_ranks.py has two that are one",
     r"(gpt2\.yaml|train\.py): torchrun": "the README's is run, which is like it; ranks take long to start",

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -22,7 +22,7 @@ from robopoet.serving.chat import read_chat
 from robopoet.serving.engine import Engine
 from robopoet.serving.guard import refusal
 from robopoet.serving.metrics import Tally
-from robopoet.serving.protocol import Limits, Reply, RequestError, model_ids, read_request
+from robopoet.serving.protocol import Limits, Reply, RequestError, Status, model_ids, read_request
 from robopoet.weights import checkpoint, html
 from robopoet.writing.poet import Poet
 
@@ -53,7 +53,7 @@ class Api:
             Route("/metrics", self.metrics),
             *([Route("/", self.index)] if page else []),
         ]
-        handlers = {
+        handlers: dict[type[Exception], Callable[[Request, Any], Response]] = {
             RequestError: lambda request, e: refusal(e),
             HTTPException: _refuse_http,
             ClientDisconnect: lambda request, e: Response(status_code=400),  # nobody reads it
@@ -135,7 +135,8 @@ class Api:
             raise RequestError(f"content-type: found {kind[:100]!r}, must be application/json", 415)
         if coding not in ("", "identity"):
             raise RequestError(f"content-encoding: found {coding[:100]!r}, must be left out", 415)
-        most, parts, size = self.limits.max_body, [], 0
+        most, size = self.limits.max_body, 0
+        parts: list[bytes] = []
         too_long = RequestError(f"request: has over {most:,} bytes", 413)
         with contextlib.suppress(ValueError):
             if int(request.headers.get("content-length", 0)) > DISCARDED * most:
@@ -243,7 +244,7 @@ class Completion:
 class StandIn:
     """Answers, where there is no model to ask, that it is "loading", or that the server is "ending"."""
 
-    def __init__(self, status: Literal["loading", "ending"]):
+    def __init__(self, status: Status):
         self.status = status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -67,7 +67,9 @@ ChatBody = msgspec.defstruct(
 def read_chat(raw: bytes, poet: Poet, name: str, limits: Limits) -> Reply:
     """A chat's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
     try:
-        body = files.decode_json(raw, ChatBody, "request", RequestError, "see OpenAI's reference of chat completions")
+        body: Any = files.decode_json(
+            raw, ChatBody, "request", RequestError, "see OpenAI's reference of chat completions"
+        )
         return _check(body, poet, name, limits)
     except (ConfigError, DataError) as e:
         raise RequestError(str(e)) from None
@@ -86,7 +88,7 @@ def _check(body: Any, poet: Poet, name: str, limits: Limits) -> Reply:
     turns = [_turn(message, poet) for message in body.messages]
     most = min(poet.model.config.block_size, limits.max_tokens)
     shared = {key: getattr(body, key) for key in CHAT_KEYS if key in Body.__struct_fields__}
-    asked = Body(**shared | {"logprobs": (body.top_logprobs or 0) if body.logprobs else None})
+    asked: Any = Body(**shared | {"logprobs": (body.top_logprobs or 0) if body.logprobs else None})
     asked.max_tokens = body.max_completion_tokens or body.max_tokens or most
     if is_chatml(poet.tokenizer):
         asked.prompt = chatml_ids(turns, poet.tokenizer)
@@ -113,7 +115,7 @@ class ChatReply(Reply):
 
     def choice(self, text: Text, gained: str) -> dict[str, Any]:
         """A choice of the response; a stream's first one of a text says who speaks."""
-        told = {"index": text.index, "finish_reason": text.finish}
+        told: dict[str, Any] = {"index": text.index, "finish_reason": text.finish}
         told["logprobs"] = {"content": self._told(text), "refusal": None} if text.asks else None
         if not self.streams:
             return told | {"message": {"role": "assistant", "content": gained, "refusal": None}}

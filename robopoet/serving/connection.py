@@ -21,7 +21,9 @@ FULL_S = 60.0  # between two lines that say that all connections are taken
 class Server(uvicorn.Server):
     """A server on whose socket `ending(socket)` goes on to answer, while it finishes what runs."""
 
-    def __init__(self, config: uvicorn.Config, ending: Callable[[socket.socket], contextlib.AbstractContextManager]):
+    def __init__(
+        self, config: uvicorn.Config, ending: Callable[[socket.socket], contextlib.AbstractContextManager[None]]
+    ):
         super().__init__(config)
         self.ending = ending
 
@@ -49,8 +51,9 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._await_request()
         if len(self.connections) > self.most:
-            waiting = [c for c in self.connections if c is not self and c.timeout_keep_alive_task is not None]
-            ending = min(waiting, key=lambda c: c.timeout_keep_alive_task.when(), default=self)
+            others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
+            waiting = [(task.when(), c) for c in others if (task := c.timeout_keep_alive_task) is not None]
+            _, ending = min(waiting, key=lambda pair: pair[0], default=(0.0, self))
             ending.transport.abort()
             ending._unset_keepalive_if_required()
             if time.monotonic() - Connection.said_full > FULL_S:

@@ -85,11 +85,11 @@ class Choice:
     bias: Bias | None = None
     cancelled: bool = False
     tags: list[int | None] = field(default_factory=lambda: [None])
-    weights: torch.Tensor | None = None  # each style's share of the blend, (S,)
+    weights: torch.Tensor = field(init=False, repr=False)  # each style's share of the blend, (S,)
     rows: list[Row] = field(default_factory=list)  # one for each style
-    passage: Passage | None = None
-    sampled: SampledText | None = None
-    request: "Choice | None" = None
+    passage: Passage = field(init=False, repr=False)
+    sampled: SampledText = field(init=False, repr=False)
+    request: "Choice" = field(init=False, repr=False)
     paused: list[Row] = field(default_factory=list)
     turn_start: int = 0
 
@@ -108,7 +108,8 @@ class Engine(threading.Thread):
 
     def __init__(self, poet: Poet, max_rows: int):
         super().__init__(name="engine", daemon=True)
-        self.poet, self.loop = poet, None
+        self.poet = poet
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.rows = Rows(poet.model, max_rows)
         self.inbox: queue.SimpleQueue[list[Choice] | None] = queue.SimpleQueue()
         self.waiting: dict[Choice, deque[Choice]] = {}  # a request's first text -> its texts without rows
@@ -176,7 +177,7 @@ class Engine(threading.Thread):
         self.waiting = {request: texts for request, texts in self.waiting.items() if not request.cancelled}
         if not self.waiting:
             return
-        held = Counter()  # each request's rows
+        held = Counter[Choice]()  # each request's rows
         for choice in self.running:
             held[choice.request] += len(choice.rows)
         request = min(self.waiting, key=held.__getitem__)
@@ -203,7 +204,7 @@ class Engine(threading.Thread):
         if not texts:
             del self.waiting[request]
 
-    def _make_room(self, choice: Choice, held: Counter, share: int) -> bool:
+    def _make_room(self, choice: Choice, held: Counter[Choice], share: int) -> bool:
         """Whether a text has room, once others are paused: those beyond their share, or that have had their turn."""
         while self.rows.free < len(choice.tags):
             ours, others = held[choice.request], [c for c in self.running if c.request is not choice.request]
@@ -220,7 +221,8 @@ class Engine(threading.Thread):
         """Take a text's rows from it; among requests without any, its own is now the last."""
         for row in choice.rows:
             self.rows.pause(row)
-        choice.paused, choice.rows = choice.rows, []
+        choice.paused = choice.rows
+        choice.rows = []
         self._leave(choice)
         texts = self.waiting.pop(choice.request, deque())
         texts.appendleft(choice)
@@ -230,18 +232,21 @@ class Engine(threading.Thread):
         """Give a paused text its rows again."""
         for row in choice.paused:
             self.rows.resume(row)
-        choice.rows, choice.paused, choice.turn_start = choice.paused, [], len(choice.passage.ids)
+        choice.rows, choice.turn_start = choice.paused, len(choice.passage.ids)
+        choice.paused = []
 
     def _start(self, choice: Choice, twin: Choice | None) -> None:
         """Give a choice its rows: copies of its twin's, which has read the same prompt, or new ones."""
         settings, number, prompt = choice.settings, choice.number, choice.prompt
         choice.passage = Passage(self.poet.tokenizer, settings, prompt.text, number, prompt.rest)
-        ids = prompt.read if choice.tags == [None] else [choice.tags[0], *prompt.read]
-        blend = dict(zip(choice.tags, choice.weights.tolist(), strict=True)) if choice.tags != [None] else {}
+        tag = choice.tags[0]
+        ids = prompt.read if tag is None else [tag, *prompt.read]
+        shares = zip(choice.tags, choice.weights.tolist(), strict=True)
+        blend = {tag: share for tag, share in shares if tag is not None}
         rest = copy.copy(twin.sampled.rest) if twin else self.poet.rest(prompt, blend)
         copied = self.poet.copied(settings, prompt.before)
         choice.sampled = SampledText(settings, number, ids, choice.weights.tolist(), copied, rest)
-        hidden = []
+        hidden: list[torch.Tensor] = []
         if twin and not choice.scores_prompt:
             choice.rows = [self.rows.copy(row) for row in twin.rows]
         else:
@@ -262,7 +267,7 @@ class Engine(threading.Thread):
     def _score_prompt(self, choice: Choice, hidden: list[torch.Tensor]) -> tuple[Scored, ...]:
         """Each of the prompt's tokens; the first one has no log-probability unless a style's tag stands before it."""
         ids = choice.prompt.ids
-        scored = [] if choice.tags != [None] else [Scored(ids[0])]
+        scored = [Scored(ids[0])] if choice.tags == [None] else list[Scored]()
         for logprobs in prompt_logprobs(self.poet.model, hidden, choice.weights):
             for row, id in zip(logprobs, ids[len(scored) :], strict=False):
                 scored.append(_scored(row, id, choice.top))
@@ -344,8 +349,9 @@ class Engine(threading.Thread):
 
     def _tell(self) -> None:
         """Hand what was gained to the event loop, all in one call."""
-        gains, self.gains = self.gains, []
-        if gains and not self.loop.is_closed():
+        gains = self.gains
+        self.gains = []
+        if gains and self.loop and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_deliver, gains)
 
 

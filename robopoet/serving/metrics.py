@@ -50,7 +50,7 @@ class Tally:
             ("first_token_seconds", "histogram", "From a request to its first token.", self.first_token_s.samples()),
             ("request_seconds", "histogram", "From a request to the end of its answer.", self.request_s.samples()),
         ]
-        lines = []
+        lines: list[str] = []
         for name, kind, said, samples in families:
             lines += [f"# HELP robopoet_{name} {said}", f"# TYPE robopoet_{name} {kind}"]
             lines += [f"robopoet_{name}{end} {value}" for end, value in samples]

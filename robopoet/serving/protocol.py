@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import torch
@@ -20,6 +20,7 @@ from robopoet.writing.passage import Settings, make_settings
 from robopoet.writing.poet import Poet
 
 MOST_BIASED = 300  # ids of `logit_bias`: OpenAI's limit
+Status = Literal["loading", "ending"]  # why there is no model to ask
 MOST_TOP = 5  # likeliest tokens that `logprobs` may ask for: OpenAI's limit
 
 
@@ -55,7 +56,8 @@ class RequestError(ValueError):
     @property
     def param(self) -> str | None:
         """The key of a request that the message names: a decoder's somewhere, all others as their first word."""
-        decoded, key = re.match(r"(?:request: .*?(?:unknown field `|\$\.)(\w+)|(\w+):)?", str(self)).groups()
+        found = re.match(r"(?:request: .*?(?:unknown field `|\$\.)(\w+)|(\w+):)?", str(self))
+        decoded, key = found.groups() if found else (None, None)
         return decoded or (key if self.status in (400, 404) and key != "request" else None)
 
 
@@ -118,7 +120,7 @@ def model_ids(poet: Poet, name: str) -> list[str]:
 def read_request(raw: bytes, poet: Poet, name: str, limits: Limits) -> "Reply":
     """A request's JSON, as the reply that waits for its texts; raises RequestError for what is wrong with it."""
     try:
-        body = files.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
+        body: Any = files.decode_json(raw, Body, "request", RequestError, "see OpenAI's reference of completions")
         lacking = {"suffix": body.suffix, "best_of": body.best_of not in (None, 1, body.n)}
         refuse_what_we_lack(body, [key for key, is_asked in lacking.items() if is_asked])
         within("logprobs", body.logprobs or 0, 0, MOST_TOP)
@@ -247,7 +249,8 @@ class Text:
 
     def take_tokens(self) -> list[tuple[Scored, int]]:
         """The tokens since the last call."""
-        taken, self.tokens = self.tokens, []
+        taken = self.tokens
+        self.tokens = []
         return taken
 
 
@@ -316,9 +319,10 @@ class Reply:
 
     def chunks(self) -> bytes:
         """The server-sent events for what was gained since the last call, "" if that is nothing to be seen."""
-        changed, self._changed = self._changed, {}
-        events = []
-        usage = {"usage": None} if self.tells_usage else {}
+        changed = self._changed
+        self._changed = {}
+        events: list[bytes] = []
+        usage: dict[str, None] = {"usage": None} if self.tells_usage else {}
         for text in (self.texts[choice] for choice in changed):
             if text.parts or text.tokens or text.finish:
                 events.append(msgspec.json.encode(self._head | {"choices": [self._take(text)]} | usage))
@@ -332,7 +336,8 @@ class Reply:
 
     def _take(self, text: Text) -> dict[str, Any]:
         """A choice of the response with what its text has gained."""
-        parts, text.parts = text.parts, []
+        parts = text.parts
+        text.parts = []
         return self.choice(text, "".join(parts))
 
     def choice(self, text: Text, gained: str) -> dict[str, Any]:

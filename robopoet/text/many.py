@@ -117,7 +117,11 @@ class _Line:
 def _repaired(line: bytes) -> bytes:
     """A line of JSON with U+FFFD for each byte that is not UTF-8 and each half of a character."""
     utf8 = line.decode("utf-8", "replace").encode()
-    return HALF.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], utf8)
+    return HALF.sub(_without_half, utf8)
+
+
+def _without_half(escape: re.Match[bytes]) -> bytes:
+    return rb"\ufffd" if escape["half"] else escape[0]
 
 
 def json_lines(path: str) -> Iterator[RawDocument]:

@@ -66,9 +66,10 @@ def chart(
         place = 1 - y.share(value)
         parts.append(f'<line x2="100%" {_at("y1", place)} {_at("y2", place)}/>')
         parts.append(f'<text class="left" x="0" {_at("y", place)} dx="-0.6em" dy="0.35em">{text}</text>')
-    for value, text in right.ticks(most) if right else ():
-        place = _at("y", 1 - right.share(value))
-        parts.append(f'<text x="100%" {place} dx="1em" dy="0.35em">{text}</text>')
+    if right:
+        for value, text in right.ticks(most):
+            place = _at("y", 1 - right.share(value))
+            parts.append(f'<text x="100%" {place} dx="1em" dy="0.35em">{text}</text>')
     ticks = x.ticks(4)
     for value, text in ticks:
         text += f" {unit}" if value == ticks[-1][0] else ""

@@ -21,14 +21,15 @@ class Folder:
     """
 
     def __init__(self, path: Path, is_main: bool):
-        self.path, self.lost, self.lock = path, "", None
+        self.path, self.lost = path, ""
+        self.lock: BaseFileLock | None = None
         if is_main:
             self._take(path)
 
     def _take(self, path: Path) -> None:
         self.lock = lock_folder(path)
         self.path, self.held = path, os.stat(path / ".lock")
-        self.descriptor = portable.open_folder(path)
+        self.descriptor: int | None = portable.open_folder(path)
 
     def _holds(self, path: Path) -> bool:
         """Whether it is our lock that lies in `path`."""

@@ -39,7 +39,8 @@ def to_tensorboard(config: dict[str, Any], run_id: str, records: Iterator[Logged
     """Write records to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board, last = SummaryWriter(config["out_dir"]), {}
+    board = SummaryWriter(config["out_dir"])
+    last: dict[str, float | str] = {}
     for values, step in records:
         for key, value in values.items():
             if isinstance(value, str):

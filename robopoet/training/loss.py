@@ -90,7 +90,7 @@ def model_sha256(model: GPT) -> str:
     kind += [f"{key} {getattr(c, key)}" for key in ("norm", "rope_theta") if getattr(c, key) != getattr(plain, key)]
     sha = hashlib.sha256(", ".join(kind).encode())
     for p in model.parameters():
-        sha.update(p.detach().numpy())
+        sha.update(p.detach().numpy().data)
     return sha.hexdigest()
 
 
@@ -104,7 +104,9 @@ class Teachers:
     def __init__(
         self, paths: list[str], share: float, block_size: int, out_dir: str, dataset: str, meta: Meta, machine: Machine
     ):
-        self.share, self.models, self.sha256 = share, [], {}
+        self.share = share
+        self.models: list[GPT] = []
+        self.sha256: dict[str, str] = {}
         for path in map(Path, paths):
             if replaces(Path(out_dir), path):
                 raise ConfigError(f"teacher: {path} is what this run replaces; choose another out_dir")

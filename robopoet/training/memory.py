@@ -43,7 +43,7 @@ def is_shard(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, its rows of the full tensor; any other tensor as it is."""
-    return tensor.to_local() if is_shard(tensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather(own: torch.Tensor, counts: list[int], rank: int) -> torch.Tensor:
@@ -89,7 +89,8 @@ def rows_of_ranks(n_rows: int, ranks: int) -> list[int]:
 def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor that every rank has in full, if `other` is a shard of the same full shape."""
     if hasattr(other, "full_tensor") and tensor.shape == other.shape:
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(other, DTensor)
         return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
     return tensor

@@ -39,7 +39,8 @@ def orthogonalize_all(stacks: list[torch.Tensor], dtype: torch.dtype, turn: bool
 
     turn: whether the tall matrices of a shape go together with the wide ones of its transpose.
     """
-    updates, together = list(stacks), {}
+    updates = list(stacks)
+    together: dict[int | tuple[int, ...], list[int]] = {}
     for i, (n, *shape) in enumerate(x.shape for x in stacks):
         if n:
             together.setdefault(tuple(sorted(shape)) if turn else i, []).append(i)
@@ -92,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.rank, self.ranks = dtype, rank, ranks
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyrefly: ignore[bad-override]  # it takes no closure
         """Update every parameter from its gradient; all ranks call it together."""
         found_inf = getattr(self, "found_inf", None)
         is_bad = None if found_inf is None else found_inf > 0  # then nothing may change
@@ -126,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         """
         params, counts = list(itertools.chain(*parts)), [len(part) for part in parts]
         moments = [local(self.state[p]["momentum_buffer"]) for p in params]
-        grads = torch.stack([local(p.grad) for p in params])
+        grads = torch.stack([local(p.grad) for p in params if p.grad is not None])
         if is_bad is not None:
             torch.where(is_bad, torch.stack(moments), grads, out=grads)
         torch._foreach_lerp_(moments, list(grads), 1 - momentum)
@@ -219,7 +220,7 @@ def step_all(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScal
     for optimizer in optimizers:
         reads_found_inf = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused AdamW and Muon do
         if reads_found_inf and not scaler.is_enabled():
-            optimizer.found_inf = bad  # read on the device: nothing waits
+            vars(optimizer)["found_inf"] = bad  # read on the device: nothing waits
         if reads_found_inf or not bad:
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -278,7 +279,7 @@ class Average:
 
     def __init__(self, model: GPT, decay: float):
         self.model, self.decay = model, decay
-        self.params = list(model.parameters())
+        self.params: list[torch.Tensor] = list(model.parameters())
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -299,8 +300,8 @@ class Average:
 
     @torch.no_grad()
     def _copy(self, weights: list[torch.Tensor]) -> None:
-        if hasattr(self.model, "reshard"):  # FSDP2 would keep the full embeddings of the last forward pass
-            self.model.reshard()
+        if reshard := getattr(self.model, "reshard", None):  # FSDP2 would keep the last forward pass's full embeddings
+            reshard()
         for p, weight in zip(self.params, weights, strict=True):
             p.copy_(weight)
 

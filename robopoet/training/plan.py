@@ -24,7 +24,7 @@ from robopoet.training.schedule import SAVE_S, Clock, evaluation_interval, steps
 from robopoet.weights import bases
 from robopoet.weights.header import NANOGPT_ARGS, read_header, read_run
 
-Config = TypeVar("Config")  # train.TrainConfig, which a room may not import
+Config = TypeVar("Config", bound=Any)  # train.TrainConfig, which a room may not import
 Trial = tuple[Callable[[int], Any], Callable[[int], Any]]  # a step of training, a batch of an evaluation
 SHAPE = tuple(key for key in NANOGPT_ARGS if key not in ("vocab_size", "dropout"))
 SHAPE += ("positions", "norm", "mlp", "n_kv_head")
@@ -158,7 +158,7 @@ def complete(cfg: Config, start: Start) -> Config:
 def _gentle(cfg: Config, block_size: int) -> dict[str, Any]:
     """Rows and rates for others' models, which learn much in few steps; those for a new model would undo it."""
     optimizer = cfg.optimizer if "optimizer" in cfg.given else "adamw" if cfg.shard else FROM_OTHERS.keys["optimizer"]
-    rates = {} if optimizer == "adafactor" else {"learning_rate": 3e-4, "muon_learning_rate": 6e-3}
+    rates: dict[str, Any] = {} if optimizer == "adafactor" else {"learning_rate": 3e-4, "muon_learning_rate": 6e-3}
     rows = max(FROM_OTHERS.context // block_size, 1)
     return rates | {"optimizer": optimizer, "block_size": block_size, "batch_size": rows}
 
@@ -218,7 +218,8 @@ def chosen(cfg: Config) -> dict[str, Any]:
 
 def less_memory(cfg: Config) -> str:
     """What to change in `cfg`, for which a GPU has too little memory."""
-    rows, micros, ways = cfg.batch_size, cfg.gradient_accumulation_steps, []
+    rows, micros = cfg.batch_size, cfg.gradient_accumulation_steps
+    ways: list[str] = []
     if rows % 2 == 0:
         halved = f"--batch_size={rows // 2} --gradient_accumulation_steps={2 * micros}"
         ways.append(f"{halved} (now {rows} and {micros}; the same losses)")

@@ -173,7 +173,8 @@ class RunReport:
 
     def _figures(self) -> str:
         """The numbers to look at first."""
-        best, latest, shown = self.best, self.latest, {}
+        best, latest = self.best, self.latest
+        shown: dict[str, str] = {}
         if best.loss is not None:
             shown = {"bits per byte of val": f"{best.bpb or 0:.3f}"}
             shown |= {f"least val loss, at step {best.iter:,}": f"{best.loss:.4f}"}
@@ -249,7 +250,7 @@ class RunReport:
 
     def _styles(self) -> str:
         """A row for each style: its curve, all of one scale, and its last and least loss."""
-        shown = {style: series.rows() for style, series in self.styles.items()}
+        shown = {style: [(step, loss) for step, loss in series.rows()] for style, series in self.styles.items()}
         x = axis_of([0, *(step for rows in shown.values() for step, _ in rows)])
         y = axis_of([loss for rows in shown.values() for _, loss in rows], 0.1)
         rows = [["style", "", "last", "least"]]

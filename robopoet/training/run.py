@@ -90,12 +90,12 @@ class Start:
     @property
     def is_ours(self) -> bool:
         """Whether a run of ours saved the checkpoint."""
-        return {"config", "model_extra"} <= self.content.keys()
+        return self.content is not None and {"config", "model_extra"} <= self.content.keys()
 
     @property
     def config(self) -> dict[str, Any]:
         """The keys of the run that saved the checkpoint, as this version writes them."""
-        saved = self.content["config"]
+        saved = (self.content or {})["config"]
         plain = {key: saved[key] for key in EARLIER_AUTO.keys() & saved.keys() if type(saved[key]) in (int, float, str)}
         return saved | {key: None for key, value in plain.items() if value == EARLIER_AUTO[key]}
 
@@ -111,7 +111,7 @@ class Start:
 
     def build_model(self, block_size: int, dropout: float, vocab_size: int) -> GPT:
         """The checkpoint's model, its context shortened to `block_size`, with new ids up to `vocab_size`."""
-        model = checkpoint.build_model(self.content, self.path, dropout, vocab_size)
+        model = checkpoint.build_model(self.content or {}, self.path, dropout, vocab_size)
         model.crop_block_size(block_size)
         return model
 
@@ -124,7 +124,7 @@ class Start:
         """Raise CheckpointError if the dataset or, on resuming, the optimizer is not the checkpoint's."""
         if self.content is None:
             return
-        problems, path = [], self.path
+        path, problems = self.path, list[str]()
         if self.resumes and self.content.get("text_sha256") != meta.text_sha256:
             raise CheckpointError(
                 f"{path}: it was trained on another text than {dataset}; a new run can start from its weights: "
@@ -158,7 +158,7 @@ class Start:
         teachers: path -> SHA-256. A new run is at step 0 and gets a run_id. Raises CheckpointError unless all is such
         as this run itself would save.
         """
-        if not self.resumes:
+        if self.content is None or not self.resumes:
             return Progress(run_id=secrets.token_hex(4))
         path, saved = self.path, read_run(self.content, self.path)
         for name in teachers.keys() & saved.teachers.keys():

@@ -75,7 +75,7 @@ class Architecture:
 
     def keys(self) -> type[msgspec.Struct]:
         """The keys of a config.json that matter, with their types."""
-        typed: list[tuple] = [(key, int) for key in self.sizes.values()]
+        typed: list[tuple[Any, ...]] = [(key, int) for key in self.sizes.values()]
         typed += [(self.activation, Name, next(iter(self.activations))), (self.dropouts[0], float, self.dropout)]
         typed += [(key, int | None, self.missing.get(key)) for key in self.widths.values()]
         others = self.supported(GPTConfig()).keys() - self.widths.values()

@@ -191,7 +191,11 @@ def check_weights(weights: Any, config: GPTConfig, path: Path) -> dict[str, torc
 
 
 def check_tensors(
-    tensors: dict[str, Any], shapes: dict[str, torch.Size], what: str, path: Path, dtypes: tuple = DTYPES
+    tensors: dict[str, Any],
+    shapes: dict[str, torch.Size],
+    what: str,
+    path: Path,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """Raise CheckpointError unless `tensors` are just those of `shapes`, of `dtypes`, finite, with bytes of their own.
 
@@ -200,7 +204,8 @@ def check_tensors(
     try:
         if extra := tensors.keys() - shapes.keys():
             raise ValueError(f"there is no {min(map(str, extra))}")
-        held, used = {}, 0
+        held: dict[int, int] = {}
+        used = 0
         for name, shape in shapes.items():
             t = tensors.get(name)
             if not isinstance(t, torch.Tensor) or t.layout is not torch.strided or t.dtype not in dtypes or t.is_meta:

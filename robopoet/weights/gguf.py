@@ -10,7 +10,7 @@ run started from is not kept: Ollama would put every prompt into a chat.
 import contextlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,7 +52,7 @@ NEVER = b"\xff"  # is in no UTF-8
 class Weight(np.ndarray):
     """An array whose tofile(), by which GGUFWriter writes, fails on a full disk; numpy's may lose the end unnoticed."""
 
-    def tofile(self, f: BinaryIO) -> None:
+    def tofile(self, f: Any, sep: str = "", format: str = "%s") -> None:
         """Write all bytes to `f`; raises OSError."""
         f.write(self.data)
 
@@ -76,6 +76,7 @@ def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, pa
     if the Modelfile exists or a weight is too large for float16, and as check() does.
     """
     check(model.config, tok)
+    assert isinstance(tok, BPETokenizer)
     import gguf
 
     c, beside = model.config, path.with_suffix(".Modelfile")

@@ -175,7 +175,11 @@ def load_gguf(path: Path) -> dict[str, Any]:
         licences = [*map(printable, found.licence.split("; "))]
     else:
         licences = [credit(found.title, found.licence)]
-    content = {"model": LAYOUTS["llama"].ours(weights, config), **config_entries(config), "licences": licences}
+    content: dict[str, Any] = {
+        "model": LAYOUTS["llama"].ours(weights, config),
+        **config_entries(config),
+        "licences": licences,
+    }
     try:
         pairs = [tuple(pair.split(" ")) for pair in found.merges]
         specials = {name for name, kind in zip(found.tokens, found.types, strict=True) if kind != NORMAL}
@@ -255,7 +259,8 @@ def _read_tensors(f: BinaryIO, size: int, header: GGUFHeader, shapes: dict[str, 
     if extra := tensors.keys() - shapes.keys():
         raise ValueError(f"has a tensor {shorten(min(extra))}, which has no place here; {FITTING}")
     types = {GGMLQuantizationType[name].value: GGMLQuantizationType[name] for name in TENSOR_TYPES}
-    places, used = {}, 0
+    places: dict[str, tuple[int, int]] = {}
+    used = 0
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tensor.shape != shape:

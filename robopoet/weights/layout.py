@@ -1,6 +1,7 @@
 """How other programs name and hold our tensors, as a table for each, and one way to rename by it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -37,7 +38,8 @@ class Layout:
 
         A bias that the model lacks is zeros, if the layout has biases.
         """
-        made, c = {}, model.config
+        made: Weights = {}
+        c = model.config
         for name, w in _with_biases(model).items() if self.biases else _untied(model).items():
             their_name = self.prefix + name.removeprefix(OURS)
             for ours, theirs in self.names.items():
@@ -54,13 +56,14 @@ class Layout:
 
     def ours(self, weights: Weights, config: GPTConfig) -> Weights:
         """The reverse of `theirs`; raises ValueError or RuntimeError if weights that become one don't fit."""
-        found, apart = {}, {}
+        found: Weights = {}
+        apart: dict[tuple[str, str], Weights] = {}
         for name, w in weights.items():
             name = f"{OURS}." + name.removeprefix(f"{self.prefix}.")  # some files leave it out
             for ours, theirs in self.names.items():
                 name = name.replace(theirs, ours)
             whole, part = next(
-                ((whole, part) for whole, parts in self.apart.items() for part in parts if part in name), (None, None)
+                ((whole, part) for whole, parts in self.apart.items() for part in parts if part in name), ("", "")
             )
             if whole:
                 apart.setdefault((name.replace(part, whole), whole), {})[part] = w
@@ -118,7 +121,9 @@ def _with_biases(model: GPT) -> Weights:
 class NoInit(TorchFunctionMode):
     """Skips initialisation: on the meta device it would import torch's compiler, two seconds."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
 

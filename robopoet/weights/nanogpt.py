@@ -53,7 +53,7 @@ def _read_meta(path: Path) -> tokenizer.Tokenizer:
     itos = files.convert(value, NanoGPTMeta, path, CheckpointError, f"it {NOT_A_META}").itos
     if sorted(itos) != list(range(len(itos))):
         raise CheckpointError(f"{path}: {NOT_A_META} (its ids are not 0 to {len(itos) - 1})")
-    saved = {"kind": "char", "chars": "".join(itos[id] for id in range(len(itos))), "specials": []}
+    saved: dict[str, Any] = {"kind": "char", "chars": "".join(itos[id] for id in range(len(itos))), "specials": []}
     return tokenizer.from_json(files.convert(saved, SavedChar, path, CheckpointError, f"it {NOT_A_META}"))
 
 
@@ -63,7 +63,7 @@ def _unpickle(raw: bytes) -> Any:
     The unpickler allocates its memo up to the largest index, so a few bytes could claim gigabytes.
     """
     for opcode, argument, _ in pickletools.genops(raw):
-        if opcode.name not in PLAIN_OPCODES or (opcode.name == "LONG_BINPUT" and argument > len(raw)):
+        if opcode.name not in PLAIN_OPCODES or (opcode.name == "LONG_BINPUT" and (argument or 0) > len(raw)):
             raise ValueError(f"it holds more than plain values ({opcode.name})")
     return _PlainUnpickler(io.BytesIO(raw)).load()
 

@@ -43,7 +43,8 @@ class Continuations:
 
     def __init__(self, tokens: list[bytes], begun: bytes, n: int):
         self.joining, self.opening = Written(), Written()
-        self.most, self.long = 1, []
+        self.most = 1
+        self.long: list[int] = []
         for id, token in enumerate(tokens):
             if (0x80 <= token[0] < 0xC0) == bool(begun):
                 text = fold(_decode(begun + token)[0])
@@ -65,7 +66,7 @@ class Copies:
     def __init__(self, originality: Originality, tok: Tokenizer, n: int, cut: bool = False):
         self.n, self.cut, self.tokens = n, cut, tok.tokens
         self.followers = functools.lru_cache(maxsize=10_000)(originality.followers)
-        self.continuations = functools.lru_cache(maxsize=1_000)(lambda begun: Continuations(tok.tokens, begun, n))
+        self.continuations = functools.lru_cache(maxsize=1_000)(functools.partial(Continuations, tok.tokens, n=n))
 
 
 class Copied:

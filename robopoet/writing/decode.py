@@ -49,6 +49,7 @@ def step(
     c, t, B = model.config, model.transformer, len(ids)
     hs, last, is_rotary = c.head_size, c.block_size - 1, c.positions == "rotary"
     normalize = rms_norm if c.norm == "rmsnorm" else layer_norm
+    rotation = lines = None
     if isinstance(at, int):  # views, and no mask
         furthest, seen, mask = at, min(at, last) + 1, None
         place = at if at <= last else 1 + (at - 1) % last  # a full cache is a ring behind the first token
@@ -71,10 +72,10 @@ def step(
         ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj = weights
         qkv = linear(normalize(x, *ln_1), *c_attn).view(B, -1, 1, hs)
         qk, v = qkv.split([c.n_head + c.kv_heads, c.kv_heads], dim=1)
-        if is_rotary:
+        if rotation is not None:
             qk = rotate(qk, *rotation)
         q, k = qk.split([c.n_head, c.kv_heads], dim=1)  # (B, nh, 1, hs), (B, nkv, 1, hs)
-        if mask is None:
+        if lines is None:
             keys[:, :, place : place + 1], values[:, :, place : place + 1] = k, v
         else:
             keys.view(-1, hs).index_copy_(0, lines, k.reshape(-1, hs))
@@ -133,7 +134,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return torch.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: None = None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """nn.RMSNorm with this weight; it has no bias."""
     return torch.rms_norm(x, weight.shape, weight, 1e-5)
 
@@ -251,10 +252,11 @@ def generate(
     rows = EvenRows(model, B, record, min(c.block_size, n + max_new_tokens + 1))
     ids, is_read = idx[:, n - 1], False
     for _ in range(max_new_tokens):
-        if not is_read:
-            window = idx[:, :n] if tags is None else torch.cat([tags[:, None], idx[:, 1:n]], dim=1)
-        ids = choose(rows.step(ids) if is_read else rows.read(window))
-        is_read = True
+        if is_read:
+            logits = rows.step(ids)
+        else:
+            logits = rows.read(idx[:, :n] if tags is None else torch.cat([tags[:, None], idx[:, 1:n]], dim=1))
+        ids, is_read = choose(logits), True
         if c.positions == "learned":
             start = window_start(n + 1, c)  # counted from the start of the window, it moves as in the full text
             if start:
@@ -296,7 +298,8 @@ class Rows:
 
     def __init__(self, model: GPT, max_rows: int):
         weight, places = model.transformer.wte.weight, round_up(model.config.block_size, PLACES)
-        self.model, self.max_rows, self.device, self.rows = model, max_rows, weight.device, []
+        self.model, self.max_rows, self.device = model, max_rows, weight.device
+        self.rows: list[Row] = []
         wide = dataclasses.replace(model.config, block_size=places)
         self.cache = KVCache.empty(wide, round_up(max_rows, ROWS), weight.device, weight.dtype)
         self.blocks = block_weights(model)

@@ -16,7 +16,7 @@ import regex
 import torch
 
 from robopoet.errors import DataError
-from robopoet.text.dataset import read_meta
+from robopoet.text.dataset import SplitName, read_meta
 from robopoet.text.windows import open_split
 
 LENGTHS = (4, 8, 12)  # a report says how many sequences of so many words are new
@@ -100,7 +100,8 @@ class Originality:
         passage = f" {' '.join(words)} ".encode()
         # where each space is: one before each word, and one at the end
         spaces = np.cumsum([0] + [len(word.encode()) + 1 for word in words]).tolist()
-        lengths, runs = [], []  # from each word on, the longest match: how many words, and which
+        lengths: list[int] = []  # from each word on, the longest match: how many words, and which
+        runs: list[str] = []
         for first, start in enumerate(spaces[:-1]):
             stop = start + self._match_length(passage[start:])
             lengths.append(bisect.bisect_left(spaces, stop) - 1 - first)  # a word counts if the space after it matches
@@ -166,7 +167,7 @@ def _suffix_array(text: bytes) -> np.ndarray:
     return divsufsort(text)
 
 
-def read_texts(folder: Path, split_name: str) -> list[str]:
+def read_texts(folder: Path, split_name: SplitName) -> list[str]:
     """The text of each document of a split, decoded from its bin; raises DataError if the bin can't be used."""
     meta = read_meta(folder)
     tok = meta.load_tokenizer()

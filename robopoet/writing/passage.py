@@ -65,7 +65,7 @@ class Settings:
 LATER = {"max_copy": 0}  # settings that older files lack, with what they mean there
 SavedSettings = msgspec.defstruct(  # as read from a file: every other key must be present, and no more
     "SavedSettings",
-    [(name, hint, *([LATER[name]] if name in LATER else [])) for name, hint in get_type_hints(Settings).items()],
+    [(name, hint, LATER[name]) if name in LATER else (name, hint) for name, hint in get_type_hints(Settings).items()],
     kw_only=True,
     frozen=True,
     forbid_unknown_fields=True,

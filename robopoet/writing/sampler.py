@@ -2,8 +2,9 @@
 
 B: texts, each with its own settings. R: rows of logits, one for each style of a text. V: vocab_size.
 
-A new filter is a key of passage.Settings and three lines here: a column, which is a setting of each text, (B, 1); its
-rule in Columns.filter; and in is_kept, or as min_p before the draw, so that a token that it drops is drawn again.
+A new filter is a key of passage.Settings and four lines here: its value in NO_CHANGE; a column, which is a setting of
+each text, (B, 1); its rule in Columns.filter; and in is_kept, or as min_p before the draw, so that a token that it
+drops is drawn again.
 """
 
 import copy
@@ -49,7 +50,8 @@ class NGrams:
     def fork(self) -> Self:
         """The same text, of a prompt, to grow on its own."""
         other = copy.copy(self)
-        other.before, other.followers = self.followers, {}
+        other.before = self.followers
+        other.followers = {}
         return other
 
     def repeats(self) -> np.ndarray:
@@ -95,6 +97,7 @@ def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: torch.Tensor | None, p: t
     tokens that are likelier and adds up their probability.
     """
     likelier = probs > probs.gather(1, ids[:, None])
+    kept: torch.Tensor | None = None
     if k is not None:
         k = k[:, 0]
         kept = likelier.sum(-1, dtype=torch.int32) < k
@@ -105,7 +108,8 @@ def is_kept(probs: torch.Tensor, ids: torch.Tensor, k: torch.Tensor | None, p: t
         for size in sizes:
             most = torch.where(k == size, p * add_up(largest[:, :size]), most)
         fits = add_up(probs * likelier) < most
-        kept = fits if k is None else kept & fits
+        kept = fits if kept is None else kept & fits
+    assert kept is not None
     return kept
 
 
@@ -186,23 +190,25 @@ class SampledText:
                 memory.push(id)
 
 
+# the value of each setting that changes nothing; a token's probabilities may add up to a little more than 1
+NO_CHANGE = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 2**53, "top_p": math.inf, "min_p": 0.0}
+
+
 class Columns(NamedTuple):
-    """Settings of B texts, each as a column, (B, 1); None for one that changes nothing in any of them.
+    """Settings of B texts, each as a column, (B, 1); None for one that changes nothing in any of them."""
 
-    The defaults here change nothing.
-    """
-
-    repetition_penalty: torch.Tensor | None = 1.0
-    temperature: torch.Tensor | None = 1.0
-    top_k: torch.Tensor | None = 2**53  # int64
-    top_p: torch.Tensor | None = math.inf  # probabilities may add up to a little more than 1
-    min_p: torch.Tensor | None = 0.0
+    repetition_penalty: torch.Tensor | None
+    temperature: torch.Tensor | None
+    top_k: torch.Tensor | None  # int64
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
 
     @classmethod
     def of(cls, texts: Sequence[SampledText], like: torch.Tensor) -> Self:
         """The columns of these texts, on the device and in the dtype of `like`."""
-        columns, off = [], {"top_k": 0, "top_p": 1.0}
-        for name, neutral in cls._field_defaults.items():
+        columns: list[torch.Tensor | None] = []
+        off = {"top_k": 0, "top_p": 1.0}
+        for name, neutral in NO_CHANGE.items():
             given = [getattr(text.settings, name) for text in texts]
             values = [neutral if value == off.get(name) else value for value in given]
             dtype = torch.int64 if name == "top_k" else like.dtype
@@ -292,12 +298,12 @@ class Sampler:
 
     def heal(self, logits: torch.Tensor, penalized: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) after penalties, but without them, and given the prompt, where a text writes its end."""
-        healing = [(place, text) for place, text in enumerate(self.texts) if text.rest]
+        healing = [(place, text, text.rest) for place, text in enumerate(self.texts) if text.rest]
         if not healing:
             return penalized
         healed = penalized.clone()
-        for place, text in healing:
-            healed[place] = text.rest.given(logits[place], text.copied.ids() if text.copied else ())
+        for place, text, rest in healing:
+            healed[place] = rest.given(logits[place], text.copied.ids() if text.copied else ())
             text.is_stuck = False
         return healed
 

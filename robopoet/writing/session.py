@@ -146,7 +146,9 @@ class Session:
 
         Raises ConfigError, and changes nothing, if there is no such setting or it can't have that value.
         """
-        word, value = re.fullmatch(r"(?s)(.+?)(?:\s*=\s*|\s+|$)(.*)", change).groups()
+        found = re.fullmatch(r"(?s)(.+?)(?:\s*=\s*|\s+|$)(.*)", change)
+        assert found  # it has a character
+        word, value = found.groups()
         key, quoted = key_of(word), re.fullmatch(r'("[^"]*"\s*)+', value)
         texts = [unescape(text) for text in (re.findall('"([^"]*)"', value) if quoted else [value])]
         text = texts[0] if len(texts) == 1 else texts
@@ -170,7 +172,7 @@ class Session:
             return []
         if command == "/save" and space:
             return [f"/save {path}" for path in paths(argument)]
-        before = re.match(r"(?s).*[ ,=]|", line)[0]
+        before = line[: max(map(line.rfind, " ,=")) + 1]
         words: list[str] = []
         if not before:
             takes_value = {"/save", "/set", *(f"/{key}" for key in KEYS)}
