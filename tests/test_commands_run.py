@@ -49,8 +49,8 @@ NOT_RUN = {  # what a document's name and a command match -> why it is not run h
     r"--screenshot": "takes a browser; test_html_page.py has one",
     r"wandb sweep|docs/search\.py": "takes an account, or long; test_search.py has short ones",
     r"PATH_TO_NANOGPT|FOLDER": "takes what no one ships; test_bench_peer.py and test_bench_books_read.py have some",
-    r"bench\.(books|search|learn|memory|ranks|scaling|prepare_speed|serve|torture|gpu|train_speed|sample_speed)\b|"
-    r"bench\.writing\b": "takes long, most because they start processes that import torch; each has a short test",
+    r"bench\.(books|search|finetune|learn|memory|ranks|scaling|prepare_speed|serve|torture|gpu|train_speed)\b|"
+    r"bench\.(sample_speed|writing)\b": "takes long, as most start processes that import torch; each has a short test",
 }
 SHOWN_ELSEWHERE = ("bench/PASSAGES.md", "bench/RESULTS.md", "tests/README.md")  # by docstrings, with other settings
 
