@@ -349,7 +349,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
     bar = tqdm(total=cfg.max_iters, initial=progress.iter_num, unit="step", disable=None if machine.is_main else True)
     # under --shard no rank can generate with its part alone
     previews = cfg.sample_tokens and log.active and not (cfg.shard and machine.world_size > 1)
-    preview = Preview(model, folder, meta, tok, machine, cfg.sample_tokens) if previews else None
+    preview = Preview(model, folder, meta, tok, machine, cfg.sample_tokens, run.excerpts) if previews else None
     requests, unsaved, at_eval = Requests(), "", start.tunes  # so best.pt is no worse than what it starts from
     with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
         while True:

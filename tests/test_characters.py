@@ -218,7 +218,7 @@ def test_nor_does_a_page(checkpoint_path, tmp_path):
 def test_nor_does_a_runs_preview(tok, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_embd=16))
-    preview = Preview(model, tmp_path, None, tok, find_machine("cpu", "float32", trains=False), 300)
+    preview = Preview(model, tmp_path, None, tok, find_machine("cpu", "float32", trains=False), 300, {})
     monkeypatch.setattr(Preview, "originality", None)
     text = preview()["text"]
     assert BROKEN not in text and len(text) > 50

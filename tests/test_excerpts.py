@@ -1,5 +1,6 @@
 """What a tuned model reads before a prompt: where it comes from, and that every door reads the same."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_a_tuned_model_keeps_excerpts_and_one_from_nothing_has_none(tmp_path, sm
         (tmp_path / f"{title}.txt").write_text(make_book(number, 80))
     bins = str(tmp_path / "bins")
     prepare.main(prepare.PrepareConfig(input=(str(tmp_path / "*.txt"),), out=bins, tokenizer=str(path)))
-    keys = shapeless | {"dataset": bins, "max_iters": 2, "eval_interval": 2}
+    keys = shapeless | {"dataset": bins, "max_iters": 2, "eval_interval": 2, "sample_tokens": 20}
     train.main(TrainConfig(**keys | {"init_from": str(path)}))
     tuned = Path(keys["out_dir"]) / "best.pt"
     content = checkpoint.load(tuned)
@@ -82,6 +83,8 @@ def test_a_tuned_model_keeps_excerpts_and_one_from_nothing_has_none(tmp_path, sm
         assert 0 < len(ids) <= content["model_args"]["block_size"] // 4
         text = checkpoint.tokenizer_of(content, tuned).decode_bytes(ids).decode(errors="ignore")
         assert text.strip() in book and text.endswith("\n")
+    last = [json.loads(line) for line in tuned.with_name("metrics.jsonl").read_text().splitlines()][-1]
+    assert last["text"] == Poet(str(tuned.with_name("ckpt.pt")), "cpu", "float32").write(max_new_tokens=20)[0]
     train.main(TrainConfig(**keys | {"init_from": "auto", "max_iters": 4, "eval_interval": 4}))
     assert checkpoint.load(tuned.with_name("ckpt.pt"))["excerpts"] == content["excerpts"]
     train.main(TrainConfig(**keys | {"init_from": str(tuned), "out_dir": str(tmp_path / "on")}))

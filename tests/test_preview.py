@@ -26,7 +26,7 @@ def test_the_sample_is_what_sample_py_writes_by_default(small):
 def test_a_sample_needs_no_line_end_in_the_vocabulary(tmp_path):
     tok = CharTokenizer("abc", [])
     model = GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_embd=16))
-    found = Preview(model, tmp_path, None, tok, find_machine("cpu", "float32"), 30)
+    found = Preview(model, tmp_path, None, tok, find_machine("cpu", "float32"), 30, {})
     found.originality = None
     assert len(found()["text"]) == 30 and model.transformer.wte.weight.requires_grad
 

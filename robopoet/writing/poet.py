@@ -51,13 +51,16 @@ class Poet:
         self._take(path, content, model, tokenizer, machine, record)
 
     @classmethod
-    def of_model(cls, model: GPT, tokenizer: Tokenizer, machine: Machine) -> Self:
+    def of_model(
+        cls, model: GPT, tokenizer: Tokenizer, machine: Machine, excerpts: dict[str, list[int]] | None = None
+    ) -> Self:
         """A poet of a model in memory, on the machine's device: it stays as it is and can be trained on.
 
-        It has neither a checkpoint nor a training text: what needs one, as max_copy does, raises an error that says so.
+        excerpts: style -> ids, as a checkpoint has them. The poet has neither a checkpoint nor a training text: what
+        needs one, as max_copy does, raises an error that says so.
         """
         poet = cls.__new__(cls)
-        poet._take(Path("a model in memory"), {}, model, tokenizer, machine, record=False)
+        poet._take(Path("a model in memory"), {"excerpts": excerpts or {}}, model, tokenizer, machine, record=False)
         return poet
 
     def _take(

@@ -16,10 +16,23 @@ LARGEST = 10_000_000  # bytes of a training text that is searched for copies: so
 
 
 class Preview:
-    """What sample.py writes by default, in at most `n_tokens`, with `model`, which learns the dataset in `folder`."""
+    """What sample.py writes by default, in at most `n_tokens`, with `model`, which learns the dataset in `folder`.
 
-    def __init__(self, model: GPT, folder: Path, meta: Meta, tok: Tokenizer, machine: Machine, n_tokens: int):
-        self.poet, self.folder, self.meta, self.n_tokens = Poet.of_model(model, tok, machine), folder, meta, n_tokens
+    excerpts: style -> ids that it reads first.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        folder: Path,
+        meta: Meta,
+        tok: Tokenizer,
+        machine: Machine,
+        n_tokens: int,
+        excerpts: dict[str, list[int]],
+    ):
+        self.poet = Poet.of_model(model, tok, machine, excerpts)
+        self.folder, self.meta, self.n_tokens = folder, meta, n_tokens
 
     def __call__(self) -> dict[str, str | int]:
         """A sample's text and the words of its longest copy, unless the training text is too large to search."""
