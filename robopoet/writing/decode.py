@@ -23,6 +23,7 @@ Choose = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: l
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for queries and keys: (1, hs), or (B, 1, 1, hs)
 STRETCH = 256  # positions whose rotations are computed together
+TABLED = 2**14  # rows before this position look their rotations up
 SCORED = 64  # tokens of a prompt whose logits exist at a time
 ALIKE = 2**11  # a window of more tokens, in all rows, is read once for those that are alike
 ROWS, PLACES = 4, 64  # the rows of a server's step and the places it attends to are multiples of these
@@ -56,16 +57,15 @@ def step(
     else:
         width, place = cache.keys.shape[3], at
         seen = width if furthest is None else round_up(min(furthest, last) + 1, PLACES)
-        unseen = torch.arange(seen, device=at.device) > at.clamp(max=last).view(B, 1, 1, 1)
-        mask = torch.zeros(unseen.shape, device=at.device, dtype=cache.keys.dtype).masked_fill_(unseen, -math.inf)
+        mask = masks(width, seen, cache.keys.dtype, at.device)[width - 1 - at.clamp(max=last)].view(B, 1, 1, seen)
         if furthest is None or furthest > last:
             place = torch.where(at <= last, at, 1 + (at - 1) % max(last, 1))
         lines = (first_lines(B, c.kv_heads, width, at.device) + place[:, None]).flatten()
     x = t.wte.weight[ids]  # (B, C)
     if is_rotary:
-        rotation = rotation_at(at, c, cache.keys)
+        rotation = rotation_at(at, c, cache.keys, furthest)
         if furthest is None or furthest > last:
-            slide(cache, c, B, at - last)
+            slide(cache, c, B, at - last, furthest)
     else:
         x = x + t.wpe.weight[at]
     for weights, keys, values in zip(blocks, cache.keys[:, :B], cache.values[:, :B], strict=True):
@@ -94,14 +94,25 @@ def first_lines(n_rows: int, n_head: int, width: int, device: torch.device) -> t
     return torch.arange(0, n_rows * n_head * width, width, device=device).view(n_rows, n_head)
 
 
-def slide(cache: KVCache, config: GPTConfig, n_rows: int, beyond: int | torch.Tensor) -> None:
+@functools.lru_cache(maxsize=256)
+def masks(width: int, seen: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Row i hides all but the first width - i of `seen` places: (2 width - seen + 1, seen), of 2 width numbers."""
+    line = torch.zeros(2 * width, dtype=dtype, device=device)
+    line[width:] = -math.inf
+    return line.unfold(0, seen, 1)
+
+
+def slide(
+    cache: KVCache, config: GPTConfig, n_rows: int, beyond: int | torch.Tensor, furthest: int | None = None
+) -> None:
     """Rotate the first token's keys of rows with rotary positions that are `beyond` their window, if above 0.
 
     So the first token stays block_size - 1 before the last one. The other keys keep their angles: only differences
     count.
     """
     beyond = beyond.clamp(min=0) if isinstance(beyond, torch.Tensor) else beyond
-    cache.keys[:, :n_rows, :, :1] = rotate(cache.first[:, :n_rows], *rotation_at(beyond, config, cache.keys))
+    rotation = rotation_at(beyond, config, cache.keys, furthest)
+    cache.keys[:, :n_rows, :, :1] = rotate(cache.first[:, :n_rows], *rotation)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -109,11 +120,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def rotation_at(at: int | torch.Tensor, config: GPTConfig, keys: torch.Tensor) -> Rotation:
-    """How queries and such keys are rotated at a position, or at each of (B,) int64 positions."""
+def rotation_at(at: int | torch.Tensor, config: GPTConfig, keys: torch.Tensor, furthest: int | None = None) -> Rotation:
+    """How queries and such keys are rotated at a position, or at each of (B,) int64 positions, at most `furthest`."""
     if isinstance(at, int):
         return _stretch(config, keys.dtype, keys.device, at // STRETCH)[at % STRETCH]
-    return _expand(rotary_table(at, config).to(keys.dtype))
+    if furthest is None or furthest >= TABLED:
+        return _expand(rotary_table(at, config).to(keys.dtype))
+    cos, sin = _rotations(config, keys.dtype, keys.device, max(STRETCH, 1 << furthest.bit_length()))
+    return cos[at], sin[at]
 
 
 @functools.lru_cache(maxsize=16)
@@ -121,6 +135,12 @@ def _stretch(config: GPTConfig, dtype: torch.dtype, device: torch.device, number
     """The rotations at STRETCH positions: one by one, each would take a dozen calls."""
     positions = torch.arange(STRETCH, device=device) + number * STRETCH
     return list(zip(*_expand(rotary_table(positions, config).to(dtype)), strict=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _rotations(config: GPTConfig, dtype: torch.dtype, device: torch.device, n: int) -> Rotation:
+    """The rotations at the first n positions: (n, 1, 1, hs) each."""
+    return _expand(rotary_table(torch.arange(n, device=device), config).to(dtype))
 
 
 def _expand(table: torch.Tensor) -> Rotation:
@@ -292,8 +312,8 @@ class Rows:
     """Up to max_rows rows, each at its own place; those in use stand first, so that a step reads no others.
 
     A row's logits are the same bits however many rows share the step and whichever place it has among them. On a CPU
-    that holds because every shape that could change a product's rounding is rounded up: rows to a multiple of 4, keys
-    and values to a multiple of 64. A prompt is read alone, so its shapes are its own.
+    that holds because every shape that could change a product's rounding is rounded up: rows to a multiple of 4, of 2
+    with oneDNN, keys and values to a multiple of 64. A prompt is read alone, so its shapes are its own.
     """
 
     def __init__(self, model: GPT, max_rows: int):
@@ -303,6 +323,7 @@ class Rows:
         wide = dataclasses.replace(model.config, block_size=places)
         self.cache = KVCache.empty(wide, round_up(max_rows, ROWS), weight.device, weight.dtype)
         self.blocks = block_weights(model)
+        self.multiple = 2 if model.lm_head.weight.is_mkldnn else ROWS
 
     @property
     def free(self) -> int:
@@ -377,7 +398,7 @@ class Rows:
     def step(self) -> torch.Tensor:
         """Logits (rows, V) of the token after each row's last id, whose keys and values join the cache."""
         n_rows = len(self.rows)
-        given = np.zeros((2, round_up(n_rows, ROWS)), np.int64)
+        given = np.zeros((2, round_up(n_rows, self.multiple)), np.int64)
         given[:, :n_rows] = [row.n for row in self.rows], [row.window[-1] for row in self.rows]
         at, ids = torch.from_numpy(given).to(self.device)
         return step(self.model, self.blocks, self.cache, ids, at, int(given[0].max()))[:n_rows]
