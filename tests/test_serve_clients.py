@@ -16,6 +16,7 @@ from served import HEAD, Served, endless, rest_of, wait_until
 
 from bench.storm import storm
 from robopoet.errors import ConfigError
+from robopoet.serving import api as apis
 from robopoet.serving import engine as engines
 from robopoet.serving.api import Completion
 from robopoet.serving.protocol import read_request
@@ -45,6 +46,15 @@ def test_a_storm_is_answered_rightly_or_refused(served):
     assert found["wrong"] == [] and sum(found["well"].values()) == 100 and len(found["well"]) == 4
     wait_until(lambda: served.http.get("/health").json() | {"max_rows": 0} == {
         "status": "ok", "requests": 0, "rows": 0, "max_rows": 0})  # fmt: skip
+
+
+def test_a_stream_ends_with_its_text_however_far_apart_its_events_are(served, monkeypatch):
+    (expected,) = served.choices(max_tokens=40, seed=2)
+    monkeypatch.setattr(apis, "EVENT_S", 1e6)
+    monkeypatch.setattr(engines, "TELL_S", 1e6)
+    events = served.events(max_tokens=40, seed=2, stream=True)
+    assert len(events) <= 3  # the first token, what came while it was sent, and the rest
+    assert "".join(event["choices"][0]["text"] for event in events) == expected["text"]
 
 
 def test_a_stream_ends_once_where_its_texts_are_whole_before_its_head_is_sent(served):

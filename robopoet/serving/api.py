@@ -162,7 +162,7 @@ class Completion:
     def __init__(self, api: Api, reply: Reply, start: float):
         self.api, self.reply, self.choices, self.is_left = api, reply, [*reply.texts], False
         self.start, self.counted = start, 0  # tokens that the metrics have
-        self.news = asyncio.Event()
+        self.news, self.end = asyncio.Event(), asyncio.Event()
         reply.wake = self._gain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,6 +199,8 @@ class Completion:
         tally.generated_tokens += generated - self.counted
         self.counted = generated
         self.news.set()
+        if self.reply.is_done:
+            self.end.set()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -206,6 +208,7 @@ class Completion:
         self.is_left = not self.is_whole  # else it is uvicorn's word that all is sent
         self.api.engine.cancel(self.choices)
         self.news.set()
+        self.end.set()
 
     async def _whole(self) -> Response | None:
         while not (self.reply.is_done or self.is_left):
@@ -225,7 +228,8 @@ class Completion:
             done = self.reply.is_done
             if body := self.reply.chunks():
                 await self._send({"type": "http.response.body", "body": body, "more_body": not done})
-                await asyncio.sleep(0 if done else EVENT_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.end.wait(), EVENT_S)
 
     async def _send(self, message: Message) -> None:
         self.is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import queue
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from robopoet.writing.poet import Poet
 from robopoet.writing.sampler import SampledText, Sampler, blended
 
 FAILED = "the server failed to generate this text"
+TELL_S = 0.01  # between two calls of the event loop, which take the interpreter from the thread that steps
 TURN = 32  # tokens that a text gains before it may be paused for a request that has no rows
 
 
@@ -115,6 +117,7 @@ class Engine(threading.Thread):
         self.waiting: dict[Choice, deque[Choice]] = {}  # a request's first text -> its texts without rows
         self.running: list[Choice] = []
         self.gains: list[Gain] = []
+        self.told, self.is_urgent = 0.0, False  # when gains were last told; whether a text has begun or ended since
         self.sampler: Sampler | None = None  # samples for all that run; made again when one joins or leaves
         self.stopping = False
 
@@ -329,6 +332,7 @@ class Engine(threading.Thread):
             text, finish = text + passage.finish(), "length"
         if is_new:
             self.gains.append(Gain(choice, text, (token,), finish))
+            self.is_urgent |= passage.n_new == 1
         if finish:
             self._leave(choice)
         else:
@@ -337,7 +341,7 @@ class Engine(threading.Thread):
 
     def _leave(self, choice: Choice) -> None:
         """Free a choice's rows."""
-        self.sampler = None
+        self.sampler, self.is_urgent = None, True
         self.running = [other for other in self.running if other is not choice]
         for row in choice.rows:
             self.rows.drop(row)
@@ -348,9 +352,11 @@ class Engine(threading.Thread):
         self.gains.append(Gain(choice, error=FAILED))
 
     def _tell(self) -> None:
-        """Hand what was gained to the event loop, all in one call."""
-        gains = self.gains
-        self.gains = []
+        """Hand what was gained to the event loop, all in one call: soon, and at once if a text begins or ends."""
+        now = time.monotonic()
+        if not (self.is_urgent or now - self.told > TELL_S):
+            return
+        gains, self.gains, self.told, self.is_urgent = self.gains, [], now, False
         if gains and self.loop and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_deliver, gains)
 
