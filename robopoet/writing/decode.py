@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, rotary_table, swiglu
+from model import GPT, GPTConfig, KVCache, swiglu
 from robopoet import ops
 from robopoet.machine import Graphed
 from robopoet.ops import Linear, add_linear, gelu_linear, linear, scaled_dot_product_attention
+from robopoet.writing.rotations import rotate, rotation_at
 from robopoet.writing.sampler import blended
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # the next token of each row: logits (B, V) -> ids (B,) int64
 BlockWeights = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines for queries and keys: (1, hs), or (B, 1, 1, hs)
-STRETCH = 256  # positions whose rotations are computed together
-TABLED = 2**14  # rows before this position look their rotations up
 SCORED = 64  # tokens of a prompt whose logits exist at a time
 ALIKE = 2**11  # a window of more tokens, in all rows, is read once for those that are alike
 ROWS, PLACES = 4, 64  # the rows of a server's step and the places it attends to are multiples of these
@@ -113,40 +111,6 @@ def slide(
     beyond = beyond.clamp(min=0) if isinstance(beyond, torch.Tensor) else beyond
     rotation = rotation_at(beyond, config, cache.keys, furthest)
     cache.keys[:, :n_rows, :, :1] = rotate(cache.first[:, :n_rows], *rotation)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """model.rotary at one position, in three calls: x (..., hs)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def rotation_at(at: int | torch.Tensor, config: GPTConfig, keys: torch.Tensor, furthest: int | None = None) -> Rotation:
-    """How queries and such keys are rotated at a position, or at each of (B,) int64 positions, at most `furthest`."""
-    if isinstance(at, int):
-        return _stretch(config, keys.dtype, keys.device, at // STRETCH)[at % STRETCH]
-    if furthest is None or furthest >= TABLED:
-        return _expand(rotary_table(at, config).to(keys.dtype))
-    cos, sin = _rotations(config, keys.dtype, keys.device, max(STRETCH, 1 << furthest.bit_length()))
-    return cos[at], sin[at]
-
-
-@functools.lru_cache(maxsize=16)
-def _stretch(config: GPTConfig, dtype: torch.dtype, device: torch.device, number: int) -> list[Rotation]:
-    """The rotations at STRETCH positions: one by one, each would take a dozen calls."""
-    positions = torch.arange(STRETCH, device=device) + number * STRETCH
-    return list(zip(*_expand(rotary_table(positions, config).to(dtype)), strict=True))
-
-
-@functools.lru_cache(maxsize=16)
-def _rotations(config: GPTConfig, dtype: torch.dtype, device: torch.device, n: int) -> Rotation:
-    """The rotations at the first n positions: (n, 1, 1, hs) each."""
-    return _expand(rotary_table(torch.arange(n, device=device), config).to(dtype))
-
-
-def _expand(table: torch.Tensor) -> Rotation:
-    """The cosines and sines in a rotary_table() for rotate(): (T, 1, 1, hs) each."""
-    cos, sin = table[:, :, None, None]  # (T, 1, 1, hs / 2)
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
