@@ -356,7 +356,7 @@ class Engine(threading.Thread):
         now = time.monotonic()
         if not (self.is_urgent or now - self.told > TELL_S):
             return
-        gains, self.gains, self.told, self.is_urgent = self.gains, [], now, False
+        gains, self.gains, self.told, self.is_urgent = self.gains, list[Gain](), now, False
         if gains and self.loop and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_deliver, gains)
 
