@@ -9,6 +9,10 @@ from torch.utils._pytree import tree_flatten
 class PeakMemory(TorchDispatchMode):
     """While entered, notes the most bytes that tensors made meanwhile have had at one time, in `peak`."""
 
+    @classmethod
+    def is_infra_mode(cls):
+        return True  # torch.compile would otherwise step aside
+
     def __enter__(self):
         self.peak, self.made = 0, {}
         return super().__enter__()

@@ -1,6 +1,7 @@
 """What Inductor writes for CUDA, compiled to machine code for cards that are not there: tests/trace_kernels.py."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def test_a_wait_rows_that_recompile_and_a_huge_block_are_seen(tmp_path):
     assert len(found["waits"]) == 1 and "_to_copy at trace_kernels.py" in found["waits"][0]
     assert "recompil" in found["recompiles"].lower()
     assert any(found["as written"]) and not any(found["huge"])
+
+
+def test_gpt2s_rows_take_the_memory_that_its_config_says(tmp_path):
+    text = (HERE.parent / "config/gpt2.yaml").read_text(encoding="utf-8")
+    said = re.findall(r"(\d+)(?: --gradient_accumulation_steps=| and )(\d+)[^;]*?([\d.]+) GB", text.replace("\n#", ""))
+    least, most = trace(tmp_path, "peaks_gb([6, 60])")
+    assert [int(rows) for rows, *_ in said] == [6, 12, 30, 60]
+    for rows, parts, gb in said:
+        assert int(rows) * int(parts) == 480  # as in the config
+        assert float(gb) == pytest.approx(least + (int(rows) - 6) / 54 * (most - least), abs=0.06)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from peak import PeakMemory
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -116,4 +117,18 @@ def make_mistakes() -> dict:
     for what, block in (("as written", r"\1"), ("huge", "2048")):
         changed = re.sub(r"(?<=R0_BLOCK: tl\.constexpr = )(\d+)", block, text)
         found[what] = [binary["fits"] for binary in lower([(name, changed)], 86)[0]]
+    return found
+
+
+def peaks_gb(rows: list[int]) -> list[float]:
+    """The most that all tensors of a run of config/gpt2.yaml take at a time, for each batch_size; GB of 2**30 bytes."""
+    pretended_cuda.pretend(H100)
+    robopoet.machine.has_triton, found = (lambda: True), []
+    for n_rows in rows:
+        torch._dynamo.reset()
+        with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+            state = make_state("gpt2", torch.bfloat16, f"--batch_size={n_rows}")
+            update(state)
+            update(state)
+        found.append(memory.peak / 2**30)
     return found
