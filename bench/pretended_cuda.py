@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,12 +148,16 @@ def pretend(card: Card) -> list[Graph]:
         written.append(Graph(code, launches_of(lowered)))
         names = "async_compile, empty_strided_cuda, reinterpret_tensor, assert_size_stride, assert_alignment"
         code = code.replace("async_compile = AsyncCompile()", f"{names} = pretended")
-        module = ModuleType("written")
-        module.__file__ = module.__path__ = "written.py"
-        vars(module).update(
-            lowered.constants, pretended=(SimpleNamespace(triton=Idle, wait=_constant(None)), *ON_FAKES)
-        )
-        exec(compile(code, "written.py", "exec"), vars(module))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "written.py"
+            path.write_text(code, encoding="utf-8")
+            spec = importlib.util.spec_from_file_location("written", path)
+            module = importlib.util.module_from_spec(spec)
+            module.__path__ = "written.py"
+            vars(module).update(
+                lowered.constants, pretended=(SimpleNamespace(triton=Idle, wait=_constant(None)), *ON_FAKES)
+            )
+            spec.loader.exec_module(module)
         return module
 
     graph.GraphLowering.compile_to_module = compile_to_module

@@ -266,9 +266,7 @@ def _join(
     )
     if device_id is None:
         return None
-    votes = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(votes, dist.ProcessGroup)  # every rank is in it
-    return votes
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))  # every rank is in it
 
 
 def _keep_freed_memory() -> None:

@@ -33,7 +33,7 @@ GIVEN = {
     " data/big/meta.json",
     "bench/PASSAGES.md": f"{POEM} out/robopoet/best.pt botchan.txt",
     "bench/RESULTS.md": f"{POEM} {CHARACTERS} data/bible/meta.json nanogpt/train.py rb/pages/a.html rb/pages/a.txt"
-    " data/botchan/meta.json out/botchan/best.pt"
+    " data/botchan/meta.json out/botchan/best.pt out/lectures/best.pt"
     " out/demo.gguf out/robopoet/best.pt out/few_books/best.pt out/overfitted/ckpt.pt out/short/best.pt"
     " out/short_anew/best.pt few_books_runs/seed1337/best.pt",
     "bench/books_read.py": "FOLDER/pages/a.html FOLDER/pages/a.txt",
