@@ -199,9 +199,17 @@ def table(results: list[dict[str, Any]]) -> str:
         limit = f"{r['limit_tokens_per_s']:,.0f}" if "limit_tokens_per_s" in r else "–"
         first = f"{r['first_text_ms']['median']:.0f}" if "first_text_ms" in r else "–"
         rows.append(
-            [f"{r['parameters']:,}", r.get("browser", "V8"), greedy, sampled, limit, f"{r['load_s']:.1f}", first]
+            [
+                f"{r['parameters'] / 1e6:.1f}M",
+                r.get("browser", "V8"),
+                greedy,
+                sampled,
+                limit,
+                f"{r['load_s']:.1f}",
+                first,
+            ]
         )
-    header = ["parameters", "in", "greedy, tokens/s", "sampled", "limit", "s to load", "ms to text"]
+    header = ["size", "in", "greedy, tokens/s", "sampled", "limit", "load, s", "text, ms"]
     return markdown(header, rows)
 
 
