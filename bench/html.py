@@ -195,12 +195,12 @@ def table(results: list[dict[str, Any]]) -> str:
     """The Markdown table of these results, a row for each."""
     rows = []
     for r in results:
-        greedy, sampled = (show(r["tokens_per_s"][kind]) for kind in ("greedy", "sampled"))
+        greedy, sampled = (show(r["tokens_per_s"][kind], ".0f") for kind in ("greedy", "sampled"))
         limit = f"{r['limit_tokens_per_s']:,.0f}" if "limit_tokens_per_s" in r else "–"
         first = f"{r['first_text_ms']['median']:.0f}" if "first_text_ms" in r else "–"
         rows.append(
             [
-                f"{r['parameters'] / 1e6:.1f}M",
+                f"{r['parameters']:,}",
                 r.get("browser", "V8"),
                 greedy,
                 sampled,
@@ -209,7 +209,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 first,
             ]
         )
-    header = ["size", "in", "greedy, tokens/s", "sampled", "limit", "load, s", "text, ms"]
+    header = ["parameters", "in", "greedy, tokens/s", "sampled", "limit", "load, s", "ms"]
     return markdown(header, rows)
 
 

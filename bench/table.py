@@ -107,8 +107,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Results], str]]] = {  # a result's
     ),
     "html": (
         "The page of --export=poet.html",
-        "In V8 on one core, in seconds of its processor, and in browsers; the limit: see bench/html.py. text, ms: "
-        "from the click on Write.",
+        "In V8 on one core, in seconds of its processor, and in browsers; the limit: see bench/html.py. ms: to the "
+        "first text, from the click on Write.",
         html.table,
     ),
     "prepare_speed": (
