@@ -18,6 +18,7 @@ import torch
 
 import configurator
 from robopoet.errors import bounds
+from robopoet.training.history import loss_picture
 from robopoet.weights import checkpoint
 from robopoet.weights.exports import EXPORTS, ending_of, export_problems
 from robopoet.weights.header import ExportDtype
@@ -78,6 +79,7 @@ def main(cfg: SampleConfig) -> None:
     exporter = EXPORTS[ending_of(cfg.export)]
     if cfg.export:
         exporter.check(poet.model.config, poet.tokenizer)
+    picture = loss_picture(Path(cfg.checkpoint)) if cfg.export else ""
     if cfg.save:
         _ = poet.sha256
     if cfg.check:
@@ -106,7 +108,8 @@ def main(cfg: SampleConfig) -> None:
     # --- export
     if cfg.export:
         loaded = checkpoint.load_model(Path(cfg.checkpoint), torch.device("cpu"), torch.float32)
-        note = exporter.export(*loaded, passages[0].prompt + passages[0].text, Path(cfg.export), cfg.export_dtype)
+        passage = passages[0].prompt + passages[0].text
+        note = exporter.export(*loaded, passage, Path(cfg.export), cfg.export_dtype, picture)
         print(f"{cfg.export}: {note}")
     return None
 

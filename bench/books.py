@@ -21,12 +21,13 @@ import yaml
 
 import configurator
 from bench.coders import Texts, bits_per_byte
-from bench.common import evaluate_test, last_line, markdown, origin, progress, read_records, write_result
+from bench.common import evaluate_test, last_line, markdown, origin, progress, write_result
 from robopoet import files
 from robopoet.errors import ConfigError, bounds, warn
 from robopoet.machine import find_machine
 from robopoet.text import corpus
 from robopoet.text.dataset import SPLITS, read_meta
+from robopoet.training.history import read_records
 from train import TrainConfig
 
 CODERS = ("RoboPoet", "PPMd", "Kneser-Ney")  # their bits per byte of the test split are compared

@@ -21,13 +21,13 @@ import train
 from configurator import keys_of, written
 from model import GPT
 from robopoet import files
-from robopoet.errors import CheckpointError, ConfigError, warn
+from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import Machine
 from robopoet.text.dataset import find_dataset, read_meta
 from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
 from robopoet.training.plan import complete
-from robopoet.training.report import Record, describe_machine
+from robopoet.training.report import describe_machine
 from robopoet.training.run import Start
 from robopoet.weights import checkpoint
 
@@ -127,21 +127,6 @@ def bullets(lines: Iterable[str]) -> str:
 def last_line(printed: str) -> str:
     """The last line that a process printed, which says why it failed."""
     return (printed.strip().splitlines() or ["it printed nothing"])[-1]
-
-
-def read_records(out: Path) -> list[Record]:
-    """The lines of a run's metrics.jsonl; a last line without its line end is still being written and left out.
-
-    So is a damaged one, with a warning that names it. Raises ConfigError if the file can't be read.
-    """
-    path, records = out / "metrics.jsonl", []
-    for number, line in enumerate(files.read_bytes(path, ConfigError).splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            try:
-                records.append(files.decode_json(line, Record, f"{path}: line {number}", ConfigError, "left out"))
-            except ConfigError as e:
-                warn(str(e))
-    return records
 
 
 def read_result(path: Path) -> dict[str, Any]:

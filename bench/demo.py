@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import configurator
-from bench.common import evaluate_checkpoint, markdown, origin, read_records, reporting, write_result
+from bench.common import evaluate_checkpoint, markdown, origin, reporting, write_result
 from bench.learn import curve_of
 from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import find_machine
+from robopoet.training.history import read_records
 from robopoet.weights import checkpoint
 
 

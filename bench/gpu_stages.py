@@ -17,8 +17,8 @@ from typing import Any
 
 import train
 from bench import common
-from bench.common import Record, read_records
 from robopoet.errors import ConfigError
+from robopoet.training.history import Record, read_records
 
 ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8", "--eval_iters=2"]

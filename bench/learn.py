@@ -20,13 +20,11 @@ import numpy as np
 import configurator
 import train
 from bench.common import (
-    Record,
     config_name,
     evaluate_test,
     last_line,
     origin,
     progress,
-    read_records,
     show,
     side_by_side,
     spread,
@@ -39,6 +37,7 @@ from robopoet.machine import Machine, find_machine
 from robopoet.text.dataset import find_dataset, read_meta
 from robopoet.text.windows import EvalPlan, open_split
 from robopoet.training.evaluate import evaluate
+from robopoet.training.history import Record, read_records
 from robopoet.weights import checkpoint
 
 Curve = list[dict[str, float]]  # per evaluation: iter, tokens, seconds of training, val loss (nats/token), bpb

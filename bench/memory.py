@@ -10,11 +10,12 @@ from typing import Any
 
 import configurator
 import train
-from bench.common import markdown, origin, progress, read_records, train_command, write_result
+from bench.common import markdown, origin, progress, train_command, write_result
 from bench.peer import resident_mb
 from bench.train_speed import SpeedConfig, at_step, write_random_corpus
 from robopoet.errors import bounds
 from robopoet.machine import find_machine
+from robopoet.training.history import read_records
 
 SHAPES = {"124M": (12, 12, 768), "350M": (24, 16, 1024)}  # GPT-2's small and medium: layers, heads, width
 VOCAB = 50_257

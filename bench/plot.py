@@ -23,6 +23,7 @@ import configurator
 from bench import common
 from bench.learn import Curve, curve_of
 from robopoet import files
+from robopoet.training.history import Record, read_records
 
 COLOURS = {"RoboPoet": "#b3423a", "nanoGPT": "#5a6b7b"}
 
@@ -70,7 +71,7 @@ def draw_runs(runs: tuple[str, ...]) -> plt.Figure:
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for run, colour in zip(runs, itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), strict=False):
-        records = common.read_records(Path(run))
+        records = read_records(Path(run))
         curve = curve_of(records)
         if not curve:
             raise ConfigError(f"{run}/metrics.jsonl: holds no evaluation yet; lower eval_interval, or wait for one")
@@ -91,7 +92,7 @@ def bytes_per_token(curve: Curve) -> float:
     return curve[-1]["loss"] / math.log(2) / curve[-1]["bpb"]
 
 
-def train_curve(records: list[common.Record], token_bytes: float) -> Curve:
+def train_curve(records: list[Record], token_bytes: float) -> Curve:
     """A run's training loss in bits per byte, if a token has `token_bytes` bytes."""
     steps = [r for r in records if r.kind == "train" and r.loss is not None]
     return [

@@ -18,7 +18,6 @@ from bench.common import (
     last_line,
     origin,
     progress,
-    read_records,
     show,
     side_by_side,
     spread,
@@ -28,6 +27,7 @@ from bench.common import (
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text.dataset import find_dataset, read_meta
+from robopoet.training.history import read_records
 
 # Times an all_reduce of as many numbers as there are gradients, in ms: a step on several ranks costs at least that.
 REDUCE = """

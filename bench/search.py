@@ -14,11 +14,12 @@ import yaml
 
 import configurator
 from bench.books import call
-from bench.common import evaluate_test, markdown, origin, progress, read_records, reporting, show, spread, write_result
+from bench.common import evaluate_test, markdown, origin, progress, reporting, show, spread, write_result
 from robopoet import files
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import find_machine
 from robopoet.text import corpus
+from robopoet.training.history import read_records
 from train import TrainConfig
 
 KEYS = tuple(yaml.safe_load((files.HOME / "config" / "sweep.yaml").read_text(encoding="utf-8"))["parameters"])

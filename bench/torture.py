@@ -21,12 +21,13 @@ import torch
 
 import configurator
 import train
-from bench.common import markdown, origin, progress, read_records, train_command, write_result
+from bench.common import markdown, origin, progress, train_command, write_result
 from robopoet.errors import ConfigError, bounds
 from robopoet.machine import Machine, Signals, find_machine
 from robopoet.text.dataset import find_dataset, read_meta
 from robopoet.text.windows import TrainWindows, open_split
 from robopoet.training.folder import earlier_runs
+from robopoet.training.history import read_records
 from robopoet.training.run import Progress, Run, find_start
 from robopoet.weights import checkpoint
 

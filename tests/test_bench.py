@@ -36,6 +36,7 @@ from bench.learn import curve_of
 from robopoet.errors import CheckpointError, ConfigError
 from robopoet.machine import find_machine
 from robopoet.text.dataset import read_meta
+from robopoet.training.history import Record, read_records
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -52,17 +53,17 @@ README = Path(__file__).parents[1] / "README.md"
 def test_a_damaged_line_of_metrics_is_named_and_the_others_are_read(tmp_path, capsys, line, problem):
     first = '{"kind": "train", "iter": 1, "loss": 2.5, "tokens": 64, "seconds": 1.5, "lr": 0.1, "other": [1]}\n'
     (tmp_path / "metrics.jsonl").write_text(first + line, encoding="utf-8")
-    (record,) = common.read_records(tmp_path)  # the last line is still being written
+    (record,) = read_records(tmp_path)  # the last line is still being written
     assert (record.iter, record.loss, record.tokens, record.seconds, record.bpb) == (1, 2.5, 64, 1.5, None)
     (tmp_path / "metrics.jsonl").write_text(f"{first}{line}\n{first}", encoding="utf-8")
-    assert [record.iter for record in common.read_records(tmp_path)] == [1, 1]
+    assert [record.iter for record in read_records(tmp_path)] == [1, 1]
     assert re.fullmatch(rf"warning: {tmp_path}/metrics\.jsonl: {problem}.*; left out\n", capsys.readouterr().err)
 
 
 def test_an_evaluation_whose_steps_record_is_lost_is_not_placed_at_another(tmp_path):
-    records = [common.Record("train", 10, 2.0, tokens=640), common.Record("eval", 20, 2.5, 1.0)]
+    records = [Record("train", 10, 2.0, tokens=640), Record("eval", 20, 2.5, 1.0)]
     assert curve_of(records) == []
-    (found,) = curve_of([*records, common.Record("train", 30, 1.5, tokens=1920), common.Record("eval", 30, 2.0, 0.9)])
+    (found,) = curve_of([*records, Record("train", 30, 1.5, tokens=1920), Record("eval", 30, 2.0, 0.9)])
     assert (found["iter"], found["tokens"], found["loss"]) == (30, 1920, 2.0)
 
 

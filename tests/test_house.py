@@ -127,7 +127,11 @@ NOT_CONFIGS = {
 WRITTEN = {
     "robopoet/text/sources.py": {"requirements.write_text"},  # for pip, in a temporary folder
     "robopoet/training/log.py": {"open(os.devnull)"},
-    "robopoet/weights/huggingface.py": {"(part / f'{name}.json').write_text", "(part / 'README.md').write_text"},
+    "robopoet/weights/huggingface.py": {
+        "(part / f'{name}.json').write_text",
+        "(part / 'README.md').write_text",
+        "(part / 'loss.svg').write_text",
+    },
     "robopoet/weights/gguf.py": {"modelfile.write_text"},
     "robopoet/weights/html.py": {"open(part)"},  # like those before, within files.creating
     "configurator.py": {"Path(report).write_text"},  # what torchrun asks for

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import tokenizers
 import torch
 import transformers
 from conftest import decode, make_book
+from lxml import etree
+from test_train import run
 
 import prepare
 import sample
@@ -26,6 +29,7 @@ from robopoet.writing.decode import generate
 from sample import Poet, SampleConfig
 from train import TrainConfig
 
+SVG = "{http://www.w3.org/2000/svg}"
 SHAPES = [{}, {"bias": False}, {"gelu": "tanh"}, {"n_layer": 1, "n_head": 4, "block_size": 24}]
 SHAPES += [{"positions": "rotary"}, {"positions": "rotary", "bias": False, "gelu": "tanh", "block_size": 64}]
 
@@ -120,6 +124,45 @@ def test_an_export_has_a_model_card_and_overwrites_nothing(tmp_path, small, caps
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
+def values_drawn(drawing: etree.Element, along: str, css_class: str, places: list[float]) -> np.ndarray:
+    """The values at these places, shares of a chart's width or height, by the numbers that stand beside its grid."""
+    ticks = [(tick.get(along), tick.text) for tick in drawing.iter(f"{SVG}text") if tick.get("class") == css_class]
+    shares, values = zip(
+        *((float(at[:-1]) / 100, float(text.split()[0].replace(",", ""))) for at, text in ticks), strict=True
+    )
+    return np.polyval(np.polyfit(shares, values, 1), places)
+
+
+def test_the_model_card_shows_the_loss_of_the_run(tmp_path, small):
+    found = run(small, max_iters=40, eval_interval=10, learning_rate=5e-3)
+    out, folder = Path(small["out_dir"]), tmp_path / "export"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    export(out / "best.pt", folder)
+    assert "![The loss of training and validation, step by step](loss.svg)" in (folder / "README.md").read_text()
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if folder not in (path, *path.parents)}
+    assert before == after  # nothing is written beside the folder
+
+    root = etree.parse(folder / "loss.svg").getroot()
+    assert not {element.tag for element in root.iter()} & {f"{SVG}script", f"{SVG}image", f"{SVG}foreignObject"}
+    (drawing,) = root.xpath("//*[@class='chart']")
+    trained, evaluated = ([r for r in found if r["kind"] == kind] for kind in ("train", "eval"))
+    points = [list(map(float, point.split(","))) for point in drawing.find(f".//{SVG}polyline").get("points").split()]
+    x, y = np.array(points).T / 1000  # the line's own box is stretched over the chart
+    assert values_drawn(drawing, "x", "below", x) == pytest.approx([r["iter"] for r in trained], abs=0.1)
+    assert values_drawn(drawing, "y", "left", y) == pytest.approx([r["loss"] for r in trained], abs=0.01)
+    dots = [dot for dot in drawing.iter(f"{SVG}circle") if dot.get("class") == "val"]
+    x, y = ([float(dot.get(key)[:-1]) / 100 for dot in dots] for key in ("cx", "cy"))
+    assert values_drawn(drawing, "x", "below", x) == pytest.approx([r["iter"] for r in evaluated], abs=0.1)
+    assert values_drawn(drawing, "y", "left", y) == pytest.approx([r["loss"] for r in evaluated], abs=0.01)
+
+    alone = shutil.copy(out / "best.pt", tmp_path / "best.pt")  # without metrics.jsonl beside it
+    export(alone, tmp_path / "alone")
+    assert {path.name for path in folder.iterdir()} - {path.name for path in (tmp_path / "alone").iterdir()} == {
+        "loss.svg"
+    }
+    assert "![" not in (tmp_path / "alone" / "README.md").read_text()
+
+
 def test_constants_that_older_files_hold_are_left_out(tmp_path, bpe):
     loaded = checkpoint.load_model(make_checkpoint(tmp_path / "best.pt", bpe), torch.device("cpu"), torch.float32)
     huggingface.export(*loaded, "a passage", tmp_path / "export")
@@ -143,7 +186,7 @@ def test_a_full_disk_leaves_nothing_and_the_export_is_named(tmp_path, bpe):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             with pytest.raises((CheckpointError, OSError)) as raised:
-                huggingface.export(model, tok, content, "a passage", tmp_path / "export")
+                huggingface.export(model, tok, content, "a passage", tmp_path / "export", picture="<svg/>")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert re.match(rf"{tmp_path}/export: .*File too large", describe(raised.value))

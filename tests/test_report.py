@@ -21,8 +21,9 @@ from test_train import CPU, losses, run
 
 from robopoet.training import chart
 from robopoet.training.chart import Axis, axis_of
+from robopoet.training.history import MOST_POINTS, Record, Series
 from robopoet.training.log import Log
-from robopoet.training.report import MOST_POINTS, Record, RunReport, Series, duration
+from robopoet.training.report import RunReport, duration
 from robopoet.training.run import Progress
 
 ELEMENTS = "html head meta title style body header main footer section div span p h1 h2 h3 dl dt dd input label figure "

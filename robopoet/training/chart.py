@@ -1,11 +1,30 @@
 """Line charts as SVG without a script: places are percentages, so a chart fits any width and its letters stay."""
 
 import math
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 Point = tuple[float, float]
 UNITS = 1000  # sides of the box in which a line is drawn, before it is stretched
+FRAME = """\
+<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" viewBox="0 0 760 400">
+<style>
+text { font: 14px Georgia, "DejaVu Serif", serif; fill: #6f665c; }
+.chart { overflow: visible; }
+.chart line { stroke: #e4dccf; }
+.left, .end { text-anchor: end; }
+.below, .key { text-anchor: middle; }
+polyline { fill: none; stroke: #b3a08a; stroke-width: 1.2; vector-effect: non-scaling-stroke; }
+circle { fill: #8a3a2b; }
+.best { fill: none; stroke: #8a3a2b; stroke-width: 1.5; }
+</style>
+<rect width="760" height="400" fill="#fffdf9"/>
+<text x="14" y="26">$left</text><text class="end" x="746" y="26">$right</text>
+<text class="key" x="380" y="26">line: training, dots: val, circle: least val</text>
+<svg x="64" y="46" width="632" height="310" overflow="visible">$drawing</svg>
+</svg>
+"""  # on a light ground of its own, for it is shown on light pages and dark ones
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,12 @@ def chart(
         text += f" {unit}" if value == ticks[-1][0] else ""
         parts.append(f'<text class="below" {_at("x", x.share(value))} y="100%" dy="1.5em">{text}</text>')
     return "".join([*parts, *marks, "</svg>"])
+
+
+def picture(titles: list[str], drawing: str) -> str:
+    """A chart of a loss as the text of a file of its own, with the titles of its left axis, and of its right one."""
+    left, right = (*titles, "")[:2]
+    return string.Template(FRAME).substitute(left=left, right=right, drawing=drawing)
 
 
 def spark(points: list[Point], x: Axis, y: Axis) -> str:

@@ -27,7 +27,8 @@ from robopoet.files import append_lines, decode_json, read_lines, replacing
 from robopoet.machine import Machine
 from robopoet.ops import linear
 from robopoet.training.evaluate import result_line
-from robopoet.training.report import Record, RunReport, duration
+from robopoet.training.history import Record
+from robopoet.training.report import RunReport, duration
 from robopoet.training.run import Progress
 
 LOGGER_WAIT_S = 10.0  # how long the end of a run waits for a logger

@@ -10,136 +10,41 @@ import html
 import json
 import platform
 import shlex
-import statistics
 import string
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from robopoet import portable
 from robopoet.errors import shorten
-from robopoet.files import Count
 from robopoet.machine import Machine
 from robopoet.text.dataset import Meta
-from robopoet.training.chart import Axis, Point, axis_of, chart, dots, line, spark
-from robopoet.weights.header import Amount, Seconds
+from robopoet.training.chart import axis_of, chart, dots, line, spark
+from robopoet.training.history import History
 from robopoet.weights.html import SCRIPT, STYLE, hashes
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MOST_POINTS = 1000  # a longer series is drawn through the means of neighbours
-MOST_SAMPLES, MOST_CHARS, OPEN = 50, 4000, 4  # samples that are kept, what of each, and how many show at once
-MOST_STYLES = 40  # in the table
-FALL = 0.1  # share of a run in which training's loss may fall from above the chart
+OPEN = 4  # how many samples show at once
 RENEWED_S = 30  # a browser loads the page of a run that goes on so often
-MOST_DRAWN = 1e9  # no chart shows a larger loss beside others
 UNSHOWN = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], "\ufffd")  # HTML can't hold them
 
 
-@dataclass(frozen=True)
-class Record:
-    """A line of metrics.jsonl: of a step, an evaluation, or a plan; what only another kind has is None or 0."""
-
-    kind: str = ""
-    iter: Count = 0
-    loss: float | None = None  # nats per token
-    bpb: Amount | None = None  # bits per byte
-    tokens: Count = 0
-    loss_by_style: dict[str, float | None] = field(default_factory=dict)
-    seconds: Seconds = 0.0  # a step's: in training so far
-    lr: Amount | None = None
-    tok_per_sec: Amount = 0.0
-    peak_mem_mb: Amount = 0.0
-    text: str = ""
-    copied_words: Count | None = None
-    max_iters: Count = 0  # a plan's
-    other_s: Seconds = 0.0
-    run: str = ""  # the run's id; the oldest have none
-
-
-class Series:
-    """Rows of numbers, fewer than MOST_POINTS: as more come, each becomes the mean of two, four, eight, ... of them."""
-
-    def __init__(self) -> None:
-        self.means: list[tuple[float, ...]] = []
-        self.last: list[tuple[float, ...]] = []  # too few for another mean
-        self.size = 1  # rows in each mean
-
-    def add(self, *row: float) -> None:
-        """Add a row."""
-        self.last.append(row)
-        if len(self.last) == self.size:
-            self.means.append(_mean(self.last))
-            self.last = []
-        if len(self.means) == MOST_POINTS:
-            self.means = [_mean(pair) for pair in zip(self.means[::2], self.means[1::2], strict=True)]
-            self.size *= 2
-
-    def rows(self) -> list[tuple[float, ...]]:
-        """The means, oldest first; the last one may be of fewer rows."""
-        return [*self.means, _mean(self.last)] if self.last else self.means
-
-
-def _mean(rows: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(map(statistics.fmean, zip(*rows, strict=True)))
-
-
-class Sample(NamedTuple):
-    """What a model wrote at an evaluation; copied_words: its longest copy, None if that was not looked for."""
-
-    step: int
-    text: str
-    copied_words: int | None
-
-
-class RunReport:
-    """What is shown of a run: `add` takes its records in their order, `page` draws them.
+class RunReport(History):
+    """A history that is shown: `page` draws it, with what is known of the run beside it.
 
     config: the value of each key of train.py. settings: the keys that are shown, with their values. parameters: how
     many the model has. These three are set from outside, config and settings again when a run plans anew.
     """
 
     def __init__(self, meta: Meta, machine: Machine):
+        super().__init__()
         self.meta, self.machine = meta, machine
         self.config: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
         self.parameters = 0
-        self.step, self.latest, self.best = 0, Record(), Record()  # latest: of a step; best: of an evaluation
-        self.best_seconds, self.since_best = 0.0, 0  # when that was; evaluations since then
-        self.trained = Series()  # step, seconds of training, loss, learning rate
-        self.evaluated = Series()  # step, seconds, loss, bits per byte
-        self.copied = Series()  # step, seconds, words
-        self.styles: dict[str, Series] = {}  # step, loss
-        self.samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
-
-    def add(self, record: Record) -> None:
-        """Take a record; a plan, which has no loss, and one with a number that can't be drawn are left out."""
-        step, loss, bpb, lr = record.iter, record.loss, record.bpb or 0.0, record.lr or 0.0
-        if loss is None or max(abs(loss), bpb, lr) > MOST_DRAWN:
-            return
-        self.step = step
-        if record.kind == "train":
-            self.latest = record
-            self.trained.add(step, record.seconds, loss, lr)
-        elif record.kind == "eval":
-            seconds = self.latest.seconds
-            self.evaluated.add(step, seconds, loss, bpb)
-            self.since_best += 1
-            if self.best.loss is None or loss < self.best.loss:
-                self.best, self.best_seconds, self.since_best = record, seconds, 0
-            for style, its_loss in record.loss_by_style.items():
-                known = style in self.styles or len(self.styles) < MOST_STYLES
-                if known and its_loss is not None and abs(its_loss) <= MOST_DRAWN:
-                    self.styles.setdefault(style, Series()).add(step, its_loss)
-            if record.text:
-                cut = "…" if len(record.text) > MOST_CHARS else ""
-                self.samples.append(Sample(step, record.text[:MOST_CHARS].strip("\n") + cut, record.copied_words))
-            if record.copied_words is not None:
-                self.copied.add(step, seconds, record.copied_words)
 
     def page(self, left_s: float = 0.0, ended: bool = False) -> bytes:
         """The page as it stands. left_s: seconds to the end (0: unknown). ended: whether the run has come to it."""
@@ -184,32 +89,13 @@ class RunReport:
 
     def _charts(self, column: int, size: float, unit: str) -> str:
         """Loss, learning rate and copies over steps (column 0), or seconds (1) in units of `size`."""
-        if not (self.trained.rows() or self.evaluated.rows()):
+        if not self.has_begun:
             return '<p class="note">The curves begin with the first steps.</p>'
-
-        def over(series: Series, value: int) -> list[Point]:
-            return [(row[column] / size, row[value]) for row in series.rows()]
-
-        trained, evaluated, copied = over(self.trained, 2), over(self.evaluated, 2), over(self.copied, 2)
-        x = axis_of([0, 5, *(place for place, _ in (*trained, *evaluated))])
-        y = axis_of([loss for place, loss in trained if place >= FALL * x.high] + [b for _, b in evaluated], 0.05)
-        labels = [
-            f"step {step:,.0f}: {loss:.4f}, {bpb:.3f} bits per byte" for step, _, loss, bpb in self.evaluated.rows()
-        ]
-        marks, right, best = [line("train", trained, x, y), dots("val", evaluated, labels, x, y)], None, self.best
-        if best.loss:
-            place = (best.iter, self.best_seconds)[column] / size
-            marks.append(dots("best", [(place, best.loss)], [""], x, y, 7))
-            ratio = (best.bpb or 0) / best.loss
-            right = Axis(ratio * y.low, ratio * y.high) if 1e-6 < ratio < 1e6 else None
-        named = ("training", trained), ("val", evaluated)
-        last = "; ".join(f"{name} {points[-1][1]:.3f}" for name, points in named if points)
-        titles = ["nats per token", *(["bits per byte"] if right else [])]
-        figures = [figure(titles, chart(f"loss: {last}", x, y, marks, unit, right, most=7))]
-        if rates := over(self.trained, 3):
+        figures, x = [figure(*self.loss_chart(column, size, unit))], self.axis(column, size)
+        if rates := self.trained.over(column, size, 3):
             y = axis_of([0, *(rate for _, rate in rates)])
             figures.append(figure(["learning rate"], chart("learning rate", x, y, [line("val", rates, x, y)], unit)))
-        if copied:
+        if copied := self.copied.over(column, size, 2):
             y = axis_of([0, 5, *(words for _, words in copied)], 0.05)
             labels = [f"{words:,.0f} words" for _, words in copied]
             name = "longest copy from the training text, in words"

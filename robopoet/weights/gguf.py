@@ -68,12 +68,20 @@ def check(config: GPTConfig, tok: Tokenizer) -> None:
         raise CheckpointError("export: .gguf needs the package gguf: pip install gguf")
 
 
-def export(model: GPT, tok: Tokenizer, content: dict[str, Any], passage: str, path: Path, dtype: ExportDtype) -> str:
+def export(
+    model: GPT,
+    tok: Tokenizer,
+    content: dict[str, Any],
+    passage: str,
+    path: Path,
+    dtype: ExportDtype,
+    picture: str = "",
+) -> str:
     """Write a new GGUF file, and a Modelfile of its name; returns who loads it, how long its texts may be, commands.
 
     content: the checkpoint. passage: a sample for the description. dtype: of the matrices; vectors and positions are
-    float32, as llama.cpp's converter has them. Raises OSError if the file exists or can't be written, CheckpointError
-    if the Modelfile exists or a weight is too large for float16, and as check() does.
+    float32, as llama.cpp's converter has them. picture: unused. Raises OSError if the file exists or can't be
+    written, CheckpointError if the Modelfile exists or a weight is too large for float16, and as check() does.
     """
     check(model.config, tok)
     assert isinstance(tok, BPETokenizer)

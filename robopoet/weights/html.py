@@ -53,11 +53,12 @@ def export(
     passage: str,
     path: Path,
     dtype: ExportDtype = "float16",
+    picture: str = "",
 ) -> str:
     """Write a new HTML file that generates text in a browser; returns a line that says how large it is.
 
-    The arguments are those of make_page(). Raises OSError if the file exists or can't be written, and as make_page()
-    does.
+    The arguments are those of make_page(), but for `picture`, which is unused. Raises OSError if the file exists or
+    can't be written, and as make_page() does.
     """
     with files.creating(path) as part, open(part, "w", encoding="utf-8", newline="\n") as f:
         f.writelines(make_page(model, tok, content, passage, dtype))

@@ -174,11 +174,13 @@ def export(
     passage: str,
     path: Path,
     dtype: ExportDtype = "float32",
+    picture: str = "",
 ) -> str:
     """Write a new folder that transformers loads; returns a line that says by which of its classes.
 
     content: the checkpoint. passage: a sample for the model card. dtype: unused, a folder's weights are float32.
-    Raises OSError or CheckpointError if the folder exists or can't be written.
+    picture: of the loss, for the card, as an SVG file's text. Raises OSError or CheckpointError if the folder exists or
+    can't be written.
     """
     end = tok.specials.get(END)
     ends = {"bos_token_id": end, "eos_token_id": end}
@@ -216,7 +218,11 @@ def export(
         (part / "model.safetensors").chmod(0o644)
         for name, value in contents.items():
             (part / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-        (part / "README.md").write_text(model_card(model, tok, content, passage), encoding="utf-8")
+        card = model_card(model, tok, content, passage)
+        if picture:
+            (part / "loss.svg").write_text(picture, encoding="utf-8")
+            card += "\nHow its loss fell:\n\n![The loss of training and validation, step by step](loss.svg)\n"
+        (part / "README.md").write_text(card, encoding="utf-8")
     return "AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load it"
 
 
