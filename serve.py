@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +138,12 @@ def standing_in(cfg: ServeConfig, status: Status, listener: socket.socket) -> It
 def main(cfg: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
     listener = listen(cfg)
-    with standing_in(cfg, "loading", listener):
-        poet = Poet(cfg.checkpoint, cfg.device, cfg.dtype)
+    # A thread that computes keeps PyTorch's other threads to itself until it ends. If the main thread computed, there
+    # would be more of them than cores once the engine steps, and each step would wait for them to wake.
+    with standing_in(cfg, "loading", listener), ThreadPoolExecutor(1) as loader:
+        poet = loader.submit(Poet, cfg.checkpoint, cfg.device, cfg.dtype).result()
         _ = poet.sha256  # hashing takes a while: now, not in the first request
-        server = make_server(cfg, poet)
+        server = loader.submit(make_server, cfg, poet).result()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, and raises them again when it has ended
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
