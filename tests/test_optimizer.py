@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from robopoet.errors import CheckpointError
 from robopoet.files import convert
 from robopoet.machine import Machine
-from robopoet.training import memory, optimizer, run
+from robopoet.training import memory, optimizer
 from robopoet.training.optimizer import (
     Muon,
     Trouble,
@@ -326,7 +326,7 @@ def test_a_step_count_is_restored_to_where_this_runs_settings_keep_it(capturable
     theirs.param_groups[0]["capturable"] = not capturable
     ours = torch.optim.AdamW(here.parameters(), 0.25, capturable=capturable)
     state = convert(theirs.state_dict(), SavedOptimizer, "", CheckpointError, "")
-    run._restore_optimizer(ours, state, "", Path("ckpt.pt"), 1)
+    optimizer.restore_states(ours, state, "", Path("ckpt.pt"), 1)
     for state in ours.state.values():
         assert state["step"].device.type == place and state["exp_avg"].device.type == "meta"
     (group,) = ours.param_groups

@@ -7,16 +7,19 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from model import GPT
-from robopoet.errors import DivergedError
+from robopoet.errors import CheckpointError, DivergedError
 from robopoet.machine import Machine
 from robopoet.text.windows import TrainWindows
 from robopoet.training.memory import from_owners, full_tensor, gather, is_shard, local, shard_like, to_owners
+from robopoet.weights import checkpoint
+from robopoet.weights.header import SavedOptimizer
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -197,6 +200,32 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
 
     params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
     return {f"{i}.{name}": shape for i, p in enumerate(params) for name, shape in kept(p.shape).items()}
+
+
+def restore_states(
+    optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int
+) -> None:
+    """Give `optimizer` what it kept of each parameter.
+
+    Its settings stay: rates and decay, as the config may have changed, and `fused`, which places the states.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [list(group.params) for group in saved.param_groups] != [group["params"] for group in groups]:
+        raise CheckpointError(f"{path}: {what} are not of this model's parameters")
+    kept = {f"{i}.{name}": tensor for i, state in saved.state.items() for name, tensor in state.items()}
+    checkpoint.check_tensors(kept, state_shapes(optimizer), what, path, (torch.float32,))
+    for name, tensor in kept.items():
+        kind = name.split(".")[1]
+        least = -math.inf if kind in ("exp_avg", "momentum_buffer") else 0
+        most = steps if kind == "step" else math.inf
+        if not ((tensor >= least) & (tensor <= most)).all():
+            raise CheckpointError(f"{path}: {what}: {name} is below {least} or above {most}")
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    states = {  # contiguous: fused AdamW assumes it
+        i: {name: shard_like(tensor.contiguous(), params[i]) for name, tensor in state.items()}
+        for i, state in saved.state.items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def unscale(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:

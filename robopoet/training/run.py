@@ -24,11 +24,11 @@ from robopoet.text.excerpts import last_excerpts
 from robopoet.text.tokenizer import Tokenizer
 from robopoet.text.windows import Split
 from robopoet.training.folder import Folder, earlier_runs, replaces, set_aside
-from robopoet.training.memory import full_tensor, shard_like
-from robopoet.training.optimizer import Average, state_shapes
+from robopoet.training.memory import full_tensor
+from robopoet.training.optimizer import Average, restore_states, state_shapes
 from robopoet.training.report import RunReport
 from robopoet.weights import checkpoint
-from robopoet.weights.header import SavedOptimizer, config_entries, read_header, read_run
+from robopoet.weights.header import config_entries, read_header, read_run
 
 # what earlier versions saved for a key that is now None: chosen by train.py
 EARLIER_AUTO = {"learning_rate": 0, "muon_weight_decay": -1, "lr_decay_iters": 0, "eval_interval": 0}
@@ -171,7 +171,7 @@ class Start:
             found = len(saved.optimizer_states)
             raise CheckpointError(f"{path}: has the states of {found} optimizers, the run has {len(optimizers)}")
         for i, (optimizer, state) in enumerate(zip(optimizers, saved.optimizer_states, strict=True)):
-            _restore_optimizer(optimizer, state, f"the states of its optimizer {i}", path, saved.iter_num)
+            restore_states(optimizer, state, f"the states of its optimizer {i}", path, saved.iter_num)
         if average and (saved.average or saved.config.ema):  # a run may begin to average when it is resumed
             shapes = {name: weight.shape for name, weight in average.weights.items()}
             checkpoint.check_tensors(saved.average, shapes, "its averages", path, (torch.float32,))
@@ -214,32 +214,6 @@ def warn_of_other_splits(content: dict[str, Any], path: Path, dataset: str, meta
 
 def _list(changes: dict[str, str]) -> str:
     return ", ".join(f"{key} {change}" for key, change in changes.items())
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int
-) -> None:
-    """Give `optimizer` what it kept of each parameter.
-
-    Its settings stay: rates and decay, as the config may have changed, and `fused`, which places the states.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    if [list(group.params) for group in saved.param_groups] != [group["params"] for group in groups]:
-        raise CheckpointError(f"{path}: {what} are not of this model's parameters")
-    kept = {f"{i}.{name}": tensor for i, state in saved.state.items() for name, tensor in state.items()}
-    checkpoint.check_tensors(kept, state_shapes(optimizer), what, path, (torch.float32,))
-    for name, tensor in kept.items():
-        kind = name.split(".")[1]
-        least = -math.inf if kind in ("exp_avg", "momentum_buffer") else 0
-        most = steps if kind == "step" else math.inf
-        if not ((tensor >= least) & (tensor <= most)).all():
-            raise CheckpointError(f"{path}: {what}: {name} is below {least} or above {most}")
-    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    states = {  # contiguous: fused AdamW assumes it
-        i: {name: shard_like(tensor.contiguous(), params[i]) for name, tensor in state.items()}
-        for i, state in saved.state.items()
-    }
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 class Run:
