@@ -350,8 +350,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     # under --shard no rank can generate with its part alone
     previews = cfg.sample_tokens and log.active and not (cfg.shard and machine.world_size > 1)
     preview = Preview(model, folder, meta, tok, machine, cfg.sample_tokens, run.excerpts) if previews else None
-    requests, unsaved, at_eval = Requests(), "", start.tunes  # so best.pt is no worse than what it starts from
-    with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s):
+    requests, at_eval = Requests(), start.tunes  # so best.pt is no worse than what it starts from
+    with Signals(machine, cfg.timeout_s) as signals, machine.expecting_others(cfg.timeout_s), run.saver:
         while True:
             val_loss = math.inf
             if at_eval:
@@ -361,8 +361,7 @@ def train(cfg: TrainConfig, start: Start) -> None:
                 progress.note(val_loss := result["loss"])
                 log.evaluation(progress, result)
             if at_eval or requests.end or requests.save:
-                unsaved = run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average)
-                log.print(unsaved or f"saved {run.out / 'ckpt.pt'}, step {progress.iter_num}")
+                run.save(model, state.optimizers, state.scaler, progress, val_loss, state.average, log.print)
                 meter.restart()
             if progress.iter_num >= cfg.max_iters or progress.has_run_out_of(cfg.patience) or requests.end:
                 break
@@ -387,8 +386,8 @@ def train(cfg: TrainConfig, start: Start) -> None:
     log.close()
     run.folder.close()
     machine.leave()
-    if unsaved or (run.folder.lost and not machine.launched):
-        raise ConfigError(unsaved or run.folder.lost)
+    if run.unsaved or (run.folder.lost and not machine.launched):
+        raise ConfigError(run.unsaved or run.folder.lost)
     if progress.has_run_out_of(cfg.patience):
         log.print(f"stopped: {progress.bad_evals} evaluations without a better val loss; a larger --patience trains on")
     if requests.end and progress.iter_num < cfg.max_iters:

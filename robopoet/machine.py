@@ -142,7 +142,8 @@ class Signals:
     """While entered, SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save; SIGHUP changes nothing.
 
     They take effect at the end of a step, and all ranks agree on them. A second SIGINT ends the process at once; so
-    does an alarm `timeout_s` after the first SIGTERM or SIGINT, because a step that takes longer is stuck.
+    does an alarm `timeout_s` after the first SIGTERM or SIGINT, because a step that takes longer is stuck. On CUDA a
+    second SIGINT lets a checkpoint that is being written become whole.
     """
 
     def __init__(self, machine: Machine, timeout_s: float):

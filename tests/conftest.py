@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import configurator
 import prepare
 import train
 from bench import common
 from model import GPT, GPTConfig
-from robopoet.machine import find_machine
+from robopoet.machine import Machine, find_machine
 from robopoet.text import corpus
 from robopoet.text.dataset import read_meta
 from robopoet.text.tokenizer import END, BPETokenizer, CharTokenizer, Tokenizer
@@ -95,6 +96,14 @@ def records(out_dir: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_equal(ours: object, other: object) -> None:
+    """Two checkpoints hold the same, and tensors the same bits."""
+    (leaves, shape), (others, its) = tree_flatten(ours), tree_flatten(other)
+    assert shape == its
+    for found, wanted in zip(leaves, others, strict=True):
+        assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
+
+
 def at_step(monkeypatch, step: int, act) -> None:
     """Call `act()` in the middle of a step."""
     train_step = train.train_step
@@ -105,6 +114,22 @@ def at_step(monkeypatch, step: int, act) -> None:
         return train_step(state, windows, number)
 
     monkeypatch.setattr(train, "train_step", acting)
+
+
+class Threaded(checkpoint.Saver):
+    """A run's saver that writes in a thread, as on CUDA."""
+
+    def __init__(self, machine: Machine):
+        super().__init__(machine)
+        self.in_background = True
+
+
+@pytest.fixture(params=["at once", "in a thread"])
+def saver(request, monkeypatch) -> str:
+    """How the runs of a test write their checkpoints: both ways, as it is run twice."""
+    if request.param == "in a thread":
+        monkeypatch.setattr(checkpoint, "Saver", Threaded)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, assert_equal
 from test_memory import last_words
 
 import train
 from robopoet.machine import Machine
 from robopoet.text.dataset import read_meta
 from robopoet.text.windows import TrainWindows, open_split
+from robopoet.training.run import Progress, Run
 from robopoet.weights.checkpoint import load_model
 from robopoet.writing.decode import generate
 from train import TrainConfig
@@ -140,3 +141,25 @@ def test_without_a_gpu_large_enough_a_script_ends_in_one_line(small, capsys, mon
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "--batch_size=2048 --gradient_accumulation_steps=2 (now 4096 and 1; the same losses)" in said
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_what_a_thread_writes_is_the_state_at_the_save_though_steps_go_on(small, tmp_path, record):
+    cfg = TrainConfig(**small | {"device": "cuda", "optimizer": "muon", "ema": 0.9, "record": record})
+    machine, folder = Machine(torch.device("cuda"), torch.float32), Path(cfg.dataset)
+    meta = read_meta(folder)
+    split = open_split(folder, "train", meta, cfg.block_size, machine.device)
+    windows = TrainWindows(split, cfg.block_size, cfg.seed, cfg.tag_prob)
+    state = train.build_state(cfg, machine, train.make_model(cfg, meta.vocab_size))
+    at_once, later = (Run(tmp_path / name, {}, meta, machine) for name in ("at_once", "later"))
+    at_once.saver.in_background = False
+    for step in range(20):
+        if step % 3 == 0:  # before, at and after the recording
+            content = (state.model, state.optimizers, state.scaler, Progress(iter_num=step), -step, state.average)
+            at_once.save(*content)
+            later.save(*content)
+        train.train_step(state, windows, step)
+        if step % 3 == 2:
+            later.saver.wait()
+            assert_equal(*(torch.load(each.out / "ckpt.pt", map_location="cpu") for each in (at_once, later)))
+    assert later.saver.in_background and not later.unsaved

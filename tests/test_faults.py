@@ -48,8 +48,8 @@ def in_a_child(work) -> int:
 
 
 @pytest.fixture
-def save_step():
-    """Saves a small run as it stands at a step."""
+def save_step(saver):
+    """Saves a small run as it stands at a step; returns once that is written."""
     cfg = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, device="cpu", dtype="float32")
     state = train.build_state(cfg, CPU, train.make_model(cfg, 50))
     chars, size = "".join(map(chr, range(32, 82))), SplitMeta(0, 0, 0, 0, "0" * 64, ())
@@ -58,7 +58,8 @@ def save_step():
 
     def save(out: Path, step: int) -> None:
         run = Run(out, configurator.values_of(cfg), meta, CPU)
-        run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), val_loss=float(-step))
+        with run.saver:
+            run.save(state.model, state.optimizers, state.scaler, Progress(iter_num=step), val_loss=float(-step))
         run.folder.close()
 
     return save
@@ -195,15 +196,15 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, monkeypatch, capsys):
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_is_tried_again(small, monkeypatch, capsys, saver):
     save, steps = Run.save, []
 
     def cramped(run, *content):
         steps.append(content[3].iter_num)
         with largest_file(20_000) if steps[-1] == 4 else contextlib.nullcontext():
-            problem = save(run, *content)
-        assert bool(problem) == (steps[-1] == 4)
-        return problem
+            save(run, *content)
+            run.saver.wait()
+        assert bool(run.unsaved) == (steps[-1] == 4)
 
     monkeypatch.setattr(Run, "save", cramped)
     seen, out = [], Path(small["out_dir"])
@@ -235,7 +236,7 @@ def test_a_full_disk_leaves_config_yaml_and_metrics_as_they_were(small, monkeypa
     assert f"warning: a record of step 7 is lost: {out}/metrics.jsonl: File too large\n" in told
 
 
-def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch):
+def test_a_run_whose_last_save_fails_says_so_at_the_end(small, monkeypatch, saver):
     def full(*args, **keys):
         raise OSError(28, "No space left on device")
 

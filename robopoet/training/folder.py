@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import threading
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -21,7 +22,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, is_main: bool):
-        self.path, self.lost = path, ""
+        self.path, self.lost, self.asking = path, "", threading.Lock()
         self.lock: BaseFileLock | None = None
         if is_main:
             self._take(path)
@@ -42,10 +43,13 @@ class Folder:
         """Where the run may write now: its folder, which is made again if it was deleted.
 
         If the folder was moved, that is where it went; if another run has begun in it, a new folder beside the earlier
-        runs. Raises ConfigError if that can't be written.
+        runs. Raises ConfigError if that can't be written. The log and a thread that saves may ask at once.
         """
-        if not self.lock or self._holds(self.path):
-            return self.path
+        with self.asking:
+            return self.path if not self.lock or self._holds(self.path) else self._find()
+
+    def _find(self) -> Path:
+        """The folder of a run whose own no longer lies where it was."""
         out, found = self.path, portable.folder_of(self.descriptor)
         moved = found and not (out.exists() and out.samefile(found))
         home = found if moved else out

@@ -202,9 +202,7 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
     return {f"{i}.{name}": shape for i, p in enumerate(params) for name, shape in kept(p.shape).items()}
 
 
-def restore_states(
-    optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int
-) -> None:
+def restore_states(optimizer: torch.optim.Optimizer, saved: SavedOptimizer, what: str, path: Path, steps: int) -> None:
     """Give `optimizer` what it kept of each parameter.
 
     Its settings stay: rates and decay, as the config may have changed, and `fused`, which places the states.

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import secrets
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,7 @@ class Run:
         self.best_loss = math.inf  # best.pt's, if it is this run's
         self.folder = Folder(out, machine.is_main)
         self.report = RunReport(meta, machine)
+        self.saver, self.unsaved = checkpoint.Saver(machine), ""  # why the last save failed, if it did
 
     @property
     def out(self) -> Path:
@@ -251,20 +254,21 @@ class Run:
         progress: Progress,
         val_loss: float = math.inf,
         average: Average | None = None,
-    ) -> str:
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Write ckpt.pt, keeping the last one as ckpt.prev.pt, and best.pt if the run has none as good on the disk.
 
         val_loss: of this step, if it was evaluated. average: of the weights, which best.pt then holds. All ranks call
-        it, to gather what is sharded; the main one writes. Returns "" if it was written, else an error message.
+        it, to gather what is sharded; the main one writes, on CUDA in the saver's thread. tell: gets a line once all is
+        written, or that it could not be, which `unsaved` then holds until the next save.
         """
-        weights, averaged, states = tree_map_only(
-            torch.Tensor,
-            self._gather,
-            (model.state_dict(), average.weights if average else {}, [each.state_dict() for each in optimizers]),
-        )
+        self.saver.wait()
+        kept = model.state_dict(), average.weights if average else {}, [each.state_dict() for each in optimizers]
+        del kept[0]["lm_head.weight"]  # tied, and written once
+        weights, averaged, states = tree_map_only(torch.Tensor, self._gather, kept)
         if not self.machine.is_main:
-            return ""
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied, and written once
+            return
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
         shape, meta = config_entries(model.config), self.meta
         best = {
             # nanoGPT's keys
@@ -299,18 +303,23 @@ class Run:
         }
         best["model"] = weights | averaged
         best["model"]["lm_head.weight"] = best["model"]["transformer.wte.weight"]
+        self.saver.start(functools.partial(self._write, best, latest, tell))
+
+    def _write(self, best: dict[str, Any], latest: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Write best.pt, if it is that, and ckpt.pt."""
+        self.unsaved, step = "", latest["iter_num"]
         try:
             out = self.folder.where()
             if not (out / "best.pt").exists():
                 self.best_loss = math.inf
-            if val_loss < self.best_loss:
+            if best["best_val_loss"] < self.best_loss:
                 checkpoint.save(out / "best.pt", best)
-                self.best_loss = val_loss
+                self.best_loss = best["best_val_loss"]
             checkpoint.save(out / "ckpt.pt", latest, keep=out / "ckpt.prev.pt")
         except (OSError, ConfigError) as e:
-            kept = "the previous checkpoint is kept" if os.path.exists(self.out / "ckpt.pt") else "there is none"
-            return f"step {progress.iter_num} could not be saved: {describe(e)}; {kept}"
-        return ""
+            stays = "the previous checkpoint is kept" if os.path.exists(self.out / "ckpt.pt") else "there is none"
+            self.unsaved = f"step {step} could not be saved: {describe(e)}; {stays}"
+        tell(self.unsaved or f"saved {self.out / 'ckpt.pt'}, step {step}")
 
     def keep_config(self, config: dict[str, Any], written: dict[str, Any], shown: dict[str, Any]) -> None:
         """Save the keys `config` in checkpoints from here on, and write config.yaml, with which train.py runs the same.
@@ -329,10 +338,11 @@ class Run:
             warn(describe(e))
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The full tensor, on the main rank's CPU if it is sharded: one at a time, no device holds the full model."""
-        if (gathered := full_tensor(tensor)) is tensor:
-            return tensor
-        return gathered.cpu() if self.machine.is_main else None
+        """The full tensor, as it is now, on the main rank; if it is sharded on its CPU, so no device holds all."""
+        gathered = full_tensor(tensor)
+        if not self.machine.is_main:
+            return None
+        return self.saver.snapshot(tensor) if gathered is tensor else gathered.cpu()
 
     def check_space(self, model: GPT, optimizers: list[torch.optim.Optimizer], resumes: bool, averages: bool) -> None:
         """Raise ConfigError unless the disk holds best.pt, ckpt.pt, ckpt.prev.pt and the one being written.

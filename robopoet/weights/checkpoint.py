@@ -12,6 +12,8 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,7 @@ import torch
 from model import GPT, GPTConfig
 from robopoet import files
 from robopoet.errors import CheckpointError, DataError, describe, shorten
+from robopoet.machine import Machine
 from robopoet.text import tokenizer
 from robopoet.text.tokenizer import END
 from robopoet.weights import gguf_reader, huggingface, nanogpt, pretrained
@@ -47,6 +50,49 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
         f.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, so far 0
         f.write(COMMENT_BYTES.to_bytes(2, "little"))
         f.write(LABEL + _digest(f, f.tell()))
+
+
+class Saver:
+    """Writes a run's checkpoints one after the other; on CUDA in a thread, while training goes on.
+
+    On a CPU the thread would take cores from the steps, and the copies memory from the model: there nothing is copied,
+    and all is written at once.
+    """
+
+    def __init__(self, machine: Machine):
+        self.machine, self.in_background = machine, machine.device.type == "cuda"
+        self.pool = ThreadPoolExecutor(1)
+        self.begun: tuple[Future[None], Callable[[], None]] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.wait()
+
+    def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` as it is now, for start(), whatever later steps write to it."""
+        if self.in_background:
+            try:
+                copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                return copy.copy_(tensor, non_blocking=True)
+            except RuntimeError:  # too little memory, or too little that can be pinned
+                self.in_background = False
+        return tensor
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Call `write`, in the thread if that is possible, once the snapshots are whole; wait() comes before."""
+        self.machine.synchronize()  # here, as a thread that waits for the device would disturb a recording
+        if not self.in_background:
+            return write()
+        self.begun = self.pool.submit(write), write  # kept, so that this thread frees the pinned memory
+        return None
+
+    def wait(self) -> None:
+        """Wait until what was begun is written; raises what `write` raised."""
+        begun, self.begun = self.begun, None
+        if begun:
+            begun[0].result()
 
 
 def _digest(f: BinaryIO, size: int) -> bytes:
